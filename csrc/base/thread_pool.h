@@ -1,0 +1,50 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace qwen2vl {
+
+/// Physical cores that this process may use: affinity mask and cgroup CPU quota respected, SMT siblings
+/// counted once. At least 1.
+int default_thread_count();
+
+/// A fixed set of threads for data-parallel loops. The calling thread takes part. Workers spin for a few
+/// microseconds between loops of one forward pass, then sleep: an idle pool uses no CPU.
+class ThreadPool {
+ public:
+  /// `n_threads` threads in all, the caller's included; 1 means no worker.
+  explicit ThreadPool(int n_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  /// Splits [0, n) into chunks of `grain` (the last may be shorter), claimed dynamically; calls
+  /// fn(begin, end, thread) with thread in 0..size()-1 and returns when all are done. The first exception
+  /// is rethrown here after all threads have stopped. Not reentrant; one caller at a time.
+  void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t, int)>& fn);
+
+ private:
+  void worker(int index);
+  void run_chunks(int index);
+
+  std::vector<std::thread> workers_;
+  const std::function<void(int64_t, int64_t, int)>* fn_ = nullptr;
+  int64_t n_ = 0;
+  int64_t grain_ = 1;
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint32_t> generation_{0};
+  std::atomic<int> running_{0};
+  std::atomic<bool> stop_{false};
+  std::exception_ptr error_;
+  std::mutex error_mutex_;
+};
+
+}  // namespace qwen2vl

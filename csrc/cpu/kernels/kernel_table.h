@@ -1,0 +1,108 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "cpu/panel_matrix.h"
+
+namespace qwen2vl::cpu {
+
+/// Activations quantized to 8 bits per row and block of 32: x[m][k] = scales[m][k / 32] * values[m][k], with
+/// scale = max|x| / 127 of the block and values = round-to-nearest-even(x / scale). A block of zeros has
+/// scale 0.
+struct QuantizedRows {
+  int64_t rows = 0;
+  int64_t cols = 0;                ///< a multiple of 32
+  int8_t* values = nullptr;        ///< [rows][cols], 64-byte aligned
+  float* scales = nullptr;         ///< [rows][cols / 32]
+  int32_t* corrections32 = nullptr;  ///< [rows][cols / 32]: -128 * sum of the block's values
+  int32_t* corrections16 = nullptr;  ///< [rows][cols / 16]: the same per half block (for Q6_K sub-blocks)
+};
+
+enum class Store { Overwrite, Accumulate };
+
+/// Where a matmul puts its result: data[m * stride + n] (=, +=) sum + bias[n].
+struct MatmulOutput {
+  float* data = nullptr;
+  int64_t stride = 0;
+  const float* bias = nullptr;  ///< [n], or nullptr
+  Store store = Store::Overwrite;
+};
+
+/// One instruction set's kernels. Nothing here allocates, throws or starts a thread; the caller splits the
+/// work. Matrices are row-major; strides count elements. Pointers need no alignment unless said.
+struct KernelTable {
+  std::string_view isa;
+
+  // --- quantized matmul -------------------------------------------------------------------------------
+
+  /// x [rows, cols], row stride x_stride -> rows row_begin.. of `out`.
+  void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, const QuantizedRows& out,
+                        int64_t row_begin);
+
+  /// out[m][n] for m in [row_begin, row_end) and n of panels [panel_begin, panel_end), with int8 activations.
+  /// w.type: Q8_0, Q4_0, Q6_K. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's thread's
+  /// own. Only columns below w.rows are written.
+  void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
+                    int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
+
+  // --- float32 matmul ---------------------------------------------------------------------------------
+
+  /// Panel `panel` of any matrix as float32 [cols][16] (64-byte aligned).
+  void (*unpack_panel)(const PanelMatrix& w, int64_t panel, float* out);
+
+  /// out[m][n] (m < rows, n < n_cols) = sum over k of a[m * a_stride + k] * b[n / 16][k][n % 16], with panels
+  /// `b` of `panel_stride` elements each (at least 16 * depth) in float32, f16 or bf16. float32 FMA, the k in
+  /// order. n_cols need not be a multiple of 16; the last panel is readable in full. `a` is float32.
+  /// The attention of both towers is made of these: keys and values are kept in panels.
+  void (*gemm_f32)(const float* a, int64_t a_stride, const float* b, int64_t panel_stride, int64_t rows,
+                   int64_t n_cols, int64_t depth, const MatmulOutput& out);
+  void (*gemm_f16)(const float* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride, int64_t rows,
+                   int64_t n_cols, int64_t depth, const MatmulOutput& out);
+  void (*gemm_bf16)(const float* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride, int64_t rows,
+                    int64_t n_cols, int64_t depth, const MatmulOutput& out);
+
+  // --- rows -------------------------------------------------------------------------------------------
+
+  /// out = x / sqrt(mean(x^2) + eps) * weight (Qwen2RMSNorm). In place allowed.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+  /// out = (x - mean) / sqrt(var + eps) * weight + bias (torch.nn.LayerNorm). In place allowed.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* out);
+  /// gate = gate * sigmoid(gate) * up (SwiGLU).
+  void (*silu_mul)(float* gate, const float* up, int64_t n);
+  /// x = x * sigmoid(1.702 x) (transformers' QuickGELUActivation).
+  void (*quick_gelu)(float* x, int64_t n);
+  /// x = x / 2 * (1 + erf(x / sqrt 2)) (torch.nn.GELU, exact).
+  void (*gelu)(float* x, int64_t n);
+  /// Rotate-half RoPE on one head: for i < half: (x[i], x[i + half]) turned by the angle with the given
+  /// cosine and sine [half].
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t half);
+
+  /// One step of streaming softmax over a row of scores (Milakov and Gimelshein, arXiv 1805.02867): scores
+  /// [0, n) are scaled by `scale`; running maximum and sum are brought up to date; scores become
+  /// exp(score - new maximum); returns exp(old maximum - new maximum), by which what was accumulated before
+  /// must be multiplied. Start with *maximum = -infinity, *sum = 0. n >= 1. exp is within 2 ulp.
+  float (*softmax_step)(float* scores, int64_t n, float scale, float* maximum, float* sum);
+
+  /// x *= factor.
+  void (*scale_row)(float* x, float factor, int64_t n);
+  /// y += x.
+  void (*add_row)(float* y, const float* x, int64_t n);
+  /// Rounds to nearest even; overflow becomes infinity.
+  void (*convert_f32_to_f16)(const float* x, uint16_t* out, int64_t n);
+};
+
+/// Scratch of matmul_q8 and of unpack_panel for matrices of up to `cols` columns.
+size_t matmul_scratch_bytes(int64_t cols);
+
+/// The instruction sets that are built in and that this processor runs, best first. Never empty: "generic"
+/// is the last one.
+std::span<const KernelTable* const> supported_kernels();
+
+/// The table named `isa`; the best one for an empty name. Throws UnsupportedError, naming what is supported,
+/// for one that this processor or build lacks.
+const KernelTable& select_kernels(std::string_view isa);
+
+}  // namespace qwen2vl::cpu

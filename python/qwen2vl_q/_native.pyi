@@ -1,0 +1,173 @@
+"""Types of the native core (csrc/bindings)."""
+
+from collections.abc import Callable, Sequence as AbstractSequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+class Error(Exception):
+    """Base of the errors raised by the library."""
+
+class FormatError(Error):
+    """A file's content is not what its format says."""
+
+class UnsupportedError(Error):
+    """A well-formed input that this build or machine cannot run."""
+
+def supported_isas() -> list[str]:
+    """Instruction sets that are built in and that this processor runs, best first; the last is "generic"."""
+
+def default_thread_count() -> int:
+    """Physical cores allowed by the affinity mask and the cgroup CPU quota."""
+
+# --- quantization -------------------------------------------------------------------------------------
+
+def quantize(values: NDArray[np.float32], type: str, n_threads: int = 0) -> NDArray[np.uint8]:
+    """float32 [rows, cols] -> uint8 [rows, row_bytes] in GGUF blocks. `type`: F32, F16, BF16, Q8_0, Q4_0, Q6_K."""
+
+def dequantize(data: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
+    """uint8 [rows, row_bytes] -> float32 [rows, cols]."""
+
+def block_layout(type: str) -> tuple[int, int]:
+    """(values per block, bytes per block) of a type."""
+
+# --- GGUF ---------------------------------------------------------------------------------------------
+
+class TensorInfo:
+    name: str
+    type: str  # "Q4_0", or "type 23" for one that this build does not read
+    shape: tuple[int, ...]  # numpy order: the contiguous dimension last
+    offset: int  # from the start of the file
+    n_bytes: int
+
+class GgufFile:
+    """A checked, memory-mapped GGUF file."""
+
+    def __init__(self, path: str) -> None: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def alignment(self) -> int: ...
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Key -> int, float, bool, str or list of these. Strings that are not UTF-8 raise FormatError."""
+    @property
+    def tensors(self) -> list[TensorInfo]: ...
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A tensor, dequantized to float32 in its shape."""
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """A tensor's bytes as stored (a copy)."""
+
+# --- the engine ---------------------------------------------------------------------------------------
+
+Progress = Callable[[int, int], None]  # (done, total); an exception raised in it cancels the call cleanly
+
+class Model:
+    """Weights on the CPU backend. Calls are thread-safe (one runs at a time) and release the GIL.
+
+    Ctrl-C (KeyboardInterrupt) during a call cancels it between layers; sequences stay consistent.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        mmproj: str | None = None,
+        n_threads: int = 0,
+        precision: Literal["fast", "exact"] = "fast",
+        isa: str = "",
+        progress: Progress | None = None,
+    ) -> None: ...
+    @property
+    def config(self) -> dict[str, Any]:
+        """Sizes as a nested dict; see qwen2vl_q.config.Qwen2VLConfig for the keys."""
+    @property
+    def isa(self) -> str: ...
+    @property
+    def n_threads(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the packed weights take."""
+    def encode_image(
+        self,
+        pixel_values: NDArray[np.float32],
+        grid_thw: tuple[int, int, int],
+        progress: Progress | None = None,
+    ) -> NDArray[np.float32]:
+        """Patches [t*h*w, in_channels*temporal_patch_size*patch_size**2] -> [t*h*w/merge**2, hidden_size]."""
+    def position_ids(
+        self, token_ids: NDArray[np.int32], grids: AbstractSequence[tuple[int, int, int]]
+    ) -> NDArray[np.int64]:
+        """M-RoPE indices int64 [3, n]; `grids` (in patches) in the order of the runs of pad tokens."""
+
+class Prompt:
+    """Token ids with the vision items that stand in them.
+
+    Each image is (start, grid_thw, key): the index of its first pad token, its grid in patches, and bytes
+    that identify its pixels (a hash). Raises ValueError where a token id is out of range or the runs of pad
+    tokens do not fit the grids.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        token_ids: NDArray[np.int32],
+        images: AbstractSequence[tuple[int, tuple[int, int, int], bytes]] = (),
+    ) -> None: ...
+    def __len__(self) -> int: ...
+
+class SequenceState:
+    """One conversation's KV cache. Cells are filled in order and can be cut back."""
+
+    def __init__(self, model: Model, n_ctx: int) -> None: ...
+    @property
+    def n_cells(self) -> int: ...
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the cache pages in use."""
+    def reuse(self, prompt: Prompt) -> int:
+        """Keeps the longest common prefix of the cache and `prompt` (short of the last token), drops the rest;
+        returns its length in cells."""
+    def prefill(
+        self,
+        prompt: Prompt,
+        embeddings: AbstractSequence[NDArray[np.float32] | None],
+        progress: Progress | None = None,
+    ) -> None:
+        """Evaluates the tokens of `prompt` that `reuse` did not keep. embeddings[i] belongs to the prompt's
+        image i; None is allowed for one that lies wholly in the kept part. Cancelled: the cells evaluated so
+        far stay."""
+    def prefill_logits(
+        self,
+        prompt: Prompt,
+        embeddings: AbstractSequence[NDArray[np.float32] | None],
+        progress: Progress | None = None,
+    ) -> NDArray[np.float32]:
+        """As prefill, but returns the logits of every evaluated row: float32 [n, vocab_size]."""
+    def accept(self, token: int) -> None:
+        """Evaluates one more (text) token."""
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """float32 [vocab_size] after the last cell. ValueError where nothing has been evaluated."""
+    def sample(self, sampler: Sampler) -> int:
+        """A token from `logits`; the sequence's own tokens count for the repetition penalty."""
+
+class Sampler:
+    """temperature 0 is greedy (the first of equal logits). Order: repetition penalty, top_k, softmax with
+    temperature, top_p, min_p, draw."""
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> None: ...
