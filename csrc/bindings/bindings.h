@@ -1,0 +1,17 @@
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace qwen2vl::bindings {
+
+namespace py = pybind11;
+
+void register_errors(py::module_& m);    // errors.cpp
+void register_machine(py::module_& m);   // machine.cpp: instruction sets, threads
+void register_quantize(py::module_& m);  // quantize.cpp
+void register_gguf(py::module_& m);      // gguf.cpp
+void register_engine(py::module_& m);    // engine.cpp
+
+}  // namespace qwen2vl::bindings
