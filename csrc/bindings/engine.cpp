@@ -1,0 +1,259 @@
+#include <chrono>
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "engine/sequence.h"
+
+namespace qwen2vl::bindings {
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style>;
+using IdArray = py::array_t<int32_t, py::array::c_style>;
+using GridTuple = std::tuple<int64_t, int64_t, int64_t>;
+using PyProgress = std::optional<py::function>;
+
+/// Wraps a Python callback for a call that runs without the GIL: at most every 50 ms, and at the end, it
+/// takes the GIL, lets pending signals raise (Ctrl-C) and reports. Any exception cancels the call.
+Progress make_progress(const PyProgress& callback) {
+  const py::function* function = callback ? &*callback : nullptr;
+  auto last = std::chrono::steady_clock::now();
+  return [function, last](int64_t done, int64_t total) mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last < std::chrono::milliseconds(50) && !(function != nullptr && done == total)) return;
+    last = now;
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (function != nullptr) (*function)(done, total);
+  };
+}
+
+GridTHW to_grid(const GridTuple& grid) { return {std::get<0>(grid), std::get<1>(grid), std::get<2>(grid)}; }
+
+std::vector<int32_t> to_ids(const IdArray& ids) {
+  if (ids.ndim() != 1) throw std::invalid_argument("token_ids: expected a one-dimensional array");
+  return {ids.data(), ids.data() + ids.size()};
+}
+
+void require_shape(const FloatArray& array, int64_t rows, int64_t cols, const std::string& name) {
+  if (array.ndim() == 2 && array.shape(0) == rows && array.shape(1) == cols) return;
+  std::string found = "(";
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) found += (i ? ", " : "") + std::to_string(array.shape(i));
+  throw std::invalid_argument(name + ": expected shape (" + std::to_string(rows) + ", " +
+                              std::to_string(cols) + "), found " + found + ")");
+}
+
+Precision to_precision(const std::string& name) {
+  if (name == "fast") return Precision::Fast;
+  if (name == "exact") return Precision::Exact;
+  throw std::invalid_argument("precision: expected 'fast' or 'exact', found '" + name + "'");
+}
+
+py::dict text_config(const TextConfig& c) {
+  py::dict d;
+  d["hidden_size"] = c.hidden_size;
+  d["intermediate_size"] = c.intermediate_size;
+  d["num_hidden_layers"] = c.num_hidden_layers;
+  d["num_attention_heads"] = c.num_attention_heads;
+  d["num_key_value_heads"] = c.num_key_value_heads;
+  d["head_dim"] = c.head_dim;
+  d["vocab_size"] = c.vocab_size;
+  d["max_position_embeddings"] = c.max_position_embeddings;
+  d["rms_norm_eps"] = c.rms_norm_eps;
+  d["rope_theta"] = c.rope_theta;
+  d["mrope_section"] = std::vector<int64_t>(c.mrope_section.begin(), c.mrope_section.end());
+  d["tie_word_embeddings"] = c.tie_word_embeddings;
+  return d;
+}
+
+py::object vision_config(const std::optional<VisionConfig>& config) {
+  if (!config) return py::none();
+  py::dict d;
+  d["embed_dim"] = config->embed_dim;
+  d["depth"] = config->depth;
+  d["num_heads"] = config->num_heads;
+  d["intermediate_size"] = config->intermediate_size;
+  d["hidden_size"] = config->hidden_size;
+  d["patch_size"] = config->patch_size;
+  d["temporal_patch_size"] = config->temporal_patch_size;
+  d["spatial_merge_size"] = config->spatial_merge_size;
+  d["in_channels"] = config->in_channels;
+  d["layer_norm_eps"] = config->layer_norm_eps;
+  return d;
+}
+
+py::dict config_dict(const Model& model) {
+  const ModelConfig& config = model.config();
+  py::dict d;
+  d["text_config"] = text_config(config.text);
+  d["vision_config"] = vision_config(config.vision);
+  d["image_token_id"] = config.text.image_token_id;
+  d["video_token_id"] = config.text.video_token_id;
+  return d;
+}
+
+std::shared_ptr<Model> load_model(const std::string& path, const std::optional<std::string>& mmproj,
+                                  int n_threads, const std::string& precision, const std::string& isa,
+                                  const PyProgress& progress) {
+  if (n_threads < 0 || n_threads > 1024)
+    throw std::invalid_argument("n_threads: expected 0 (automatic) to 1024, found " +
+                                std::to_string(n_threads));
+  const ModelOptions options{mmproj.value_or(""), n_threads, to_precision(precision), isa};
+  const Progress report = make_progress(progress);
+  py::gil_scoped_release release;
+  return std::make_shared<Model>(path, options, report);
+}
+
+FloatArray encode_image(Model& model, const FloatArray& pixel_values, const GridTuple& grid_thw,
+                        const PyProgress& progress) {
+  if (!model.config().vision) throw std::invalid_argument("this model has no vision tower");
+  const VisionConfig& vision = *model.config().vision;
+  const GridTHW grid = to_grid(grid_thw);
+  const int64_t cells = vision_cells(grid, vision);
+  require_shape(pixel_values, cells * vision.merge_unit(), vision.patch_dim(), "pixel_values");
+  FloatArray out({cells, vision.hidden_size});
+  const float* in = pixel_values.data();
+  float* result = out.mutable_data();
+  const Progress report = make_progress(progress);
+  {
+    py::gil_scoped_release release;
+    model.lock().backend.encode_vision(in, grid, result, report);
+  }
+  return out;
+}
+
+py::array_t<int64_t> position_ids(const Model& model, const IdArray& token_ids,
+                                  const std::vector<GridTuple>& grids) {
+  std::vector<GridTHW> sizes;
+  for (const GridTuple& grid : grids) sizes.push_back(to_grid(grid));
+  const auto positions = mrope_positions(to_ids(token_ids), sizes, model.config());
+  py::array_t<int64_t> out({py::ssize_t{3}, static_cast<py::ssize_t>(positions.size())});
+  auto view = out.mutable_unchecked<2>();
+  for (size_t i = 0; i < positions.size(); ++i)
+    for (int axis = 0; axis < 3; ++axis) view(axis, static_cast<py::ssize_t>(i)) = positions[i][axis];
+  return out;
+}
+
+Prompt make_prompt(const Model& model, const IdArray& token_ids,
+                   const std::vector<std::tuple<int64_t, GridTuple, py::bytes>>& images) {
+  std::vector<PromptImage> items;
+  for (const auto& [start, grid, key] : images) {
+    const std::string_view bytes = key;
+    PromptImage item{start, to_grid(grid), {}};
+    if (bytes.size() != item.key.size())
+      throw std::invalid_argument("image key: expected 16 bytes, found " + std::to_string(bytes.size()));
+    std::copy(bytes.begin(), bytes.end(), item.key.begin());
+    items.push_back(item);
+  }
+  return Prompt(model.config(), to_ids(token_ids), std::move(items));
+}
+
+/// Addresses of the embeddings given, checked for shape.
+std::vector<const float*> embedding_rows(const Model& model, const Prompt& prompt,
+                                         const std::vector<std::optional<FloatArray>>& embeddings) {
+  if (embeddings.size() != prompt.images().size())
+    throw std::invalid_argument("embeddings: expected one entry for each of " +
+                                std::to_string(prompt.images().size()) + " image(s), found " +
+                                std::to_string(embeddings.size()));
+  std::vector<const float*> rows;
+  for (size_t i = 0; i < embeddings.size(); ++i) {
+    if (embeddings[i])
+      require_shape(*embeddings[i], prompt.image_cells(i), model.config().text.hidden_size,
+                    "embeddings[" + std::to_string(i) + "]");
+    rows.push_back(embeddings[i] ? embeddings[i]->data() : nullptr);
+  }
+  return rows;
+}
+
+/// A Sequence with the model that it belongs to. Calls on one sequence must not overlap.
+struct PySequence {
+  std::shared_ptr<Model> model;
+  Sequence sequence;
+
+  void prefill(const Prompt& prompt, const std::vector<std::optional<FloatArray>>& embeddings,
+               const PyProgress& progress) {
+    const auto rows = embedding_rows(*model, prompt, embeddings);
+    const Progress report = make_progress(progress);
+    py::gil_scoped_release release;
+    sequence.prefill(prompt, rows, report);
+  }
+
+  FloatArray prefill_logits(const Prompt& prompt, const std::vector<std::optional<FloatArray>>& embeddings,
+                            const PyProgress& progress) {
+    const auto rows = embedding_rows(*model, prompt, embeddings);
+    const int64_t n = std::max<int64_t>(0, prompt.size() - sequence.size());
+    FloatArray out({n, model->config().text.vocab_size});
+    float* data = out.mutable_data();
+    const Progress report = make_progress(progress);
+    {
+      py::gil_scoped_release release;
+      sequence.prefill(prompt, rows, report, LogitsWanted::All, data);
+    }
+    return out;
+  }
+
+  void accept(int32_t token) {
+    const Progress report = make_progress(std::nullopt);
+    py::gil_scoped_release release;
+    sequence.accept(token, report);
+  }
+
+  FloatArray logits() const {
+    const std::span<const float> values = sequence.logits();
+    if (values.empty()) throw std::invalid_argument("logits: nothing has been evaluated yet");
+    return FloatArray(static_cast<py::ssize_t>(values.size()), values.data());
+  }
+};
+
+}  // namespace
+
+void register_engine(py::module_& m) {
+  py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Weights on the CPU backend.")
+      .def(py::init(&load_model), py::arg("path"), py::arg("mmproj") = py::none(), py::arg("n_threads") = 0,
+           py::arg("precision") = "fast", py::arg("isa") = "", py::arg("progress") = py::none())
+      .def_property_readonly("config", &config_dict)
+      .def_property_readonly("isa", [](const Model& model) { return std::string(model.backend().isa()); })
+      .def_property_readonly("n_threads", [](const Model& model) { return model.backend().n_threads(); })
+      .def_property_readonly(
+          "precision",
+          [](const Model& model) { return model.precision() == Precision::Fast ? "fast" : "exact"; })
+      .def_property_readonly("weight_bytes",
+                             [](const Model& model) { return model.backend().weight_bytes(); })
+      .def("encode_image", &encode_image, py::arg("pixel_values"), py::arg("grid_thw"),
+           py::arg("progress") = py::none())
+      .def("position_ids", &position_ids, py::arg("token_ids"), py::arg("grids"));
+
+  py::class_<Prompt>(m, "Prompt", "Token ids with the vision items that stand in them.")
+      .def(py::init(&make_prompt), py::arg("model"), py::arg("token_ids"), py::arg("images") = py::tuple())
+      .def("__len__", &Prompt::size);
+
+  py::class_<Sampler>(m, "Sampler", "Draws tokens from logits.")
+      .def(py::init([](float temperature, int64_t top_k, float top_p, float min_p, float repetition_penalty,
+                       uint64_t seed) {
+             return Sampler({temperature, top_k, top_p, min_p, repetition_penalty, seed});
+           }),
+           py::arg("temperature") = 0.0f, py::arg("top_k") = 0, py::arg("top_p") = 1.0f,
+           py::arg("min_p") = 0.0f, py::arg("repetition_penalty") = 1.0f, py::arg("seed") = 0);
+
+  py::class_<PySequence>(m, "SequenceState", "One conversation's KV cache.")
+      .def(py::init([](std::shared_ptr<Model> model, int64_t n_ctx) {
+             return std::make_unique<PySequence>(PySequence{model, Sequence(model, n_ctx)});
+           }),
+           py::arg("model"), py::arg("n_ctx"))
+      .def_property_readonly("n_cells", [](const PySequence& s) { return s.sequence.size(); })
+      .def_property_readonly("n_ctx", [](const PySequence& s) { return s.sequence.n_ctx(); })
+      .def_property_readonly("kv_bytes", [](const PySequence& s) { return s.sequence.kv_bytes(); })
+      .def(
+          "reuse", [](PySequence& s, const Prompt& prompt) { return s.sequence.reuse(prompt); },
+          py::arg("prompt"))
+      .def("prefill", &PySequence::prefill, py::arg("prompt"), py::arg("embeddings"),
+           py::arg("progress") = py::none())
+      .def("prefill_logits", &PySequence::prefill_logits, py::arg("prompt"), py::arg("embeddings"),
+           py::arg("progress") = py::none())
+      .def("accept", &PySequence::accept, py::arg("token"))
+      .def_property_readonly("logits", &PySequence::logits)
+      .def(
+          "sample", [](const PySequence& s, Sampler& sampler) { return s.sequence.sample(sampler); },
+          py::arg("sampler"));
+}
+
+}  // namespace qwen2vl::bindings

@@ -1,0 +1,64 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "base/thread_pool.h"
+#include "cpu/kernels/kernel_table.h"
+#include "model/backend.h"
+
+namespace qwen2vl::cpu {
+
+/// What every stage of a forward pass needs: kernels, threads, precision and grow-only scratch.
+struct Context {
+  Context(const KernelTable& kernel_table, int n_threads, Precision precision_);
+
+  const KernelTable& kernels;
+  ThreadPool pool;
+  Precision precision;
+
+  /// Thread `thread`'s own scratch, at least `bytes`, 64-byte aligned. Call it outside parallel loops with
+  /// the largest size first (reserve_scratch), inside with any smaller one.
+  void reserve_scratch(size_t bytes);
+  std::byte* scratch(int thread) const { return reinterpret_cast<std::byte*>(scratch_[thread].data()); }
+
+  /// Room for `rows` x `cols` quantized activations; valid until the next call.
+  QuantizedRows quantized(int64_t rows, int64_t cols);
+
+  /// fn(row) for every row; in the calling thread alone where the rows are too few to be worth waking
+  /// another.
+  template <typename Fn>
+  void for_rows(int64_t rows, const Fn& fn) {
+    if (rows < 4) {
+      for (int64_t r = 0; r < rows; ++r) fn(r);
+      return;
+    }
+    pool.parallel_for(rows, rows < 64 ? 4 : 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t r = begin; r < end; ++r) fn(r);
+    });
+  }
+
+ private:
+  std::vector<AlignedBuffer> scratch_;
+  AlignedBuffer quantized_;
+};
+
+/// A grow-only float32 buffer.
+class FloatBuffer {
+ public:
+  float* resize(int64_t elements) {
+    const size_t bytes = static_cast<size_t>(elements) * sizeof(float);
+    if (buffer_.size() < bytes) {
+      buffer_ = AlignedBuffer();
+      buffer_ = AlignedBuffer(bytes);
+    }
+    return data();
+  }
+  float* data() const { return buffer_.as<float>(); }
+
+ private:
+  AlignedBuffer buffer_;
+};
+
+}  // namespace qwen2vl::cpu

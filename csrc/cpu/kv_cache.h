@@ -1,0 +1,46 @@
+#pragma once
+
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "cpu/panel_matrix.h"
+#include "model/backend.h"
+
+namespace qwen2vl::cpu {
+
+inline constexpr int64_t kPageCells = 64;  ///< four key panels; 1.8 MB a page in the 2B shape
+
+/// A paged cache: memory grows with use. Each page holds kPageCells cells of every layer and key-value head,
+/// in the panels that KernelTable::gemm_* reads, f16 (fast) or float32 (exact):
+///   keys    [layer][head][cell / 16][head_dim][16 cells]
+///   values  [layer][head][ceil(head_dim / 16)][kPageCells][16 dims]
+class PagedKvCache final : public KvCache {
+ public:
+  PagedKvCache(const TextConfig& config, Precision precision);
+
+  int64_t size() const override { return size_; }
+  void truncate(int64_t size) override;
+  int64_t allocated_bytes() const override { return static_cast<int64_t>(pages_.size()) * page_bytes_; }
+
+  /// Pages for `cells` cells beyond size(). They count only after commit; an abandoned append is overwritten.
+  void reserve(int64_t cells);
+  void commit(int64_t cells) { size_ += cells; }
+
+  /// Stores keys and values [num_key_value_heads * head_dim] of one cell (below size() + what was reserved).
+  void write(int64_t layer, int64_t cell, const float* k, const float* v);
+
+  bool half() const { return element_bytes_ == 2; }
+  /// Addresses of a page's key and value panels of one layer and head.
+  const uint8_t* keys(int64_t page, int64_t layer, int64_t head) const;
+  const uint8_t* values(int64_t page, int64_t layer, int64_t head) const;
+  int64_t key_panel_elements() const { return head_dim_ * kPanelRows; }
+  int64_t value_panel_elements() const { return kPageCells * kPanelRows; }
+
+ private:
+  int64_t heads_, head_dim_, element_bytes_;
+  int64_t key_bytes_, head_bytes_, layer_bytes_, page_bytes_;
+  int64_t size_ = 0;
+  std::vector<AlignedBuffer> pages_;
+};
+
+}  // namespace qwen2vl::cpu

@@ -1,0 +1,154 @@
+#include "cpu/language_model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace qwen2vl::cpu {
+
+LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Context& ctx,
+                             const Progress& progress)
+    : config_(config), attention_(config) {
+  embed_tokens_ = pack_matrix(w.embed_tokens, ctx);
+  for (const DecoderLayerWeights& l : w.layers) {
+    layers_.push_back({l.input_layernorm, l.post_attention_layernorm,
+                       pack_linear({&l.q_proj, &l.k_proj, &l.v_proj}, ctx), pack_linear({&l.o_proj}, ctx),
+                       pack_linear({&l.gate_proj, &l.up_proj}, ctx), pack_linear({&l.down_proj}, ctx)});
+    progress(static_cast<int64_t>(layers_.size()), config.num_hidden_layers);
+  }
+  norm_ = w.norm;
+  if (w.lm_head) lm_head_ = pack_matrix(*w.lm_head, ctx);
+  for (int64_t i = 0; i < config.head_dim / 2; ++i)
+    inv_freq_.push_back(static_cast<float>(
+        1.0 / std::pow(static_cast<double>(config.rope_theta),
+                       static_cast<double>(2 * i) / static_cast<double>(config.head_dim))));
+}
+
+int64_t LanguageModel::weight_bytes() const {
+  int64_t bytes = embed_tokens_.weight_bytes() + lm_head_.weight_bytes();
+  for (const Layer& l : layers_)
+    bytes += l.qkv_proj.weight_bytes() + l.o_proj.weight_bytes() + l.gate_up_proj.weight_bytes() +
+             l.down_proj.weight_bytes();
+  return bytes;
+}
+
+// Qwen2VLTextModel.forward and the head
+void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch, float* logits,
+                               const Progress& progress) {
+  std::vector<CausalRows> sequences;
+  rows_ = 0;
+  for (const SequenceRows& s : batch) {
+    auto& cache = static_cast<PagedKvCache&>(*s.cache);
+    const int64_t n = static_cast<int64_t>(s.token_ids.size());
+    cache.reserve(n);
+    sequences.push_back({&cache, rows_, n, cache.size()});
+    rows_ += n;
+  }
+  x_.resize(rows_ * config_.hidden_size);
+  normed_.resize(rows_ * config_.hidden_size);
+  qkv_.resize(rows_ * (config_.q_size() + 2 * config_.kv_size()));
+  gate_up_.resize(rows_ * 2 * config_.intermediate_size);
+
+  embed(ctx, batch);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    progress(static_cast<int64_t>(i), config_.num_hidden_layers);
+    attention(ctx, layers_[i], static_cast<int64_t>(i), sequences);
+    mlp(ctx, layers_[i]);
+  }
+  head(ctx, batch, logits);
+  progress(config_.num_hidden_layers, config_.num_hidden_layers);
+  for (const SequenceRows& s : batch)
+    static_cast<PagedKvCache&>(*s.cache).commit(static_cast<int64_t>(s.token_ids.size()));
+}
+
+/// Embeddings into x_, and the rotation of every row: the first mrope_section[0] frequencies turn with the
+/// time index, the next with the row, the last with the column (apply_multimodal_rotary_pos_emb).
+void LanguageModel::embed(Context& ctx, std::span<const SequenceRows> batch) {
+  const int64_t hidden = config_.hidden_size, half = config_.head_dim / 2;
+  float* x = x_.resize(rows_ * hidden);
+  float* rope = rope_.resize(rows_ * 2 * half);
+  for (const SequenceRows& s : batch) {
+    const int64_t n = static_cast<int64_t>(s.token_ids.size());
+    ctx.for_rows(n, [&, x, rope](int64_t r) {
+      if (s.embeddings[r] != nullptr)
+        std::memcpy(x + r * hidden, s.embeddings[r], hidden * sizeof(float));
+      else
+        dequantize_panel_row(embed_tokens_.parts[0].matrix, s.token_ids[r], x + r * hidden);
+      int64_t i = 0;
+      for (int axis = 0; axis < 3; ++axis)
+        for (int64_t end = i + config_.mrope_section[axis]; i < end; ++i) {
+          const float angle = static_cast<float>(s.positions[r][axis]) * inv_freq_[i];
+          rope[r * 2 * half + i] = std::cos(angle);
+          rope[r * 2 * half + half + i] = std::sin(angle);
+        }
+    });
+    x += n * hidden;
+    rope += n * 2 * half;
+  }
+}
+
+// Qwen2VLDecoderLayer: x += o_proj(attention(input_layernorm(x)))
+void LanguageModel::attention(Context& ctx, const Layer& layer, int64_t index,
+                              std::span<const CausalRows> sequences) {
+  const int64_t hidden = config_.hidden_size, head_dim = config_.head_dim, half = head_dim / 2;
+  const int64_t stride = config_.q_size() + 2 * config_.kv_size();
+  float *x = x_.data(), *normed = normed_.data(), *qkv = qkv_.data(), *rope = rope_.data();
+
+  ctx.for_rows(rows_, [&](int64_t r) {
+    ctx.kernels.rms_norm(x + r * hidden, layer.input_layernorm.weight.data(), config_.rms_norm_eps, hidden,
+                         normed + r * hidden);
+  });
+  linear(ctx, layer.qkv_proj, {normed, rows_, hidden}, qkv, stride, Store::Overwrite);
+  for (const CausalRows& s : sequences)
+    ctx.for_rows(s.rows, [&](int64_t i) {
+      const int64_t row = s.first_row + i;
+      float* q = qkv + row * stride;
+      const float* cos = rope + row * 2 * half;
+      for (int64_t h = 0; h < config_.num_attention_heads + config_.num_key_value_heads;
+           ++h)  // queries, then keys
+        ctx.kernels.rope(q + h * head_dim, cos, cos + half, half);
+      const float* k = q + config_.q_size();
+      const_cast<PagedKvCache*>(s.cache)->write(index, s.first_cell + i, k, k + config_.kv_size());
+    });
+  attention_(ctx, index, sequences, qkv, stride);
+  linear(ctx, layer.o_proj, {qkv, rows_, stride}, x, hidden, Store::Accumulate);
+}
+
+// Qwen2MLP: x += down_proj(silu(gate_proj(h)) * up_proj(h)), h = post_attention_layernorm(x)
+void LanguageModel::mlp(Context& ctx, const Layer& layer) {
+  const int64_t hidden = config_.hidden_size, wide = config_.intermediate_size;
+  float *x = x_.data(), *normed = normed_.data(), *gate_up = gate_up_.data();
+  ctx.for_rows(rows_, [&](int64_t r) {
+    ctx.kernels.rms_norm(x + r * hidden, layer.post_attention_layernorm.weight.data(), config_.rms_norm_eps,
+                         hidden, normed + r * hidden);
+  });
+  linear(ctx, layer.gate_up_proj, {normed, rows_, hidden}, gate_up, 2 * wide, Store::Overwrite);
+  ctx.for_rows(rows_, [&](int64_t r) {
+    ctx.kernels.silu_mul(gate_up + r * 2 * wide, gate_up + r * 2 * wide + wide, wide);
+  });
+  linear(ctx, layer.down_proj, {gate_up, rows_, 2 * wide}, x, hidden, Store::Accumulate);
+}
+
+void LanguageModel::head(Context& ctx, std::span<const SequenceRows> batch, float* logits) {
+  const int64_t hidden = config_.hidden_size;
+  const float* x = x_.data();
+  float* normed = normed_.data();
+  std::vector<int64_t> wanted;
+  int64_t row = 0;
+  for (const SequenceRows& s : batch) {
+    const int64_t n = static_cast<int64_t>(s.token_ids.size());
+    const int64_t first = s.logits == LogitsWanted::All ? 0 : s.logits == LogitsWanted::Last ? n - 1 : n;
+    for (int64_t r = first; r < n; ++r) wanted.push_back(row + r);
+    row += n;
+  }
+  if (wanted.empty()) return;
+  const int64_t n = static_cast<int64_t>(wanted.size());
+  ctx.for_rows(n, [&](int64_t r) {
+    ctx.kernels.rms_norm(x + wanted[r] * hidden, norm_.weight.data(), config_.rms_norm_eps, hidden,
+                         normed + r * hidden);
+  });
+  linear(ctx, lm_head_.parts.empty() ? embed_tokens_ : lm_head_, {normed, n, hidden}, logits,
+         config_.vocab_size, Store::Overwrite);
+}
+
+}  // namespace qwen2vl::cpu

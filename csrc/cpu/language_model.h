@@ -1,0 +1,48 @@
+#pragma once
+
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/linear.h"
+#include "model/weights.h"
+
+namespace qwen2vl::cpu {
+
+/// Qwen2VLTextModel's forward pass with M-RoPE and the head.
+class LanguageModel {
+ public:
+  LanguageModel(const TextConfig& config, const TextWeights& weights, Context& ctx, const Progress& progress);
+
+  /// See Backend::forward. The caches are PagedKvCaches.
+  void operator()(Context& ctx, std::span<const SequenceRows> batch, float* logits, const Progress& progress);
+
+  int64_t weight_bytes() const;
+
+ private:
+  struct Layer {
+    NormWeights input_layernorm, post_attention_layernorm;
+    PackedLinear qkv_proj, o_proj, gate_up_proj, down_proj;
+  };
+
+  void embed(Context& ctx, std::span<const SequenceRows> batch);
+  void attention(Context& ctx, const Layer& layer, int64_t index, std::span<const CausalRows> sequences);
+  void mlp(Context& ctx, const Layer& layer);
+  void head(Context& ctx, std::span<const SequenceRows> batch, float* logits);
+
+  TextConfig config_;
+  PackedLinear embed_tokens_;
+  std::vector<Layer> layers_;
+  NormWeights norm_;
+  PackedLinear lm_head_;  // no parts where tied: embed_tokens_ is the head
+  Vector inv_freq_;       // [head_dim / 2]
+
+  CausalAttention attention_;
+  int64_t rows_ = 0;     // of the batch at work
+  FloatBuffer x_;        // [rows][hidden], the residual stream
+  FloatBuffer normed_;   // [rows][hidden]
+  FloatBuffer qkv_;      // [rows][q | k | v]
+  FloatBuffer gate_up_;  // [rows][gate | up]
+  FloatBuffer rope_;     // [rows][cos: head_dim / 2 | sin: head_dim / 2]
+};
+
+}  // namespace qwen2vl::cpu

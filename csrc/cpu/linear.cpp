@@ -1,0 +1,143 @@
+#include "cpu/linear.h"
+
+#include <algorithm>
+
+namespace qwen2vl::cpu {
+namespace {
+
+bool is_quantized(DType type) { return type != DType::F32 && type != DType::F16 && type != DType::BF16; }
+
+// Rows that one task multiplies with its panels: 512 rows of 1280 int8 activations are 640 KiB, most of a
+// second-level cache of 1 MiB, and each panel unpacked is used 512 times.
+constexpr int64_t kRowsPerTask = 512;
+// Panels per task: an even number, since kernels take two at a time.
+constexpr int64_t kPanelsPerTask = 4;
+
+PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& ctx) {
+  PackedLinear::Part part;
+  part.column = column;
+  part.matrix = {source.type, source.rows, source.cols, panel_parts(source.type, source.cols).bytes, nullptr};
+  part.storage = AlignedBuffer(part.matrix.panel_count() * part.matrix.panel_bytes);
+  uint8_t* out = part.storage.data();
+  part.matrix.data = out;
+  ctx.pool.parallel_for(part.matrix.panel_count(), 8, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = begin; p < end; ++p)
+      pack_panel(source.type, source.data, source.rows, source.cols, p, out + p * part.matrix.panel_bytes);
+  });
+  if (source.file != nullptr)
+    source.file->mapping().release(source.data - source.file->mapping().bytes().data(), source.bytes());
+  return part;
+}
+
+/// One part's share of a task: panels [panel_begin, panel_end) times rows [row_begin, row_end) of x.
+struct Task {
+  int64_t panel_begin, panel_end, row_begin, row_end;
+};
+
+void float_task(const KernelTable& kernels, const PackedLinear::Part& part, const Rows& x, const Task& task,
+                const MatmulOutput& out, std::byte* scratch) {
+  const PanelMatrix& w = part.matrix;
+  const float* a = x.data + task.row_begin * x.stride;
+  const int64_t rows = task.row_end - task.row_begin;
+  const auto output_at = [&](int64_t panel) {
+    MatmulOutput o = out;
+    o.data += task.row_begin * out.stride + panel * kPanelRows;
+    if (o.bias != nullptr) o.bias += panel * kPanelRows;
+    return o;
+  };
+  const int64_t n_begin = task.panel_begin * kPanelRows;
+  const int64_t n_end = std::min(task.panel_end * kPanelRows, w.rows);
+  const uint8_t* data = w.panel(task.panel_begin);
+  switch (w.type) {
+    case DType::F32:
+      kernels.gemm_f32(a, x.stride, reinterpret_cast<const float*>(data), w.panel_bytes / 4, rows,
+                       n_end - n_begin, w.cols, output_at(task.panel_begin));
+      return;
+    case DType::F16:
+      kernels.gemm_f16(a, x.stride, reinterpret_cast<const uint16_t*>(data), w.panel_bytes / 2, rows,
+                       n_end - n_begin, w.cols, output_at(task.panel_begin));
+      return;
+    case DType::BF16:
+      kernels.gemm_bf16(a, x.stride, reinterpret_cast<const uint16_t*>(data), w.panel_bytes / 2, rows,
+                        n_end - n_begin, w.cols, output_at(task.panel_begin));
+      return;
+    default:  // quantized weights, float32 activations (exact)
+      for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
+        float* panel = reinterpret_cast<float*>(scratch);
+        kernels.unpack_panel(w, p, panel);
+        kernels.gemm_f32(a, x.stride, panel, w.cols * kPanelRows, rows,
+                         std::min(kPanelRows, w.rows - p * kPanelRows), w.cols, output_at(p));
+      }
+  }
+}
+
+}  // namespace
+
+int64_t PackedLinear::weight_bytes() const {
+  int64_t bytes = static_cast<int64_t>(bias.size()) * 4;
+  for (const Part& part : parts) bytes += static_cast<int64_t>(part.storage.size());
+  return bytes;
+}
+
+PackedLinear pack_linear(std::initializer_list<const LinearWeights*> layers, Context& ctx) {
+  PackedLinear packed;
+  for (const LinearWeights* layer : layers) {
+    packed.in_features = layer->weight.cols;
+    packed.parts.push_back(pack_part(layer->weight, packed.out_features, ctx));
+    packed.out_features += layer->weight.rows;
+    packed.bias.insert(packed.bias.end(), layer->bias.begin(), layer->bias.end());
+  }
+  ctx.reserve_scratch(matmul_scratch_bytes(packed.in_features));
+  return packed;
+}
+
+PackedLinear pack_matrix(const MatrixView& matrix, Context& ctx) {
+  const LinearWeights layer{matrix, {}};
+  return pack_linear({&layer}, ctx);
+}
+
+void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, int64_t out_stride,
+            Store store) {
+  const KernelTable& kernels = ctx.kernels;
+  const bool fast = ctx.precision == Precision::Fast;
+  const bool quantize = fast && std::any_of(layer.parts.begin(), layer.parts.end(),
+                                            [](const auto& part) { return is_quantized(part.matrix.type); });
+  QuantizedRows q;
+  if (quantize) {
+    q = ctx.quantized(x.rows, layer.in_features);
+    ctx.for_rows(x.rows, [&](int64_t r) { kernels.quantize_rows(x.data + r * x.stride, x.stride, 1, q, r); });
+  }
+
+  // Tasks: row block by row block, and within one all panels, so that the activations stay in cache.
+  std::vector<int64_t> first_task;  // per part, within a row block
+  int64_t tasks_per_block = 0;
+  const bool few_rows = x.rows <= 16;
+  const int64_t panels_per_task = few_rows ? 16 : kPanelsPerTask;
+  for (const auto& part : layer.parts) {
+    first_task.push_back(tasks_per_block);
+    tasks_per_block += (part.matrix.panel_count() + panels_per_task - 1) / panels_per_task;
+  }
+  const int64_t row_blocks = (x.rows + kRowsPerTask - 1) / kRowsPerTask;
+
+  ctx.pool.parallel_for(row_blocks * tasks_per_block, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t block = t / tasks_per_block;
+      const int64_t in_block = t % tasks_per_block;
+      size_t index = layer.parts.size() - 1;
+      while (first_task[index] > in_block) --index;
+      const PackedLinear::Part& part = layer.parts[index];
+      const int64_t panel = (in_block - first_task[index]) * panels_per_task;
+      const Task task{panel, std::min(panel + panels_per_task, part.matrix.panel_count()),
+                      block * kRowsPerTask, std::min((block + 1) * kRowsPerTask, x.rows)};
+      const MatmulOutput output{out + part.column, out_stride,
+                                layer.bias.empty() ? nullptr : layer.bias.data() + part.column, store};
+      if (fast && is_quantized(part.matrix.type))
+        kernels.matmul_q8(part.matrix, task.panel_begin, task.panel_end, q, task.row_begin, task.row_end,
+                          output, ctx.scratch(thread));
+      else
+        float_task(kernels, part, x, task, output, ctx.scratch(thread));
+    }
+  });
+}
+
+}  // namespace qwen2vl::cpu

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <initializer_list>
+#include <vector>
+
+#include "cpu/context.h"
+#include "model/weights.h"
+
+namespace qwen2vl::cpu {
+
+/// One or several Linear layers over the same input, repacked for the kernels and run as one matmul whose
+/// outputs stand side by side: q, k, v; gate, up.
+struct PackedLinear {
+  struct Part {
+    PanelMatrix matrix;
+    int64_t column = 0;  ///< of its first output in a row of the result
+    AlignedBuffer storage;
+  };
+  std::vector<Part> parts;
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  Vector bias;  ///< [out_features], or empty
+
+  int64_t weight_bytes() const;
+};
+
+/// Repacks, in parallel, and gives the mapped source pages back.
+PackedLinear pack_linear(std::initializer_list<const LinearWeights*> layers, Context& ctx);
+/// A matrix without bias (embedding, head).
+PackedLinear pack_matrix(const MatrixView& matrix, Context& ctx);
+
+/// A matmul's right-hand side: rows of float32.
+struct Rows {
+  const float* data = nullptr;
+  int64_t rows = 0;
+  int64_t stride = 0;
+};
+
+/// out[m][n] (=, +=) x[m] . weight[n] + bias[n] for every row and output feature.
+void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, int64_t out_stride,
+            Store store);
+
+}  // namespace qwen2vl::cpu

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace qwen2vl {
+
+struct SamplingParams {
+  float temperature = 0;         ///< 0: greedy
+  int64_t top_k = 0;             ///< 0: all
+  float top_p = 1;               ///< nucleus sampling (arXiv 1904.09751)
+  float min_p = 0;               ///< relative to the likeliest token (arXiv 2407.01082)
+  float repetition_penalty = 1;  ///< CTRL's (arXiv 1909.05858), over every token so far
+  uint64_t seed = 0;
+};
+
+/// Draws tokens. Order, as in transformers: repetition penalty, temperature, top_k, top_p, min_p. Greedy
+/// takes the first of equal logits. The same seed gives the same draws on every platform.
+class Sampler {
+ public:
+  /// Throws std::invalid_argument for a parameter out of range.
+  explicit Sampler(const SamplingParams& params);
+
+  /// `previous`: the tokens that the repetition penalty looks at. Throws Error where no logit is a number.
+  int32_t sample(std::span<const float> logits, std::span<const int32_t> previous);
+
+ private:
+  double uniform();
+
+  SamplingParams params_;
+  uint64_t state_;
+  std::vector<float> scores_;
+  std::vector<int32_t> order_;
+  std::vector<double> probabilities_;
+};
+
+}  // namespace qwen2vl

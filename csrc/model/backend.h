@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string_view>
+
+#include "model/positions.h"
+
+namespace qwen2vl {
+
+/// "Fast" may quantize activations to 8 bits per block and keeps the KV cache in f16; "exact" computes on
+/// float32 activations and a float32 cache throughout, for verification.
+enum class Precision { Fast, Exact };
+
+/// Called between layers with (done, total) on the calling thread. An exception thrown in it cancels the
+/// call; caches stay as they were before it.
+using Progress = std::function<void(int64_t done, int64_t total)>;
+
+/// The keys and values of one sequence. Cells are appended by Backend::forward.
+class KvCache {
+ public:
+  virtual ~KvCache() = default;
+  virtual int64_t size() const = 0;             ///< cells filled
+  virtual void truncate(int64_t size) = 0;      ///< keeps the first `size` cells, frees pages behind them
+  virtual int64_t allocated_bytes() const = 0;  ///< memory of the pages
+};
+
+enum class LogitsWanted { None, Last, All };
+
+/// Consecutive rows of one sequence, appended to its cache.
+struct SequenceRows {
+  KvCache* cache = nullptr;
+  std::span<const int32_t> token_ids;
+  /// Per row the embedding [hidden_size] that stands in for the token's own (a vision cell), or nullptr.
+  std::span<const float* const> embeddings;
+  std::span<const Position> positions;
+  LogitsWanted logits = LogitsWanted::None;
+};
+
+/// The two forward passes on one kind of device. One call at a time.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::unique_ptr<KvCache> new_cache() = 0;
+
+  /// pixel_values [t*h*w, patch_dim] -> out [t*h*w / merge^2, hidden_size].
+  virtual void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
+                             const Progress& progress) = 0;
+
+  /// Appends the rows of every sequence; writes the logits wanted, [rows, vocab_size], sequence after
+  /// sequence.
+  virtual void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) = 0;
+
+  /// Rows that forward takes in one call at most; longer prompts are cut by the caller.
+  virtual int64_t max_batch_rows() const = 0;
+
+  virtual int64_t weight_bytes() const = 0;
+  virtual std::string_view isa() const = 0;
+  virtual int n_threads() const = 0;
+};
+
+}  // namespace qwen2vl

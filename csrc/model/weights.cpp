@@ -1,0 +1,141 @@
+#include "model/weights.h"
+
+#include <string>
+
+#include "base/error.h"
+#include "quant/quantize.h"
+
+namespace qwen2vl {
+namespace {
+
+std::string shape_text(std::span<const int64_t> shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+/// Looks tensors up and collects every complaint, so that a user sees all of them at once.
+class Loader {
+ public:
+  explicit Loader(std::span<const gguf::File* const> files) : files_(files) {}
+
+  MatrixView matrix(const std::string& name, int64_t rows, int64_t cols) {
+    return view(name, {rows, cols}, rows, cols);
+  }
+
+  MatrixView patch_slice(const std::string& name, const VisionConfig& c) {
+    return view(name, {c.embed_dim, c.in_channels, c.patch_size, c.patch_size}, c.embed_dim,
+                c.in_channels * c.patch_size * c.patch_size);
+  }
+
+  Vector vector(const std::string& name, int64_t size) {
+    const MatrixView v = view(name, {size}, 1, size);
+    Vector out(v.data ? size : 0);
+    if (v.data) dequantize_row(v.type, v.data, size, out.data());
+    return out;
+  }
+
+  NormWeights rms_norm(const std::string& name, int64_t size) { return {vector(name + ".weight", size), {}}; }
+  NormWeights layer_norm(const std::string& name, int64_t size) {
+    return {vector(name + ".weight", size), vector(name + ".bias", size)};
+  }
+  LinearWeights linear(const std::string& name, int64_t out, int64_t in) {
+    return {matrix(name + ".weight", out, in), {}};
+  }
+  LinearWeights linear_with_bias(const std::string& name, int64_t out, int64_t in) {
+    return {matrix(name + ".weight", out, in), vector(name + ".bias", out)};
+  }
+
+  void finish() const {
+    if (problems_.empty()) return;
+    constexpr size_t kShown = 40;
+    std::string text = files_[0]->path() + ": " + std::to_string(problems_.size()) +
+                       " tensor(s) do not fit the configuration:";
+    for (size_t i = 0; i < problems_.size() && i < kShown; ++i) text += "\n  " + problems_[i];
+    if (problems_.size() > kShown) text += "\n  and " + std::to_string(problems_.size() - kShown) + " more";
+    throw FormatError(text);
+  }
+
+ private:
+  MatrixView view(const std::string& name, std::vector<int64_t> shape, int64_t rows, int64_t cols) {
+    const FoundTensor found = find_tensor(files_, name);
+    if (found.tensor == nullptr) {
+      problems_.push_back(name + ": missing");
+      return {};
+    }
+    if (found.tensor->shape != shape) {
+      problems_.push_back(name + ": expected shape " + shape_text(shape) + ", found " +
+                          shape_text(found.tensor->shape));
+      return {};
+    }
+    const DTypeTraits* traits = find_dtype(found.tensor->type);
+    if (traits == nullptr) {
+      problems_.push_back(name + ": its type (GGUF number " + std::to_string(found.tensor->type) +
+                          ") is not one that can be computed with");
+      return {};
+    }
+    return {traits->type, rows, cols, found.tensor->data, found.file};
+  }
+
+  std::span<const gguf::File* const> files_;
+  std::vector<std::string> problems_;
+};
+
+TextWeights load_text(Loader& load, const TextConfig& c) {
+  TextWeights w;
+  w.embed_tokens = load.matrix("token_embd.weight", c.vocab_size, c.hidden_size);
+  for (int64_t i = 0; i < c.num_hidden_layers; ++i) {
+    const std::string blk = "blk." + std::to_string(i) + ".";
+    DecoderLayerWeights l;
+    l.input_layernorm = load.rms_norm(blk + "attn_norm", c.hidden_size);
+    l.q_proj = load.linear_with_bias(blk + "attn_q", c.q_size(), c.hidden_size);
+    l.k_proj = load.linear_with_bias(blk + "attn_k", c.kv_size(), c.hidden_size);
+    l.v_proj = load.linear_with_bias(blk + "attn_v", c.kv_size(), c.hidden_size);
+    l.o_proj = load.linear(blk + "attn_output", c.hidden_size, c.q_size());
+    l.post_attention_layernorm = load.rms_norm(blk + "ffn_norm", c.hidden_size);
+    l.gate_proj = load.linear(blk + "ffn_gate", c.intermediate_size, c.hidden_size);
+    l.up_proj = load.linear(blk + "ffn_up", c.intermediate_size, c.hidden_size);
+    l.down_proj = load.linear(blk + "ffn_down", c.hidden_size, c.intermediate_size);
+    w.layers.push_back(std::move(l));
+  }
+  w.norm = load.rms_norm("output_norm", c.hidden_size);
+  if (!c.tie_word_embeddings) w.lm_head = load.matrix("output.weight", c.vocab_size, c.hidden_size);
+  return w;
+}
+
+VisionWeights load_vision(Loader& load, const VisionConfig& c) {
+  VisionWeights w;
+  w.patch_embed[0] = load.patch_slice("v.patch_embd.weight", c);
+  w.patch_embed[1] = load.patch_slice("v.patch_embd.weight.1", c);
+  for (int64_t i = 0; i < c.depth; ++i) {
+    const std::string blk = "v.blk." + std::to_string(i) + ".";
+    VisionBlockWeights b;
+    b.norm1 = load.layer_norm(blk + "ln1", c.embed_dim);
+    b.q = load.linear_with_bias(blk + "attn_q", c.embed_dim, c.embed_dim);
+    b.k = load.linear_with_bias(blk + "attn_k", c.embed_dim, c.embed_dim);
+    b.v = load.linear_with_bias(blk + "attn_v", c.embed_dim, c.embed_dim);
+    b.proj = load.linear_with_bias(blk + "attn_out", c.embed_dim, c.embed_dim);
+    b.norm2 = load.layer_norm(blk + "ln2", c.embed_dim);
+    b.fc1 = load.linear_with_bias(blk + "ffn_up", c.intermediate_size, c.embed_dim);
+    b.fc2 = load.linear_with_bias(blk + "ffn_down", c.embed_dim, c.intermediate_size);
+    w.blocks.push_back(std::move(b));
+  }
+  const int64_t merged = c.embed_dim * c.merge_unit();
+  w.ln_q = load.layer_norm("v.post_ln", c.embed_dim);
+  w.mlp_0 = load.linear_with_bias("mm.0", merged, merged);
+  w.mlp_2 = load.linear_with_bias("mm.2", c.hidden_size, merged);
+  return w;
+}
+
+}  // namespace
+
+Weights load_weights(std::span<const gguf::File* const> files, const ModelConfig& config) {
+  Loader load(files);
+  Weights weights;
+  weights.text = load_text(load, config.text);
+  if (config.vision) weights.vision = load_vision(load, *config.vision);
+  load.finish();
+  return weights;
+}
+
+}  // namespace qwen2vl

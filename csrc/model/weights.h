@@ -1,0 +1,79 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "gguf/reader.h"
+#include "model/config.h"
+#include "quant/block_types.h"
+
+namespace qwen2vl {
+
+/// A weight matrix [rows = out_features, cols = in_features] in a mapped file, in GGUF's row-major blocks.
+struct MatrixView {
+  DType type = DType::F32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  const uint8_t* data = nullptr;
+  const gguf::File* file = nullptr;  ///< whose pages can be given back once the matrix is copied
+
+  int64_t bytes() const { return rows * row_bytes(type, cols); }
+};
+
+using Vector = std::vector<float>;  ///< norms and biases, always float32
+
+/// torch.nn.Linear: y = x weight^T + bias. The bias is empty where there is none.
+struct LinearWeights {
+  MatrixView weight;
+  Vector bias;
+};
+
+struct NormWeights {
+  Vector weight;
+  Vector bias;  ///< empty for an RMSNorm
+};
+
+struct DecoderLayerWeights {
+  NormWeights input_layernorm;           // [hidden]
+  LinearWeights q_proj, k_proj, v_proj;  // [q_size | kv_size | kv_size, hidden] + bias
+  LinearWeights o_proj;                  // [hidden, q_size]
+  NormWeights post_attention_layernorm;  // [hidden]
+  LinearWeights gate_proj, up_proj;      // [intermediate, hidden]
+  LinearWeights down_proj;               // [hidden, intermediate]
+};
+
+struct TextWeights {
+  MatrixView embed_tokens;  // [vocab, hidden]
+  std::vector<DecoderLayerWeights> layers;
+  NormWeights norm;                   // [hidden]
+  std::optional<MatrixView> lm_head;  // [vocab, hidden]; embed_tokens where tied
+};
+
+struct VisionBlockWeights {
+  NormWeights norm1;      // [embed_dim]
+  LinearWeights q, k, v;  // [embed_dim, embed_dim]
+  LinearWeights proj;     // [embed_dim, embed_dim]
+  NormWeights norm2;      // [embed_dim]
+  LinearWeights fc1;      // [intermediate, embed_dim]
+  LinearWeights fc2;      // [embed_dim, intermediate]
+};
+
+struct VisionWeights {
+  MatrixView patch_embed[2];  // per frame of the temporal patch: [embed_dim, in_channels * patch * patch]
+  std::vector<VisionBlockWeights> blocks;
+  NormWeights ln_q;            // [embed_dim]
+  LinearWeights mlp_0, mlp_2;  // [4 embed_dim, 4 embed_dim], [hidden, 4 embed_dim] (4 = merge_unit)
+};
+
+struct Weights {
+  TextWeights text;
+  std::optional<VisionWeights> vision;
+};
+
+/// Views of every tensor that the configuration asks for. One FormatError lists all tensors that are missing,
+/// misshapen or of a type that cannot be computed with.
+Weights load_weights(std::span<const gguf::File* const> files, const ModelConfig& config);
+
+}  // namespace qwen2vl
