@@ -32,6 +32,7 @@ class ThreadPool {
   void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t, int)>& fn);
 
  private:
+  void stop();
   void worker(int index);
   void run_chunks(int index);
 
