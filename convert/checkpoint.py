@@ -1,0 +1,138 @@
+"""A checkpoint's safetensors files, read lazily: one range of rows at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from qwen2vl_q.convert.files import read_json
+from qwen2vl_q.convert.tensor_map import MappedTensor
+from qwen2vl_q.errors import FormatError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+# Little-endian storage; numpy has no bfloat16, so its bits are read and widened here.
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+# Tables that old versions of transformers saved and every runtime computes.
+_DERIVED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    file: Path
+    name: str  # as the file has it
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+
+def canonical_name(name: str) -> str:
+    """The hub's style (`visual.*`, `model.*`) of a name in that style or in transformers' newer one."""
+    for prefix, replacement in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(prefix):
+            return replacement + name[len(prefix) :]
+    return name
+
+
+class Checkpoint:
+    """The tensors of a folder by canonical name. Opening it reads the headers only."""
+
+    def __init__(self, folder: Path):
+        """Raises FormatError where a shard is missing or damaged, or a name occurs twice."""
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in _shard_files(folder):
+            for tensor in _read_header(file):
+                name = canonical_name(tensor.name)
+                if name in self.tensors:
+                    other = self.tensors[name]
+                    raise FormatError(
+                        f"{file}: tensor '{tensor.name}' is also in {other.file.name} as '{other.name}'"
+                    )
+                self.tensors[name] = tensor
+
+    def check(self, expected: Iterable[MappedTensor], ignored: Iterable[str]) -> None:
+        """Raises one FormatError with every missing, unexpected, misshapen or unreadable tensor."""
+        wanted = {tensor.source: tensor.source_shape for tensor in expected}
+        problems = [
+            f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in self.tensors
+        ]
+        skip = set(ignored)
+        for name, stored in self.tensors.items():
+            if name not in wanted:
+                if name not in skip and not name.endswith(_DERIVED):
+                    problems.append(f"unexpected: {stored.name} {list(stored.shape)} in {stored.file.name}")
+            elif stored.shape != wanted[name]:
+                problems.append(
+                    f"misshapen: {stored.name}: expected {list(wanted[name])}, found {list(stored.shape)}"
+                )
+            elif stored.dtype not in _DTYPES:
+                problems.append(f"type: {stored.name}: expected F32, F16 or BF16, found {stored.dtype}")
+        if problems:
+            listing = "".join(f"\n  {problem}" for problem in problems)
+            raise FormatError(f"{self.folder}: {len(problems)} tensors do not fit config.json:{listing}")
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start..stop of a tensor's first axis, as float32 [stop - start, ...]."""
+        tensor = self.tensors[name]
+        dtype = _DTYPES[tensor.dtype]
+        row = math.prod(tensor.shape[1:])
+        count = (stop - start) * row
+        # Plain reads, not a mapping: pages of a mapping would count as this process's memory.
+        values = np.fromfile(tensor.file, dtype, count, offset=tensor.offset + start * row * dtype.itemsize)
+        if values.size != count:
+            raise FormatError(f"{tensor.file}: tensor '{tensor.name}': the file ends within it")
+        if tensor.dtype == "BF16":
+            wide = values.astype(np.uint32)
+            wide <<= 16
+            values = wide.view(np.float32)
+        return values.astype(np.float32, copy=False).reshape(stop - start, *tensor.shape[1:])
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if not index.exists():
+        single = folder / _SINGLE
+        if not single.exists():
+            raise FormatError(f"{folder}: neither {_SINGLE} nor {_INDEX}")
+        return [single]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index}: expected an object 'weight_map' from tensors to files")
+    names = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        # A plain name in this folder: an index is data from the net and must not lead elsewhere.
+        if not isinstance(name, str) or not name.endswith(".safetensors") or any(c in name for c in "/\\:\0"):
+            raise FormatError(
+                f"{index}: expected the name of a safetensors file in the same folder, found {name!r}"
+            )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FormatError(f"{index}: {len(missing)} of {len(names)} files are missing: {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of one file. safetensors itself checks lengths, types, overlaps and the file's size."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise FormatError(f"{file}: not a sound safetensors file: {error}") from error
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+    return [
+        StoredTensor(
+            file, name, info["dtype"], tuple(info["shape"]), 8 + header_bytes + info["data_offsets"][0]
+        )
+        for name, info in header.items()
+        if name != "__metadata__"
+    ]

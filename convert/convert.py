@@ -1,0 +1,134 @@
+"""A Hugging Face checkpoint becomes one GGUF file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2vl_q._native import quantize
+from qwen2vl_q.convert.checkpoint import Checkpoint
+from qwen2vl_q.convert.config import read_config
+from qwen2vl_q.convert.files import model_name
+from qwen2vl_q.convert.metadata import metadata
+from qwen2vl_q.convert.recipe import Recipe, type_for_row
+from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
+from qwen2vl_q.convert.tokenizer_files import read_tokenizer
+from qwen2vl_q.convert.writer import OutputTensor, write_gguf
+from qwen2vl_q.errors import FormatError
+
+_CHUNK_VALUES = 1 << 22  # values in memory at a time (16 MiB as float32), however large the tensor
+_F16_MAX = 65504.0  # F16 values, and the F16 scales of the block types, end here
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class ConvertedTensor:
+    """A tensor of the file and where it comes from: part `part` of the checkpoint's tensor."""
+
+    mapped: MappedTensor
+    part: int
+    output: OutputTensor
+    wanted: str  # the recipe's type; output.type is another where its blocks do not divide a row
+
+
+@dataclass(frozen=True)
+class Report:
+    path: Path
+    n_bytes: int
+    tensors: Sequence[ConvertedTensor]
+    notes: Sequence[str]
+
+
+def convert_checkpoint(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    name: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Converts the checkpoint in the folder `source` to the file `out`, which appears whole or not at all.
+
+    Raises FormatError or UnsupportedError for a checkpoint that is damaged or not a Qwen2-VL,
+    FileExistsError where `out` exists and `overwrite` is false, OSError for the disk's errors.
+    """
+    config = read_config(source)
+    mapped = map_tensors(config)
+    checkpoint = Checkpoint(source)
+    ignored = ["lm_head.weight"] if config.tie_word_embeddings else []
+    checkpoint.check(mapped, ignored)
+    tokenizer = read_tokenizer(source, config)
+    tensors = [tensor for m in mapped for tensor in _plan(m, recipe)]
+    entries = metadata(
+        name or model_name(source), config, recipe, tokenizer, sum(t.output.n_elements for t in tensors)
+    )
+    by_name = {tensor.output.name: tensor for tensor in tensors}
+    total = sum(tensor.output.n_bytes for tensor in tensors)
+    done = 0
+
+    def advance(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        if progress is not None:
+            progress(done, total)
+
+    size = write_gguf(
+        out,
+        entries,
+        [tensor.output for tensor in tensors],
+        lambda output: _chunks(checkpoint, by_name[output.name]),
+        overwrite,
+        advance,
+    )
+    notes = [
+        f"{name} is not written: config.json ties the head to the embeddings"
+        for name in ignored
+        if name in checkpoint.tensors
+    ]
+    if not tokenizer.chat_templates:
+        notes.append("the checkpoint has no chat template")
+    return Report(out, size, tensors, notes)
+
+
+def _plan(mapped: MappedTensor, recipe: Recipe) -> list[ConvertedTensor]:
+    wanted = recipe.wanted(mapped.role)
+    type = type_for_row(wanted, mapped.target_shape[-1])
+    return [
+        ConvertedTensor(mapped, part, OutputTensor(target, type, mapped.target_shape), wanted)
+        for part, target in enumerate(mapped.targets)
+    ]
+
+
+def _chunks(checkpoint: Checkpoint, tensor: ConvertedTensor) -> Iterator[NDArray[np.uint8]]:
+    """The tensor's bytes, a slice of rows at a time."""
+    mapped, shape = tensor.mapped, tensor.output.shape
+    first = tensor.part * shape[0] if mapped.split_axis == 0 else 0
+    step = max(1, _CHUNK_VALUES // math.prod(mapped.source_shape[1:]))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        values = checkpoint.read(mapped.source, first + start, first + stop)
+        if mapped.role is Role.PATCH:
+            values = values[:, :, tensor.part]
+        _check_range(checkpoint, tensor, values)
+        yield quantize(
+            np.ascontiguousarray(values.reshape(-1, shape[-1] if len(shape) > 1 else values.size)),
+            tensor.output.type,
+        )
+
+
+def _check_range(checkpoint: Checkpoint, tensor: ConvertedTensor, values: NDArray[np.float32]) -> None:
+    largest = max(float(values.max()), -float(values.min()))  # NaN where any value is
+    stored = checkpoint.tensors[tensor.mapped.source]
+    if not math.isfinite(largest):
+        raise FormatError(f"{stored.file}: tensor '{stored.name}' holds values that are not finite")
+    if tensor.output.type not in ("F32", "BF16") and largest > _F16_MAX:
+        raise FormatError(
+            f"{stored.file}: tensor '{stored.name}': {tensor.output.type} reaches to {_F16_MAX:g}, "
+            f"found {largest:g}: convert to bf16 or f32"
+        )

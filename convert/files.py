@@ -1,0 +1,66 @@
+"""A checkpoint's folder: its JSON files, its name, and a copy from the Hugging Face hub where asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from qwen2vl_q.errors import FormatError
+
+# What a checkpoint's folder needs: everything else on the hub (other formats, pictures) stays there.
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+
+
+def read_text(path: Path) -> str:
+    """The file as UTF-8 text. Raises OSError, or FormatError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: expected UTF-8 text: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The file's JSON object. Raises OSError, or FormatError where it holds something else."""
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json_if_present(path: Path) -> dict[str, object]:
+    """As read_json; an empty object where there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
+def model_name(folder: Path) -> str:
+    """A readable name from the folder's; the hub's cache keeps it two levels above the files."""
+    resolved = folder.absolute()
+    if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
+        name = resolved.parent.parent.name.rsplit("--", 1)[-1]
+    else:
+        name = resolved.name
+    return re.sub(r"[-_\s]+", " ", name).strip() or "Qwen2-VL"
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` reads as owner/name of the hub and is not a path that exists."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None and not Path(source).exists()
+
+
+def download(repo_id: str) -> Path:
+    """Downloads a checkpoint into the hub's cache and returns its folder. Raises OSError where it cannot."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise OSError(
+            f"'{repo_id}' is no folder here, and the Hugging Face hub did not deliver it: {reason}"
+        ) from error

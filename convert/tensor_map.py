@@ -1,0 +1,144 @@
+"""The one table from a checkpoint's tensors to the file's: names, shapes, roles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from qwen2vl_q.convert.config import CheckpointConfig, VisionConfig
+
+
+class Role(Enum):
+    """What a tensor is, as far as its storage type goes."""
+
+    VECTOR = "norm or bias"
+    EMBEDDING = "embedding or head"
+    LANGUAGE = "language model matrix"
+    VISION = "vision tower matrix"
+    PATCH = "patch embedding"
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """A checkpoint's tensor and what becomes of it: several targets are equal parts along `split_axis`."""
+
+    source: str
+    source_shape: tuple[int, ...]
+    targets: tuple[str, ...]
+    role: Role
+
+    @property
+    def split_axis(self) -> int:
+        return 2 if self.role is Role.PATCH else 0  # patch embedding: [dim, channels, frames, rows, columns]
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        shape = self.source_shape
+        if self.role is Role.PATCH:
+            return (*shape[:2], *shape[3:])
+        return (shape[0] // len(self.targets), *shape[1:])
+
+
+class _Rule(NamedTuple):
+    """A module's names in the checkpoint (the hub's style, see checkpoint.canonical_name) and in the file.
+
+    {} stands for the block's number. `shape` is the weight's, in the names of _sizes(); a bias has its first.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    shape: tuple[str, ...]
+    role: Role
+    parts: tuple[str, ...]
+
+
+_W = ("weight",)
+_WB = ("weight", "bias")
+_VECTOR, _EMBEDDING, _LANGUAGE, _VISION = Role.VECTOR, Role.EMBEDDING, Role.LANGUAGE, Role.VISION
+
+_EMBED_TOKENS = _Rule("model.embed_tokens", ("token_embd",), ("vocab", "hidden"), _EMBEDDING, _W)
+_LAYER = (
+    _Rule("model.layers.{}.input_layernorm", ("blk.{}.attn_norm",), ("hidden",), _VECTOR, _W),
+    _Rule("model.layers.{}.self_attn.q_proj", ("blk.{}.attn_q",), ("hidden", "hidden"), _LANGUAGE, _WB),
+    _Rule("model.layers.{}.self_attn.k_proj", ("blk.{}.attn_k",), ("kv", "hidden"), _LANGUAGE, _WB),
+    _Rule("model.layers.{}.self_attn.v_proj", ("blk.{}.attn_v",), ("kv", "hidden"), _LANGUAGE, _WB),
+    _Rule("model.layers.{}.self_attn.o_proj", ("blk.{}.attn_output",), ("hidden", "hidden"), _LANGUAGE, _W),
+    _Rule("model.layers.{}.post_attention_layernorm", ("blk.{}.ffn_norm",), ("hidden",), _VECTOR, _W),
+    _Rule("model.layers.{}.mlp.gate_proj", ("blk.{}.ffn_gate",), ("ffn", "hidden"), _LANGUAGE, _W),
+    _Rule("model.layers.{}.mlp.up_proj", ("blk.{}.ffn_up",), ("ffn", "hidden"), _LANGUAGE, _W),
+    _Rule("model.layers.{}.mlp.down_proj", ("blk.{}.ffn_down",), ("hidden", "ffn"), _LANGUAGE, _W),
+)
+_NORM = _Rule("model.norm", ("output_norm",), ("hidden",), _VECTOR, _W)
+_HEAD = _Rule("lm_head", ("output",), ("vocab", "hidden"), _EMBEDDING, _W)
+_VISION_BLOCK = (
+    _Rule("visual.blocks.{}.norm1", ("v.blk.{}.ln1",), ("v_dim",), _VECTOR, _WB),
+    _Rule(
+        "visual.blocks.{}.attn.qkv",
+        ("v.blk.{}.attn_q", "v.blk.{}.attn_k", "v.blk.{}.attn_v"),
+        ("v_qkv", "v_dim"),
+        _VISION,
+        _WB,
+    ),
+    _Rule("visual.blocks.{}.attn.proj", ("v.blk.{}.attn_out",), ("v_dim", "v_dim"), _VISION, _WB),
+    _Rule("visual.blocks.{}.norm2", ("v.blk.{}.ln2",), ("v_dim",), _VECTOR, _WB),
+    _Rule("visual.blocks.{}.mlp.fc1", ("v.blk.{}.ffn_up",), ("v_ffn", "v_dim"), _VISION, _WB),
+    _Rule("visual.blocks.{}.mlp.fc2", ("v.blk.{}.ffn_down",), ("v_dim", "v_ffn"), _VISION, _WB),
+)
+_MERGER = (
+    _Rule("visual.merger.ln_q", ("v.post_ln",), ("v_dim",), _VECTOR, _WB),
+    _Rule("visual.merger.mlp.0", ("mm.0",), ("v_merged", "v_merged"), _VISION, _WB),
+    _Rule("visual.merger.mlp.2", ("mm.2",), ("hidden", "v_merged"), _VISION, _WB),
+)
+
+
+def map_tensors(config: CheckpointConfig) -> list[MappedTensor]:
+    """Every tensor that a checkpoint of this configuration has, in the order of the file."""
+    sizes = _sizes(config)
+
+    def apply(rule: _Rule, block: int = 0) -> list[MappedTensor]:
+        shape = tuple(sizes[name] for name in rule.shape)
+        return [
+            MappedTensor(
+                f"{rule.source.format(block)}.{part}",
+                shape if part == "weight" else shape[:1],
+                tuple(f"{target.format(block)}.{part}" for target in rule.targets),
+                rule.role if part == "weight" else Role.VECTOR,
+            )
+            for part in rule.parts
+        ]
+
+    mapped = apply(_EMBED_TOKENS)
+    for layer in range(config.text.num_hidden_layers):
+        mapped += [tensor for rule in _LAYER for tensor in apply(rule, layer)]
+    mapped += apply(_NORM)
+    if not config.tie_word_embeddings:
+        mapped += apply(_HEAD)
+    mapped.append(_patch_embedding(config.vision))
+    for block in range(config.vision.depth):
+        mapped += [tensor for rule in _VISION_BLOCK for tensor in apply(rule, block)]
+    return mapped + [tensor for rule in _MERGER for tensor in apply(rule)]
+
+
+def _patch_embedding(c: VisionConfig) -> MappedTensor:
+    """A convolution over two frames; the file has a slice for each."""
+    return MappedTensor(
+        "visual.patch_embed.proj.weight",
+        (c.embed_dim, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size),
+        ("v.patch_embd.weight", "v.patch_embd.weight.1"),
+        Role.PATCH,
+    )
+
+
+def _sizes(config: CheckpointConfig) -> dict[str, int]:
+    text, vision = config.text, config.vision
+    return {
+        "vocab": text.vocab_size,
+        "hidden": text.hidden_size,
+        "kv": text.num_key_value_heads * text.head_dim,
+        "ffn": text.intermediate_size,
+        "v_dim": vision.embed_dim,
+        "v_qkv": 3 * vision.embed_dim,
+        "v_ffn": vision.intermediate_size,
+        "v_merged": vision.embed_dim * vision.spatial_merge_size**2,
+    }

@@ -1,0 +1,136 @@
+"""Writes a GGUF file tensor by tensor, under a temporary name until it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from numpy.typing import NDArray
+
+from qwen2vl_q._native import block_layout
+from qwen2vl_q.convert.metadata import ARCHITECTURE, Entry
+
+_ALIGNMENT = 32  # GGUF's default
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    name: str
+    type: str  # "Q4_0", ...
+    shape: tuple[int, ...]  # numpy order: rows last
+
+    @property
+    def n_elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def n_bytes(self) -> int:
+        values, size = block_layout(self.type)
+        return self.n_elements // values * size
+
+
+Chunks = Callable[[OutputTensor], Iterator[NDArray[np.uint8]]]
+
+
+def write_gguf(
+    out: Path,
+    entries: Sequence[Entry],
+    tensors: Sequence[OutputTensor],
+    chunks: Chunks,
+    overwrite: bool,
+    progress: Callable[[int], None],
+) -> int:
+    """Writes `out` whole or not at all and returns its size in bytes.
+
+    `chunks` yields a tensor's bytes in order; `progress` is told how many were written after each. Raises
+    FileExistsError where `out` exists and `overwrite` is false, OSError where the disk does not take it.
+    """
+    with _whole_or_not_at_all(out, overwrite) as part:
+        _write_head(part, entries, tensors)
+        data_bytes = sum(_padded(t.n_bytes) for t in tensors)
+        free = shutil.disk_usage(part.parent).free
+        if data_bytes > free:
+            raise OSError(f"{out}: the file needs {data_bytes} bytes, the disk has {free} left")
+        with part.open("ab") as stream:
+            _pad(stream)
+            for tensor in tensors:
+                start = stream.tell()
+                for chunk in chunks(tensor):
+                    stream.write(chunk.data)
+                    progress(chunk.nbytes)
+                if stream.tell() - start != tensor.n_bytes:
+                    raise ValueError(f"{tensor.name}: {stream.tell() - start} bytes for {tensor.n_bytes}")
+                _pad(stream)
+            size = stream.tell()
+            stream.flush()
+            os.fsync(stream.fileno())
+    return size
+
+
+def _write_head(part: Path, entries: Sequence[Entry], tensors: Sequence[OutputTensor]) -> None:
+    writer = GGUFWriter(part, ARCHITECTURE)
+    try:
+        for entry in entries:
+            writer.add_key_value(entry.key, entry.value, entry.type)
+        for tensor in tensors:
+            # A dtype other than uint8 makes the shape count as elements, not bytes.
+            writer.add_tensor_info(
+                tensor.name,
+                tensor.shape,
+                np.dtype(np.float32),
+                tensor.n_bytes,
+                GGMLQuantizationType[tensor.type],
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields a new file's path beside `out`; it becomes `out` at the end, or vanishes on any exception."""
+
+    def refuse_existing() -> None:
+        if out.exists() and not overwrite:
+            raise FileExistsError(f"{out} exists")
+
+    refuse_existing()
+    part = out.with_name(
+        f"{out.name}.{secrets.token_hex(4)}.part"
+    )  # beside it: a rename must not cross disks
+    try:
+        part.touch(exist_ok=False)
+        yield part
+        refuse_existing()
+        part.replace(out)
+        _sync_folder(out.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself last through a power failure, where the system can (Windows cannot)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _padded(n: int) -> int:
+    return -(-n // _ALIGNMENT) * _ALIGNMENT
+
+
+def _pad(stream: BinaryIO) -> None:
+    stream.write(bytes(-stream.tell() % _ALIGNMENT))

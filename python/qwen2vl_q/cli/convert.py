@@ -1,0 +1,150 @@
+"""qwen2vl-q convert: a Hugging Face checkpoint becomes one GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint
+from qwen2vl_q.convert.files import download, is_hub_id
+
+
+def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    if value.suffix != ".gguf":  # also keeps --force from overwriting a checkpoint's own files
+        raise click.BadParameter(f"'{value}' does not end in .gguf")
+    if not value.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder '{value.absolute().parent}'")
+    return value
+
+
+@click.command(short_help="Convert a Hugging Face checkpoint to one GGUF file.")
+@click.argument("source", metavar="SRC")
+@click.argument(
+    "out", metavar="OUT.gguf", type=click.Path(dir_okay=False, path_type=Path), callback=_gguf_path
+)
+@click.option(
+    "--type",
+    "type_",
+    type=click.Choice(FILE_TYPES),
+    default="q4_0",
+    show_default=True,
+    help="Of the weights.",
+)
+@click.option(
+    "--vision-type",
+    type=click.Choice(FILE_TYPES),
+    help="Of the vision tower's weights.  [default: q8_0 in q4_0 files, else as --type]",
+)
+@click.option("--name", help="The model's name in the file.  [default: from SRC]")
+@click.option("--force", is_flag=True, help="Overwrite OUT.gguf where it exists.")
+def convert(
+    source: str, out: Path, type_: FileType, vision_type: FileType | None, name: str | None, force: bool
+) -> None:
+    """Convert a Qwen2-VL checkpoint to one GGUF file.
+
+    SRC is a folder as the Hugging Face hub has it (config.json, safetensors, tokenizer), or the name of a
+    model there, which is then downloaded into the hub's cache. The file holds the language model, the vision
+    tower, the tokenizer, the chat template, and the limits and defaults of both.
+
+    Norms and biases stay F32. In q4_0 files the embeddings and the head are Q6_K, the vision tower Q8_0. A
+    matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says which.
+
+    \b
+    Examples:
+      qwen2vl-q convert Qwen/Qwen2-VL-2B-Instruct qwen2-vl-2b.gguf
+      qwen2vl-q convert ./my-finetune my-finetune-q8_0.gguf --type q8_0
+      qwen2vl-q convert ./my-finetune m.gguf --type q4_0 --vision-type f16 --force
+    """
+    if out.exists() and not force:  # before a download, not after
+        raise click.UsageError(f"{out} exists: pass --force to overwrite it")
+    notes = Console(stderr=True)
+    if is_hub_id(source):
+        notes.print(f"No folder '{source}' here: fetching it from the Hugging Face hub", highlight=False)
+        folder, name = download(source), name or source.rsplit("/", 1)[1].replace("-", " ")
+    elif not Path(source).is_dir():
+        raise click.UsageError(f"SRC: '{source}' is not a folder")
+    else:
+        folder = Path(source)
+    with _ended_by_signal(), _progress(notes) as progress:
+        task = progress.add_task(out.name, total=None)
+        report = convert_checkpoint(
+            folder,
+            out,
+            Recipe(type_, vision_type),
+            name,
+            force,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    _print_report(Console(), report)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+@contextlib.contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Makes a termination signal an exception, so that the unfinished file is removed on the way out."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    previous = {name: signal.signal(getattr(signal, name), end) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in previous.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def _print_report(console: Console, report: Report) -> None:
+    console.print(f"{report.path}: {report.n_bytes:,} bytes", highlight=False)
+    table = Table("tensors", "type", box=None, header_style="bold")
+    for column in ("count", "parameters", "MiB", "bits/weight"):
+        table.add_column(column, justify="right")
+    groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for tensor in report.tensors:
+        size = (tensor.output.n_elements, tensor.output.n_bytes)
+        groups.setdefault((tensor.mapped.role.value, tensor.output.type), []).append(size)
+    for (role, type), sizes in groups.items():
+        table.add_row(role, type, *_totals(sizes))
+    table.add_row("all", "", *_totals([size for sizes in groups.values() for size in sizes]), style="bold")
+    console.print(table)
+    fallbacks = Counter(
+        (t.mapped.role.value, t.mapped.target_shape[-1], t.wanted, t.output.type)
+        for t in report.tensors
+        if t.wanted != t.output.type
+    )
+    for (role, row, wanted, type), count in fallbacks.items():
+        console.print(f"{type} instead of {wanted}: {count} of {role}, rows of {row}", highlight=False)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+def _totals(sizes: list[tuple[int, int]]) -> list[str]:
+    elements, n_bytes = sum(n for n, _ in sizes), sum(b for _, b in sizes)
+    return [f"{len(sizes)}", f"{elements:,}", f"{n_bytes / 2**20:,.1f}", f"{8 * n_bytes / elements:.2f}"]
