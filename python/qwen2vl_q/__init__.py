@@ -1,0 +1,36 @@
+"""Qwen2-VL on ordinary hardware: one quantized GGUF file, a native CPU core, pictures in, answers out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen2vl_q.config import Qwen2VLConfig as Qwen2VLConfig
+    from qwen2vl_q.errors import FormatError as FormatError
+    from qwen2vl_q.errors import Qwen2VLError as Qwen2VLError
+    from qwen2vl_q.errors import UnsupportedError as UnsupportedError
+    from qwen2vl_q.model import Qwen2VL as Qwen2VL
+
+# Resolved on first use: the command line's --help and the converter need neither the tokenizer nor Pillow.
+_HOME = {
+    "FormatError": "errors",
+    "Qwen2VL": "model",
+    "Qwen2VLConfig": "config",
+    "Qwen2VLError": "errors",
+    "UnsupportedError": "errors",
+}
+__all__ = ["FormatError", "Qwen2VL", "Qwen2VLConfig", "Qwen2VLError", "UnsupportedError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "__version__":
+        return import_module("qwen2vl_q._native").__version__
+    if name in _HOME:
+        return getattr(import_module(f"qwen2vl_q.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,234 @@
+"""Pictures -> the vision tower's input, as transformers' Qwen2VLImageProcessor makes it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from qwen2vl_q.errors import FormatError, UnsupportedError
+
+# The released preprocessor_config.json: 4 to 16,384 visual tokens.
+MIN_PIXELS = 4 * 28 * 28
+MAX_PIXELS = 16384 * 28 * 28
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_ASPECT_RATIO = 200
+
+# What is decoded at all: 2**27 pixels are 0.4 GB as RGB, and pass every camera short of 200 megapixels.
+MAX_DECODED_PIXELS = 2**27
+# Formats with maintained decoders; the rest of Pillow's list is attack surface for files from the net.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+
+_ORIENTATION_TAG = 0x0112  # EXIF; 1 is upright
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessedImage:
+    """A picture at the size that the vision tower sees it."""
+
+    pixels: NDArray[np.uint8]  # RGB [grid_h * patch_size, grid_w * patch_size, 3]
+    grid_thw: tuple[int, int, int]  # in patches
+    key: bytes  # 128-bit hash of the size and the pixels: equal keys, equal embeddings
+
+
+ImageInput: TypeAlias = "str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | ProcessedImage"
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """(height, width) in multiples of `factor`, near the given, with `min_pixels` to `max_pixels` in all.
+
+    ValueError for a side without pixels or an aspect ratio above 200.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"an image of {width} x {height} has no pixels")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"the image's aspect ratio must not exceed {MAX_ASPECT_RATIO}, but {width} x {height} "
+            f"is {max(height, width) / min(height, width):.0f}"
+        )
+    # Python's round goes half to even, as the reference does.
+    rows = round(height / factor) * factor
+    columns = round(width / factor) * factor
+    if rows * columns > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        rows = max(factor, math.floor(height / scale / factor) * factor)
+        columns = max(factor, math.floor(width / scale / factor) * factor)
+    elif rows * columns < min_pixels:  # also a side that rounded to 0
+        scale = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * scale / factor) * factor
+        columns = math.ceil(width * scale / factor) * factor
+    return rows, columns
+
+
+def load_image(image: str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8]) -> Image.Image:
+    """An upright RGB picture from a path, an encoded file's bytes, a Pillow image or uint8 [h, w, 3].
+
+    EXIF orientation is applied and transparency composited on white; of an animation, the first frame counts.
+    Raises OSError for a file that cannot be read, FormatError for one that is not a picture or is damaged,
+    UnsupportedError above MAX_DECODED_PIXELS, ValueError for an array of another shape or type.
+    """
+    if isinstance(image, Image.Image):
+        return _to_rgb(image, "the image")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f"an image array must be uint8 [height, width, 3], found {image.dtype} {list(image.shape)}"
+            )
+        return Image.fromarray(np.ascontiguousarray(image))
+    if isinstance(image, bytes):
+        return _decode(io.BytesIO(image), f"the image ({len(image)} bytes)")
+    if isinstance(image, (str, PathLike)):
+        with Path(image).open("rb") as file:
+            return _decode(io.BufferedReader(file), fspath(image))
+    raise ValueError(
+        f"an image must be a path, bytes, a PIL image or a uint8 array, found {type(image).__name__}"
+    )
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """The preprocessing of one model file."""
+
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    image_std: tuple[float, ...] = IMAGE_STD
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"expected 1 <= min_pixels <= max_pixels, found {self.min_pixels} and {self.max_pixels}"
+            )
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or not all(s > 0 for s in self.image_std):
+            raise ValueError(
+                "expected three means and three positive deviations, "
+                f"found {self.image_mean} and {self.image_std}"
+            )
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], path: str) -> ImageProcessor:
+        """From the `clip.vision.*` keys, the released defaults for missing ones. FormatError, naming file and
+        key, for values out of range."""
+        found: dict[str, Any] = {}
+        for name in ("min_pixels", "max_pixels"):
+            pixels = metadata.get(f"clip.vision.image_{name}")
+            if pixels is not None:
+                if not isinstance(pixels, int) or pixels < 1:
+                    raise FormatError(
+                        f"{path}: clip.vision.image_{name}: expected a number, found {pixels!r}"
+                    )
+                found[name] = pixels
+        for name in ("image_mean", "image_std"):
+            channels = metadata.get(f"clip.vision.{name}")
+            if channels is not None:
+                if not isinstance(channels, list) or not all(isinstance(value, float) for value in channels):
+                    raise FormatError(
+                        f"{path}: clip.vision.{name}: expected numbers, found {channels!r:.100}"
+                    )
+                found[name] = tuple(channels)
+        try:
+            return cls(**found)
+        except ValueError as error:
+            raise FormatError(f"{path}: clip.vision: {error}") from None
+
+    def bounded(self, min_pixels: int | None, max_pixels: int | None) -> ImageProcessor:
+        """This one with other bounds, where they are not None. ValueError for bounds out of order."""
+        given: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        return replace(self, **{name: bound for name, bound in given.items() if bound is not None})
+
+    def process(self, image: ImageInput) -> ProcessedImage:
+        """Decodes and resizes a picture; one that is processed already is returned as it is."""
+        if isinstance(image, ProcessedImage):
+            return image
+        picture = load_image(image)
+        factor = self.patch_size * self.merge_size
+        height, width = smart_resize(picture.height, picture.width, factor, self.min_pixels, self.max_pixels)
+        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+        digest = hashlib.blake2b(f"{height}x{width}:".encode(), digest_size=16)
+        digest.update(pixels.data)
+        return ProcessedImage(
+            pixels, (1, height // self.patch_size, width // self.patch_size), digest.digest()
+        )
+
+    def patchify(self, image: ProcessedImage) -> NDArray[np.float32]:
+        """float32 [n_patches, 3 * temporal_patch_size * patch_size**2], values in the order channel, time,
+        row, column; the four patches that will be merged are neighbours."""
+        side, merge, frames = self.patch_size, self.merge_size, self.temporal_patch_size
+        _, grid_h, grid_w = image.grid_thw
+        blocks = image.pixels.reshape(grid_h // merge, merge, side, grid_w // merge, merge, side, 3)
+        blocks = blocks.transpose(
+            6, 0, 3, 1, 4, 2, 5
+        )  # channel, block row and column, patch row and column, y, x
+        patches = np.empty((*blocks.shape[1:5], 3, frames, side, side), np.float32)
+        # The reference's roundings: x * (1/255) in double, then float32 throughout. A table has all 256.
+        levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+        for channel, (mean, std) in enumerate(zip(self.image_mean, self.image_std, strict=True)):
+            table = (levels - np.float32(mean)) / np.float32(std)
+            patches[:, :, :, :, channel] = table[blocks[channel]][
+                :, :, :, :, None
+            ]  # a still repeats its frame
+        return patches.reshape(grid_h * grid_w, -1)
+
+
+def preprocess(
+    image: ImageInput, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> tuple[NDArray[np.float32], tuple[int, int, int]]:
+    """(float32 [n_patches, 1176], the grid (t, h, w) in patches), as the released models want a picture."""
+    processor = ImageProcessor(min_pixels, max_pixels)
+    processed = processor.process(image)
+    return processor.patchify(processed), processed.grid_thw
+
+
+def _decode(file: io.BufferedIOBase, name: str) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
+        try:
+            picture = Image.open(file, formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise UnsupportedError(f"{name}: {error}") from None
+        except UnidentifiedImageError:
+            raise FormatError(f"{name}: not an image (expected {', '.join(FORMATS)})") from None
+        except Exception as error:
+            raise _damaged(name, error) from error
+    return _to_rgb(picture, name)
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    if picture.width * picture.height > MAX_DECODED_PIXELS:
+        raise UnsupportedError(
+            f"{name}: expected at most {MAX_DECODED_PIXELS} pixels, found {picture.width} x {picture.height}"
+        )
+    try:
+        picture.load()
+        if picture.getexif().get(_ORIENTATION_TAG, 1) != 1:
+            picture = ImageOps.exif_transpose(picture)
+        if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+            white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # decoders raise whatever their parsers meet: OSError, SyntaxError, struct.error ...
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> FormatError:
+    return FormatError(f"{name}: damaged image: {error or type(error).__name__}")

@@ -1,0 +1,46 @@
+"""What a call took: counts, seconds, bytes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """One call of `generate` or `chat`, as far as it has come."""
+
+    image_tokens: int = 0  # of the images that had to be encoded
+    encode_seconds: float = 0.0
+    prompt_tokens: int = 0  # in all
+    reused_tokens: int = 0  # of these, found in the KV cache
+    prefill_seconds: float = 0.0
+    generated_tokens: int = 0
+    decode_seconds: float = 0.0  # evaluating and drawing; not the caller's time between tokens
+    finish_reason: Literal["", "stop", "length"] = ""  # empty: not finished
+    kv_bytes: int = 0  # KV cache pages in use
+    peak_memory_bytes: int | None = None  # of the process; None where the system does not say
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return _rate(self.prompt_tokens - self.reused_tokens, self.prefill_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """The first token comes out of the prefill and does not count."""
+        return _rate(max(self.generated_tokens - 1, 0), self.decode_seconds)
+
+
+def peak_memory_bytes() -> int | None:
+    """The most physical memory that this process has held; None on systems without getrusage."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
