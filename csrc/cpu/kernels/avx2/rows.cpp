@@ -1,0 +1,8 @@
+#include "cpu/kernels/simd/rows.h"
+
+#include "cpu/kernels/avx2/simd.h"
+#include "cpu/kernels/isa_kernels.h"
+
+namespace qwen2vl::cpu::avx2 {
+void add_rows(KernelTable& table) { set_row_kernels(table); }
+}  // namespace qwen2vl::cpu::avx2

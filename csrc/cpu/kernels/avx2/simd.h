@@ -1,0 +1,94 @@
+#pragma once
+
+// The vectors that the shared kernels in ../simd are written with, as AVX2, FMA and F16C have them
+// (avx512/simd.h has the same names). Internal linkage throughout: see isa_kernels.h.
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace qwen2vl::cpu {
+namespace {
+
+constexpr int kLanes = 8;
+
+/// A gemm tile of P panels (two vectors each) has at most this many rows: accumulators, a panel's vectors and
+/// a broadcast fit 16 registers. At least 8 independent accumulators need P = 4 for a single row.
+constexpr int kWidestTile = 2;
+constexpr int kWidestThinTile = 4;
+constexpr int max_tile_rows(int panels) { return panels == 1 ? 6 : panels == 2 ? 3 : 1; }
+
+using Vec = __m256;
+using IntVec = __m256i;
+
+inline __m256i first_lanes(int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+}
+
+inline Vec set1(float x) { return _mm256_set1_ps(x); }
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+/// The first n (< kLanes) elements; `fill` in the other lanes.
+inline Vec load_first(const float* p, int64_t n, Vec fill) {
+  const __m256i mask = first_lanes(n);
+  return _mm256_blendv_ps(fill, _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
+}
+inline void store_first(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+
+inline Vec load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vec load_bf16(const uint16_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline void store_f16(uint16_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_first_f16(uint16_t* p, Vec v, int64_t n) {
+  alignas(16) uint16_t half[kLanes];
+  store_f16(half, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = half[i];
+}
+
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+/// b where either is NaN, as x86 defines it.
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec round_even(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline float first(Vec a) { return _mm256_cvtss_f32(a); }
+inline float reduce_add(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline float reduce_max(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+inline IntVec set1_int(int32_t x) { return _mm256_set1_epi32(x); }
+inline IntVec load_int(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline IntVec load_int8(const uint8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline IntVec add(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
+inline IntVec sub(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
+inline IntVec bit_and(IntVec a, IntVec b) { return _mm256_and_si256(a, b); }
+inline IntVec bit_or(IntVec a, IntVec b) { return _mm256_or_si256(a, b); }
+inline IntVec bit_xor(IntVec a, IntVec b) { return _mm256_xor_si256(a, b); }
+inline IntVec shift_left(IntVec a, int n) { return _mm256_slli_epi32(a, n); }
+inline IntVec shift_right(IntVec a, int n) { return _mm256_srli_epi32(a, n); }
+inline IntVec shift_right_signed(IntVec a, int n) { return _mm256_srai_epi32(a, n); }
+inline Vec to_float(IntVec a) { return _mm256_cvtepi32_ps(a); }
+inline IntVec to_int(Vec a) { return _mm256_cvtps_epi32(a); }
+inline Vec as_float(IntVec a) { return _mm256_castsi256_ps(a); }
+
+}  // namespace
+}  // namespace qwen2vl::cpu

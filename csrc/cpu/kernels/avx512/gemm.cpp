@@ -1,0 +1,12 @@
+#include "cpu/kernels/simd/gemm.h"
+
+#include "cpu/kernels/avx512/simd.h"
+#include "cpu/kernels/isa_kernels.h"
+#include "cpu/kernels/simd/unpack_panel.h"
+
+namespace qwen2vl::cpu::avx512 {
+void add_gemm(KernelTable& table) {
+  table.unpack_panel = unpack_panel;
+  set_gemm_kernels(table);
+}
+}  // namespace qwen2vl::cpu::avx512

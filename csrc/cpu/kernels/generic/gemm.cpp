@@ -1,0 +1,71 @@
+#include <algorithm>
+#include <cstring>
+
+#include "base/half.h"
+#include "cpu/kernels/generic/decode_block.h"
+#include "cpu/kernels/isa_kernels.h"
+
+namespace qwen2vl::cpu::generic {
+namespace {
+
+float to_float(float x) { return x; }
+float f16(uint16_t x) { return f16_to_f32(x); }
+float bf16(uint16_t x) { return bf16_to_f32(x); }
+
+/// Multiply and add are rounded apart here: a fused one is a library call on processors without it.
+template <typename T, float (*Convert)(T)>
+void gemm(const float* a, int64_t a_stride, const T* b, int64_t panel_stride, int64_t rows, int64_t n_cols,
+          int64_t depth, const MatmulOutput& out) {
+  for (int64_t n = 0; n < n_cols; n += kPanelRows) {
+    const T* panel = b + n / kPanelRows * panel_stride;
+    const int64_t lanes = std::min(kPanelRows, n_cols - n);
+    for (int64_t m = 0; m < rows; ++m) {
+      float sums[kPanelRows] = {};
+      for (int64_t k = 0; k < depth; ++k) {
+        const float x = a[m * a_stride + k];
+        for (int64_t r = 0; r < kPanelRows; ++r) sums[r] += x * Convert(panel[k * kPanelRows + r]);
+      }
+      float* row = out.data + m * out.stride + n;
+      for (int64_t r = 0; r < lanes; ++r) {
+        const float sum = out.bias == nullptr ? sums[r] : sums[r] + out.bias[n + r];
+        row[r] = out.store == Store::Accumulate ? row[r] + sum : sum;
+      }
+    }
+  }
+}
+
+void unpack_panel(const PanelMatrix& w, int64_t index, float* out) {
+  const uint8_t* panel = w.panel(index);
+  const int64_t n = w.cols * kPanelRows;
+  if (w.type == DType::F32) {
+    std::memcpy(out, panel, n * sizeof(float));
+  } else if (w.type == DType::F16 || w.type == DType::BF16) {
+    for (int64_t i = 0; i < n; ++i) {
+      uint16_t half;
+      std::memcpy(&half, panel + 2 * i, sizeof half);
+      out[i] = w.type == DType::F16 ? f16(half) : bf16(half);
+    }
+  } else {
+    const PanelParts parts = panel_parts(w.type, w.cols);
+    int16_t values[kBlock32 * kPanelRows];
+    float scales[2 * kPanelRows];
+    for (int64_t b = 0; b < w.cols / kBlock32; ++b) {
+      decode_block(w, parts, panel, b, {values, scales});
+      for (int64_t i = 0; i < kBlock32 * kPanelRows; ++i) {
+        const int64_t half = i / (16 * kPanelRows);
+        out[b * kBlock32 * kPanelRows + i] = scales[half * kPanelRows + i % kPanelRows] * values[i];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void add_gemm(KernelTable& table) {
+  table.unpack_panel = unpack_panel;
+  table.gemm_f32 = gemm<float, to_float>;
+  table.gemm_f16 = gemm<uint16_t, f16>;
+  table.gemm_bf16 = gemm<uint16_t, bf16>;
+}
+
+}  // namespace qwen2vl::cpu::generic

@@ -1,0 +1,32 @@
+#pragma once
+
+#include "cpu/kernels/kernel_table.h"
+
+/// One namespace per instruction set, filled by the files of the folder of that name: each function puts the
+/// kernels of its file into the table. The table starts as the generic one, so that what a set does not
+/// speed up stays generic. Nothing else in those folders has external linkage: an inline function or a
+/// template instance compiled for one processor could be picked by the linker to serve the others.
+namespace qwen2vl::cpu {
+
+namespace generic {
+void add_quantize_rows(KernelTable& table);
+void add_matmul_q8(KernelTable& table);
+void add_gemm(KernelTable& table);  ///< unpack_panel and gemm_*
+void add_rows(KernelTable& table);  ///< everything from rms_norm on
+}  // namespace generic
+
+namespace avx2 {
+void add_quantize_rows(KernelTable& table);
+void add_matmul_q8(KernelTable& table);
+void add_gemm(KernelTable& table);
+void add_rows(KernelTable& table);
+}  // namespace avx2
+
+namespace avx512 {
+void add_quantize_rows(KernelTable& table);
+void add_matmul_q8(KernelTable& table);
+void add_gemm(KernelTable& table);
+void add_rows(KernelTable& table);
+}  // namespace avx512
+
+}  // namespace qwen2vl::cpu

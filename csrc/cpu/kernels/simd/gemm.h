@@ -1,0 +1,107 @@
+#pragma once
+
+// float32 matmul over panels, written once; needs the including instruction set's simd.h.
+
+#include "cpu/kernels/simd/tile.h"
+
+namespace qwen2vl::cpu {
+namespace {
+
+struct ElementF32 {
+  using Type = float;
+  static Vec load(const float* p) { return cpu::load(p); }
+};
+struct ElementF16 {
+  using Type = uint16_t;
+  static Vec load(const uint16_t* p) { return load_f16(p); }
+};
+struct ElementBF16 {
+  using Type = uint16_t;
+  static Vec load(const uint16_t* p) { return load_bf16(p); }
+};
+
+template <typename Element>
+struct GemmProblem {
+  const float* a;
+  int64_t a_stride;
+  const typename Element::Type* b;
+  int64_t panel_stride, n_cols, depth;
+  const MatmulOutput& out;
+};
+
+/// R rows from m, P panels from `panel`.
+template <int R, int P, typename Element>
+void gemm_tile(const GemmProblem<Element>& t, int64_t m, int64_t panel) {
+  constexpr int V = P * kVectorsPerPanel;
+  const auto* b = t.b + panel * t.panel_stride;
+  const float* a = t.a + m * t.a_stride;
+  Vec sums[R][V];
+  QWEN2VL_UNROLL
+  for (int r = 0; r < R; ++r) {
+    QWEN2VL_UNROLL
+    for (int v = 0; v < V; ++v) sums[r][v] = set1(0.0f);
+  }
+  for (int64_t k = 0; k < t.depth; ++k) {
+    Vec x[R];
+    QWEN2VL_UNROLL
+    for (int r = 0; r < R; ++r) x[r] = set1(a[r * t.a_stride + k]);
+    QWEN2VL_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const Vec w = Element::load(b + v / kVectorsPerPanel * t.panel_stride + k * kPanelRows +
+                                  v % kVectorsPerPanel * kLanes);
+      QWEN2VL_UNROLL
+      for (int r = 0; r < R; ++r) sums[r][v] = fma(w, x[r], sums[r][v]);
+    }
+  }
+  QWEN2VL_UNROLL
+  for (int r = 0; r < R; ++r) store_sums(t.out, m + r, panel * kPanelRows, t.n_cols, sums[r]);
+}
+
+template <int R, int P, typename Element>
+void gemm_tile_of(int64_t rows, const GemmProblem<Element>& t, int64_t m, int64_t panel) {
+  if (rows == R) return gemm_tile<R, P>(t, m, panel);
+  if constexpr (R > 1) gemm_tile_of<R - 1, P>(rows, t, m, panel);
+}
+
+template <int P, typename Element>
+void gemm_rows(int64_t rows, const GemmProblem<Element>& t, int64_t panel) {
+  constexpr int kRows = max_tile_rows(P);
+  for (int64_t m = 0; m < rows;) {
+    const int64_t part = even_part(rows, m, kRows);
+    gemm_tile_of<kRows, P>(part, t, m, panel);
+    m += part;
+  }
+}
+
+template <int P, typename Element>
+void gemm_rows_of(int64_t panels, int64_t rows, const GemmProblem<Element>& t, int64_t panel) {
+  if (panels == P) return gemm_rows<P>(rows, t, panel);
+  if constexpr (P > 1) gemm_rows_of<P - 1>(panels, rows, t, panel);
+}
+
+template <typename Element>
+void gemm(const float* a, int64_t a_stride, const typename Element::Type* b, int64_t panel_stride,
+          int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out) {
+  const GemmProblem<Element> t{a, a_stride, b, panel_stride, n_cols, depth, out};
+  const int64_t panels = (n_cols + kPanelRows - 1) / kPanelRows;
+  int64_t panel = 0;
+  if (rows <= max_tile_rows(kWidestThinTile)) {  // many panels at once, for enough independent sums
+    for (; panels - panel >= kWidestThinTile; panel += kWidestThinTile) {
+      gemm_rows<kWidestThinTile>(rows, t, panel);
+    }
+  }
+  while (panel < panels) {
+    const int64_t part = even_part(panels, panel, kWidestTile);
+    gemm_rows_of<kWidestTile>(part, rows, t, panel);
+    panel += part;
+  }
+}
+
+inline void set_gemm_kernels(KernelTable& table) {
+  table.gemm_f32 = gemm<ElementF32>;
+  table.gemm_f16 = gemm<ElementF16>;
+  table.gemm_bf16 = gemm<ElementBF16>;
+}
+
+}  // namespace
+}  // namespace qwen2vl::cpu

@@ -1,0 +1,137 @@
+#pragma once
+
+// Quantized matmul over panels, written once over an instruction set's weight codecs.
+//
+// A codec reads one weight type straight from the packed panel (unpacking costs less than the unpacked
+// panel's cache misses would: the vector pipes that do it are not those of the dot products):
+//   kScales             scales per block of 32
+//   Weights             one vector of 4 consecutive k (a group) of kLanes rows, ready for `step`
+//   Acc                 kLanes integer sums
+//   Codec(panel, cols)
+//   load(b, g, lane)    the Weights of group g (0..7) of block b, rows from `lane` of the panel
+//   scale(b, s, lane)   the rows' scales for the block's s-th part
+//   start(correction)   the Acc that sums start from; correction = -128 * sum of the part's activations
+//   step(acc, w, x)     adds the products of a group; x: four int8 activations, in every lane
+//   finish(acc, correction)  the sums as float
+//
+// The integer sums are exact and each part is added as fma(sum, w_scale * x_scale, total), the parts in
+// order: every instruction set and every tile shape gives the same bits, so a row's result does not depend
+// on how many rows are computed with it.
+
+#include "cpu/kernels/simd/tile.h"
+
+namespace qwen2vl::cpu {
+namespace {
+
+struct Q8Problem {
+  const PanelMatrix& w;
+  const QuantizedRows& x;
+  const MatmulOutput& out;
+};
+
+/// R rows from m, P panels from `panel`.
+template <typename Codec, int R, int P>
+void q8_tile(const Q8Problem& t, int64_t m, int64_t panel) {
+  constexpr int V = P * kVectorsPerPanel, S = Codec::kScales, kGroups = 8 / S;
+  const int64_t cols = t.w.cols, blocks = cols / kBlock32;
+  const int8_t* x = t.x.values + m * cols;
+  const float* x_scales = t.x.scales + m * blocks;
+  const int32_t* corrections = (S == 1 ? t.x.corrections32 : t.x.corrections16) + m * blocks * S;
+  const uint8_t* first_panel = t.w.data + panel * t.w.panel_bytes;
+  const Codec codec(first_panel, t.w);
+
+  Vec sums[R][V];
+  QWEN2VL_UNROLL
+  for (int r = 0; r < R; ++r) {
+    QWEN2VL_UNROLL
+    for (int v = 0; v < V; ++v) sums[r][v] = set1(0.0f);
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    QWEN2VL_UNROLL
+    for (int s = 0; s < S; ++s) {
+      typename Codec::Acc acc[R][V];
+      QWEN2VL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const typename Codec::Acc start = Codec::start(corrections + r * blocks * S + b * S + s);
+        QWEN2VL_UNROLL
+        for (int v = 0; v < V; ++v) acc[r][v] = start;
+      }
+      QWEN2VL_UNROLL
+      for (int g = 0; g < kGroups; ++g) {
+        typename Codec::Weights weights[V];
+        QWEN2VL_UNROLL
+        for (int v = 0; v < V; ++v) weights[v] = codec.load(b, s * kGroups + g, v);
+        QWEN2VL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const IntVec group = broadcast_group(x + r * cols + b * kBlock32 + 4 * (s * kGroups + g));
+          QWEN2VL_UNROLL
+          for (int v = 0; v < V; ++v) acc[r][v] = Codec::step(acc[r][v], weights[v], group);
+        }
+      }
+      Vec scales[V];
+      QWEN2VL_UNROLL
+      for (int v = 0; v < V; ++v) scales[v] = codec.scale(b, s, v);
+      QWEN2VL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Vec x_scale = set1(x_scales[r * blocks + b]);
+        QWEN2VL_UNROLL
+        for (int v = 0; v < V; ++v) {
+          const Vec part = Codec::finish(acc[r][v], corrections + r * blocks * S + b * S + s);
+          sums[r][v] = fma(part, mul(scales[v], x_scale), sums[r][v]);
+        }
+      }
+    }
+  }
+  QWEN2VL_UNROLL
+  for (int r = 0; r < R; ++r) store_sums(t.out, m + r, panel * kPanelRows, t.w.rows, sums[r]);
+}
+
+template <typename Codec, int R, int P>
+void q8_tile_of(int64_t rows, const Q8Problem& t, int64_t m, int64_t panel) {
+  if (rows == R) return q8_tile<Codec, R, P>(t, m, panel);
+  if constexpr (R > 1) q8_tile_of<Codec, R - 1, P>(rows, t, m, panel);
+}
+
+template <typename Codec, int P>
+void q8_rows(const Q8Problem& t, int64_t row_begin, int64_t row_end, int64_t panel) {
+  constexpr int kRows = max_q8_tile_rows(P);
+  for (int64_t m = row_begin; m < row_end;) {
+    const int64_t part = even_part(row_end, m, kRows);
+    q8_tile_of<Codec, kRows, P>(part, t, m, panel);
+    m += part;
+  }
+}
+
+template <typename Codec>
+void q8_panels(const Q8Problem& t, int64_t panel_begin, int64_t panel_end, int64_t row_begin,
+               int64_t row_end) {
+  int64_t panel = panel_begin;
+  for (; panel + kQ8TilePanels <= panel_end; panel += kQ8TilePanels) {
+    q8_rows<Codec, kQ8TilePanels>(t, row_begin, row_end, panel);
+  }
+  for (; panel < panel_end; ++panel) q8_rows<Codec, 1>(t, row_begin, row_end, panel);
+}
+
+template <typename CodecQ8, typename CodecQ4, typename CodecQ6>
+void matmul_q8(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
+               int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte*) {
+  const Q8Problem t{w, x, out};
+  switch (w.type) {
+    case DType::Q8_0:
+      return q8_panels<CodecQ8>(t, panel_begin, panel_end, row_begin, row_end);
+    case DType::Q4_0:
+      return q8_panels<CodecQ4>(t, panel_begin, panel_end, row_begin, row_end);
+    case DType::Q6_K:
+      return q8_panels<CodecQ6>(t, panel_begin, panel_end, row_begin, row_end);
+    default:  // float types have no int8 matmul
+      return;
+  }
+}
+
+template <typename CodecQ8, typename CodecQ4, typename CodecQ6>
+void set_q8_kernel(KernelTable& table) {
+  table.matmul_q8 = matmul_q8<CodecQ8, CodecQ4, CodecQ6>;
+}
+
+}  // namespace
+}  // namespace qwen2vl::cpu

@@ -1,0 +1,51 @@
+#pragma once
+
+// Needs the including instruction set's simd.h.
+
+#include "cpu/kernels/kernel_table.h"
+
+// Loops over a register tile must be unrolled, or its accumulators live in memory.
+#if defined(__clang__)
+#define QWEN2VL_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define QWEN2VL_UNROLL _Pragma("GCC unroll 16")
+#else
+#define QWEN2VL_UNROLL
+#endif
+
+namespace qwen2vl::cpu {
+namespace {
+
+constexpr int kVectorsPerPanel = static_cast<int>(kPanelRows) / kLanes;
+constexpr int64_t kGroupBytes = kPanelRows * 4;  ///< four consecutive k of every row of a panel, a byte each
+
+/// One row of a tile: V vectors of sums to columns n .. of row m, below `n_cols`.
+template <int V>
+inline void store_sums(const MatmulOutput& out, int64_t m, int64_t n, int64_t n_cols, const Vec (&sums)[V]) {
+  float* row = out.data + m * out.stride;
+  QWEN2VL_UNROLL
+  for (int v = 0; v < V; ++v) {
+    const int64_t column = n + v * kLanes, valid = n_cols - column;
+    if (valid <= 0) return;
+    Vec value = sums[v];
+    if (valid >= kLanes) {
+      if (out.bias != nullptr) value = add(value, load(out.bias + column));
+      if (out.store == Store::Accumulate) value = add(load(row + column), value);
+      store(row + column, value);
+    } else {
+      const Vec zero = set1(0.0f);
+      if (out.bias != nullptr) value = add(value, load_first(out.bias + column, valid, zero));
+      if (out.store == Store::Accumulate) value = add(load_first(row + column, valid, zero), value);
+      store_first(row + column, value, valid);
+    }
+  }
+}
+
+/// Splits `n` into parts of at most `widest`, as even as can be; the size of the part that starts at `begin`.
+inline int64_t even_part(int64_t n, int64_t begin, int64_t widest) {
+  const int64_t left = n - begin, parts = (left + widest - 1) / widest;
+  return (left + parts - 1) / parts;
+}
+
+}  // namespace
+}  // namespace qwen2vl::cpu
