@@ -85,7 +85,7 @@ class Generation:
         return ids.astype(np.int32)
 
     def prepare(self, token_ids: TokenIds, images: list[ProcessedImage]) -> Prepared:
-        """Finds each image's run of pad tokens. ValueError where they do not fit, or are too many."""
+        """Finds each image's run of pad tokens. ValueError where they do not fit or pass n_ctx."""
         ids = self.as_ids(token_ids)
         expected = [self.token_count(image) for image in images]
         if len(ids) > self._n_ctx:
@@ -97,8 +97,8 @@ class Generation:
         starts, lengths = _runs(ids, pad)
         if lengths != expected:
             raise ValueError(
-                f"token_ids: expected a run of <|image_pad|> ({pad}) for each image, of {expected} tokens, "
-                f"found runs of {lengths}"
+                f"token_ids: expected runs of <|image_pad|> ({pad}) of {expected} tokens, one for each image, "
+                f"found {lengths}"
             )
         placed = [(start, image.grid_thw, image.key) for start, image in zip(starts, images, strict=True)]
         prompt = _native.Prompt(self._native, ids, placed)
@@ -151,9 +151,8 @@ class Generation:
             self._count(generated_tokens=1)
         for drawn in range(1, limit + 1):
             piece = text.push(token)
-            stopped = text.finished or token in self._config.eos_token_ids
-            if stopped or drawn == limit:
-                self._stats = replace(self._stats, finish_reason="stop" if stopped else "length")
+            if text.finished or drawn == limit:
+                self._stats = replace(self._stats, finish_reason="stop" if text.finished else "length")
                 yield token, piece
                 return
             yield token, piece

@@ -153,7 +153,7 @@ class Qwen2VL:
         return self.tokenizer.encode(text, parse_special)
 
     def detokenize(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD. ValueError for an id out of range."""
+        """The text of token ids; what is not UTF-8 becomes U+FFFD. ValueError for an id out of range."""
         return self.tokenizer.decode(ids, skip_special)
 
     # --- images ---
@@ -170,7 +170,7 @@ class Qwen2VL:
         return self.image_processor.bounded(min_pixels, max_pixels).process(read_source(image))
 
     def encode_image(self, image: ImageInput, progress: Progress | None = None) -> NDArray[np.float32]:
-        """The vision tower's output, float32 [n_tokens, hidden_size]: a row for each merge**2 patches of the grid.
+        """The vision tower's output, float32 [n_tokens, hidden_size]: a row for merge**2 patches of the grid.
 
         `image`: a path, an encoded file's bytes, a PIL image, uint8 [h, w, 3], or what `load_image` returned.
         """
@@ -210,21 +210,21 @@ class Qwen2VL:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
         progress: Progress | None = None,
     ) -> Iterator[int]:
         """Token ids that continue `token_ids`, one by one.
 
-        Ends after an end-of-turn token (which is given out too), after the token that completes one of the
-        `stop` strings, after max_new_tokens, or where the context is full. temperature 0 is greedy; a seed of
-        None is drawn anew. Arguments are checked at once (errors as of `logits`); computation begins with the
-        first token.
+        Ends after an end-of-turn token (which is given out too; not with ignore_eos), after the token that
+        completes one of the `stop` strings, after max_new_tokens, or where the context is full. temperature 0
+        is greedy; a seed of None is drawn anew. Arguments are checked at once (errors as of `logits`);
+        computation begins with the first token.
         """
         prepared = self._generation.prepare(token_ids, [self.load_image(image) for image in images])
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        steps = self._generation.steps(
-            prepared, sampling.sampler(), max_new_tokens, TextStream(self.tokenizer, stop), progress
-        )
+        text = TextStream(self.tokenizer, stop, () if ignore_eos else self.config.eos_token_ids)
+        steps = self._generation.steps(prepared, sampling.sampler(), max_new_tokens, text, progress)
         return (token for token, _ in steps)
 
     # --- conversations ---
@@ -269,7 +269,7 @@ class Qwen2VL:
         stream: Literal[True] = True,
         *,
         max_new_tokens: int = ...,
-        stop: Sequence[str] = ...,
+        stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
         progress: Progress | None = ...,
         **sampling: float | None,
@@ -281,7 +281,7 @@ class Qwen2VL:
         stream: Literal[False],
         *,
         max_new_tokens: int = ...,
-        stop: Sequence[str] = ...,
+        stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
         progress: Progress | None = ...,
         **sampling: float | None,
@@ -292,7 +292,7 @@ class Qwen2VL:
         stream: bool = True,
         *,
         max_new_tokens: int = 1024,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         add_vision_id: bool = False,
         progress: Progress | None = None,
         **sampling: float | None,
@@ -309,7 +309,7 @@ class Qwen2VL:
             raise TypeError(f"chat() got an unexpected keyword argument {min(unknown)!r}")
         token_ids, images = self.encode_chat(messages, add_vision_id)
         prepared = self._generation.prepare(token_ids, images)
-        text = TextStream(self.tokenizer, stop)
+        text = TextStream(self.tokenizer, stop, self.config.eos_token_ids)
         sampler = self.sampling.override(sampling).sampler()
         pieces = _texts(self._generation.steps(prepared, sampler, max_new_tokens, text, progress), text)
         return pieces if stream else "".join(pieces)
