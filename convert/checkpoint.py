@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from qwen2vl_q.errors import FormatError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Little-endian storage; numpy has no bfloat16, so its bits are read and widened here.
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 # Tables that old versions of transformers saved and every runtime computes.
 _DERIVED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
 
@@ -86,14 +87,14 @@ class Checkpoint:
         row = math.prod(tensor.shape[1:])
         count = (stop - start) * row
         # Plain reads, not a mapping: pages of a mapping would count as this process's memory.
-        values = np.fromfile(tensor.file, dtype, count, offset=tensor.offset + start * row * dtype.itemsize)
+        values: NDArray[Any] = np.fromfile(tensor.file, dtype, count, offset=tensor.offset + start * row * dtype.itemsize)
         if values.size != count:
             raise FormatError(f"{tensor.file}: tensor '{tensor.name}': the file ends within it")
         if tensor.dtype == "BF16":
             wide = values.astype(np.uint32)
             wide <<= 16
             values = wide.view(np.float32)
-        return values.astype(np.float32, copy=False).reshape(stop - start, *tensor.shape[1:])
+        return np.asarray(values, np.float32).reshape(stop - start, *tensor.shape[1:])
 
 
 def _shard_files(folder: Path) -> list[Path]:

@@ -19,8 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
+from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint
 from qwen2vl_q.convert.files import download, is_hub_id
 
@@ -91,7 +91,7 @@ def convert(
             force,
             lambda done, total: progress.update(task, completed=done, total=total),
         )
-    _print_report(Console(), report)
+    _print_report(stdout_console(), report)
 
 
 def _progress(console: Console) -> Progress:
@@ -123,17 +123,11 @@ def _ended_by_signal() -> Iterator[None]:
 
 def _print_report(console: Console, report: Report) -> None:
     console.print(f"{report.path}: {report.n_bytes:,} bytes", highlight=False)
-    table = Table("tensors", "type", box=None, header_style="bold")
-    for column in ("count", "parameters", "MiB", "bits/weight"):
-        table.add_column(column, justify="right")
-    groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    groups: dict[tuple[str, ...], Totals] = {}
     for tensor in report.tensors:
-        size = (tensor.output.n_elements, tensor.output.n_bytes)
-        groups.setdefault((tensor.mapped.role.value, tensor.output.type), []).append(size)
-    for (role, type), sizes in groups.items():
-        table.add_row(role, type, *_totals(sizes))
-    table.add_row("all", "", *_totals([size for sizes in groups.values() for size in sizes]), style="bold")
-    console.print(table)
+        group = groups.setdefault((tensor.mapped.role.value, tensor.output.type), Totals())
+        group.add(tensor.output.n_elements, tensor.output.n_bytes)
+    console.print(size_table(("tensors", "type"), groups))
     fallbacks = Counter(
         (t.mapped.role.value, t.mapped.target_shape[-1], t.wanted, t.output.type)
         for t in report.tensors
@@ -143,8 +137,3 @@ def _print_report(console: Console, report: Report) -> None:
         console.print(f"{type} instead of {wanted}: {count} of {role}, rows of {row}", highlight=False)
     for note in report.notes:
         console.print(f"note: {note}", highlight=False)
-
-
-def _totals(sizes: list[tuple[int, int]]) -> list[str]:
-    elements, n_bytes = sum(n for n, _ in sizes), sum(b for _, b in sizes)
-    return [f"{len(sizes)}", f"{elements:,}", f"{n_bytes / 2**20:,.1f}", f"{8 * n_bytes / elements:.2f}"]

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qwen2vl_q._native import GgufFile, TensorInfo
+from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 
 _TOKEN_TYPES = {1: "normal", 2: "unknown", 3: "control", 4: "user defined", 5: "unused", 6: "byte"}
 _SHOWN_ITEMS = 8  # of a long list
@@ -44,35 +45,19 @@ def inspect(model: str, list_tensors: bool, whole_template: bool, as_json: bool)
             raise ValueError(f"{model}: the file has no chat template")
         click.echo(template)
     elif as_json:
-        click.echo(json.dumps(_everything(model, file, metadata), indent=2, default=str))
+        click.echo(json.dumps(_everything(model, file, metadata), indent=2))
     else:
-        _print(Console(), model, file, metadata)
+        _print(stdout_console(), model, file, metadata)
         if list_tensors:
-            _print_tensors(Console(), file.tensors)
+            _print_tensors(stdout_console(), file.tensors)
 
 
-def _elements(tensor: TensorInfo) -> int:
-    return math.prod(tensor.shape)
-
-
-def _by_type(tensors: Sequence[TensorInfo]) -> list[dict[str, Any]]:
+def _by_type(tensors: Sequence[TensorInfo]) -> dict[str, Totals]:
     """Counts and sizes of each type, largest first."""
-    groups: dict[str, list[TensorInfo]] = {}
+    groups: dict[str, Totals] = {}
     for tensor in tensors:
-        groups.setdefault(tensor.type, []).append(tensor)
-    rows = [_total(type, group) for type, group in groups.items()]
-    return sorted(rows, key=lambda row: -row["bytes"])
-
-
-def _total(name: str, tensors: Sequence[TensorInfo]) -> dict[str, Any]:
-    elements, n_bytes = sum(map(_elements, tensors)), sum(t.n_bytes for t in tensors)
-    return {
-        "type": name,
-        "tensors": len(tensors),
-        "parameters": elements,
-        "bytes": n_bytes,
-        "bits_per_weight": round(8 * n_bytes / elements, 3) if elements else 0.0,
-    }
+        groups.setdefault(tensor.type, Totals()).add(math.prod(tensor.shape), tensor.n_bytes)
+    return dict(sorted(groups.items(), key=lambda item: -item[1].n_bytes))
 
 
 def _everything(model: str, file: GgufFile, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,8 +66,17 @@ def _everything(model: str, file: GgufFile, metadata: Mapping[str, Any]) -> dict
         "path": model,
         "version": file.version,
         "alignment": file.alignment,
-        "parameters": sum(map(_elements, tensors)),
-        "types": _by_type(tensors),
+        "parameters": sum(math.prod(t.shape) for t in tensors),
+        "types": [
+            {
+                "type": type,
+                "tensors": totals.count,
+                "parameters": totals.elements,
+                "bytes": totals.n_bytes,
+                "bits_per_weight": totals.bits_per_weight,
+            }
+            for type, totals in _by_type(tensors).items()
+        ],
         "metadata": dict(metadata),
         "tensors": [
             {"name": t.name, "type": t.type, "shape": list(t.shape), "offset": t.offset, "bytes": t.n_bytes}
@@ -100,20 +94,8 @@ def _print(console: Console, model: str, file: GgufFile, metadata: Mapping[str, 
         if rows:
             _print_section(console, title, rows)
     if file.tensors:
-        table = Table("type", box=None, header_style="bold")
-        for column in ("tensors", "parameters", "MiB", "bits/weight"):
-            table.add_column(column, justify="right")
-        for row in [*_by_type(file.tensors), _total("all", file.tensors)]:
-            bits = f"{row['bits_per_weight']:.2f}"
-            table.add_row(
-                row["type"],
-                f"{row['tensors']}",
-                f"{row['parameters']:,}",
-                f"{row['bytes'] / 2**20:,.1f}",
-                bits,
-            )
         console.print("\n[bold]Weights[/bold]")
-        console.print(table)
+        console.print(size_table(("type",), {(type,): t for type, t in _by_type(file.tensors).items()}))
 
 
 def _sections(metadata: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -1,0 +1,53 @@
+"""Tables that several commands print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+_PIPE_WIDTH = 240  # wide enough that no name breaks: what reads a pipe searches lines
+
+
+def stdout_console() -> Console:
+    """A console on stdout: as wide as the terminal, or wide where stdout is a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+@dataclass
+class Totals:
+    """Counts and sizes of a group of tensors."""
+
+    count: int = 0
+    elements: int = 0
+    n_bytes: int = 0
+
+    def add(self, elements: int, n_bytes: int, count: int = 1) -> None:
+        self.count += count
+        self.elements += elements
+        self.n_bytes += n_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.n_bytes / self.elements if self.elements else 0.0
+
+
+def size_table(headings: tuple[str, ...], groups: Mapping[tuple[str, ...], Totals]) -> Table:
+    """A row for each group, whose key fills the columns `headings`, and a last one for all."""
+    table = Table(*headings, box=None, header_style="bold")
+    for column in ("count", "parameters", "MiB", "bits/weight"):
+        table.add_column(column, justify="right")
+
+    def add_row(key: tuple[str, ...], totals: Totals, style: str | None = None) -> None:
+        size, bits = f"{totals.n_bytes / 2**20:,.1f}", f"{totals.bits_per_weight:.2f}"
+        table.add_row(*key, f"{totals.count}", f"{totals.elements:,}", size, bits, style=style)
+
+    everything = Totals()
+    for key, totals in groups.items():
+        add_row(key, totals)
+        everything.add(totals.elements, totals.n_bytes, totals.count)
+    add_row(("all", *[""] * (len(headings) - 1)), everything, "bold")
+    return table
