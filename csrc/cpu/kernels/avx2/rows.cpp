@@ -1,6 +1,7 @@
-#include "cpu/kernels/simd/rows.h"
-
+// clang-format off: the templates are written in the names of simd.h
 #include "cpu/kernels/avx2/simd.h"
+#include "cpu/kernels/simd/rows.h"
+// clang-format on
 #include "cpu/kernels/isa_kernels.h"
 
 namespace qwen2vl::cpu::avx2 {

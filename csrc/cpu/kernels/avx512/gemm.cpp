@@ -1,8 +1,9 @@
-#include "cpu/kernels/simd/gemm.h"
-
+// clang-format off: the templates are written in the names of simd.h
 #include "cpu/kernels/avx512/simd.h"
-#include "cpu/kernels/isa_kernels.h"
+#include "cpu/kernels/simd/gemm.h"
 #include "cpu/kernels/simd/unpack_panel.h"
+// clang-format on
+#include "cpu/kernels/isa_kernels.h"
 
 namespace qwen2vl::cpu::avx512 {
 void add_gemm(KernelTable& table) {
