@@ -1,0 +1,104 @@
+#include <doctest/doctest.h>
+
+#include "kernel_testing.h"
+
+namespace qwen2vl::cpu {
+namespace {
+
+constexpr DType kTypes[] = {DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q6_K};
+
+int64_t multiple_of(DType type) { return dtype_traits(type).block_elements; }
+
+TEST_CASE("a packed row dequantizes to the same bits as the row of the file") {
+  for (const DType type : kTypes) {
+    for (const int64_t cols : {256, 512, 1536}) {
+      for (const int64_t rows : {1, 15, 16, 17, 40}) {
+        const TestMatrix matrix(type, rows, cols, static_cast<uint32_t>(rows + cols));
+        const Floats expected = matrix.dequantized();
+        Floats row(cols);
+        for (int64_t r = 0; r < rows; ++r) {
+          CAPTURE(dtype_traits(type).name);
+          CAPTURE(r);
+          dequantize_panel_row(matrix.panels, r, row.data());
+          CHECK_EQ(worst_mismatch(cols, row, expected.data() + r * cols), "");
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("rows that fill up the last panel are zero") {
+  for (const DType type : kTypes) {
+    const int64_t cols = 2 * multiple_of(type) + (multiple_of(type) == 1 ? 5 : 0);
+    const TestMatrix matrix(type, 19, cols, 3);
+    Floats row(cols, 1.0f);
+    for (int64_t r = 19; r < 32; ++r) {
+      CAPTURE(dtype_traits(type).name);
+      dequantize_panel_row(matrix.panels, r, row.data());
+      CHECK_EQ(worst_mismatch(cols, row, Floats(cols, 0.0f)), "");
+    }
+  }
+}
+
+TEST_CASE("the parts of a panel follow each other and a panel is a multiple of 64 bytes") {
+  CHECK_EQ(panel_parts(DType::F32, 7).bytes, 7 * 64);
+  CHECK_EQ(panel_parts(DType::F16, 7).bytes, 256);  // 224 rounded up
+  const PanelParts q8 = panel_parts(DType::Q8_0, 96);
+  CHECK_EQ(q8.scales, 96 * 16);
+  CHECK_EQ(q8.bytes, 96 * 16 + 128);  // 3 * 16 f16 scales rounded up
+  const PanelParts q4 = panel_parts(DType::Q4_0, 96);
+  CHECK_EQ(q4.scales, 96 * 8);
+  CHECK_EQ(q4.bytes, 96 * 8 + 128);
+  const PanelParts q6 = panel_parts(DType::Q6_K, 512);
+  CHECK_EQ(q6.high, 512 * 8);
+  CHECK_EQ(q6.scales, 512 * 12);
+  CHECK_EQ(q6.super, 512 * 13);
+  CHECK_EQ(q6.bytes, 512 * 13 + 64);
+}
+
+TEST_CASE("packing writes one panel and not a byte more") {
+  for (const DType type : kTypes) {
+    const int64_t cols = 3 * multiple_of(type), bytes = panel_parts(type, cols).bytes;
+    const TestMatrix matrix(type, 20, cols, 5);
+    for (const int64_t panel : {0, 1}) {
+      CAPTURE(dtype_traits(type).name);
+      std::vector<uint8_t> out(bytes + 128, 0xa5);
+      pack_panel(type, matrix.blocks.data(), 20, cols, panel, out.data() + 64);
+      for (int i = 0; i < 64; ++i) {
+        CHECK_EQ(int(out[i]), 0xa5);
+        CHECK_EQ(int(out[64 + bytes + i]), 0xa5);
+      }
+    }
+  }
+}
+
+TEST_CASE("a row that blocks do not divide is refused") {
+  uint8_t in[4096] = {}, out[4096];
+  CHECK_THROWS_AS(pack_panel(DType::Q4_0, in, 16, 40, 0, out), std::invalid_argument);
+}
+
+TEST_CASE("every kernel set unpacks a panel to the values of the file") {
+  for (const DType type : kTypes) {
+    const int64_t rows = 20, cols = 1280;
+    const TestMatrix matrix(type, rows, cols, 9);
+    const Floats expected = matrix.dequantized();
+    for (const KernelTable* kernels : supported_kernels()) {
+      CAPTURE(kernels->isa);
+      CAPTURE(dtype_traits(type).name);
+      AlignedBuffer scratch(matmul_scratch_bytes(cols));
+      for (const int64_t panel : {0, 1}) {
+        kernels->unpack_panel(matrix.panels, panel, scratch.as<float>());
+        Floats interleaved(cols * kPanelRows, 0.0f);
+        for (int64_t r = 0; r < std::min(kPanelRows, rows - panel * kPanelRows); ++r) {
+          for (int64_t k = 0; k < cols; ++k) {
+            interleaved[k * kPanelRows + r] = expected[(panel * kPanelRows + r) * cols + k];
+          }
+        }
+        CHECK_EQ(worst_mismatch(cols * kPanelRows, scratch.as<float>(), interleaved), "");
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qwen2vl::cpu
