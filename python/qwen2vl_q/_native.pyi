@@ -26,7 +26,11 @@ def default_thread_count() -> int:
 # --- quantization -------------------------------------------------------------------------------------
 
 def quantize(values: NDArray[np.float32], type: str, n_threads: int = 0) -> NDArray[np.uint8]:
-    """float32 [rows, cols] -> uint8 [rows, row_bytes] in GGUF blocks. `type`: F32, F16, BF16, Q8_0, Q4_0, Q6_K."""
+    """float32 [rows, cols] -> uint8 [rows, row_bytes] in GGUF blocks. `type`: F32, F16, BF16, Q8_0, Q4_0, Q6_K.
+
+    F16, BF16, Q8_0 and Q4_0 equal gguf.quants bit for bit. n_threads 0: default_thread_count(). ValueError:
+    another dtype or shape, not contiguous, a row that the blocks do not divide, NaN or infinity for a block type.
+    """
 
 def dequantize(data: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
     """uint8 [rows, row_bytes] -> float32 [rows, cols]."""
@@ -38,7 +42,7 @@ def block_layout(type: str) -> tuple[int, int]:
 
 class TensorInfo:
     name: str
-    type: str  # "Q4_0", or "type 23" for one that this build does not read
+    type: str  # "Q4_0", also of the types that `read` does not support ("IQ4_XS")
     shape: tuple[int, ...]  # numpy order: the contiguous dimension last
     offset: int  # from the start of the file
     n_bytes: int
@@ -53,11 +57,14 @@ class GgufFile:
     def alignment(self) -> int: ...
     @property
     def metadata(self) -> dict[str, Any]:
-        """Key -> int, float, bool, str or list of these. Strings that are not UTF-8 raise FormatError."""
+        """Key -> int, float, bool, str or list of these. Strings that are not UTF-8 raise FormatError.
+
+        Built anew at each access: keep it."""
     @property
     def tensors(self) -> list[TensorInfo]: ...
     def read(self, name: str) -> NDArray[np.float32]:
-        """A tensor, dequantized to float32 in its shape."""
+        """A tensor, dequantized to float32 in its shape. KeyError: no such tensor; UnsupportedError: another type
+        than those of `quantize`."""
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes as stored (a copy)."""
 

@@ -1,0 +1,139 @@
+#include <doctest/doctest.h>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <ctime>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/cpu_count.h"
+#include "base/thread_pool.h"
+#include "temporary_folder.h"
+
+using namespace qwen2vl;
+
+TEST_CASE("a loop visits every index once, in chunks of the grain, on threads of the pool") {
+  for (const int n_threads : {1, 2, 3, 8}) {
+    ThreadPool pool(n_threads);
+    CHECK(pool.size() == n_threads);
+    for (const int64_t n : {0, 1, 2, 7, 64, 1000}) {
+      for (const int64_t grain : {-1, 1, 3, 64, 5000}) {
+        CAPTURE(n_threads);
+        CAPTURE(n);
+        CAPTURE(grain);
+        std::vector<std::atomic<int>> visits(static_cast<size_t>(n));
+        std::atomic<int> bad_chunks{0};
+        pool.parallel_for(n, grain, [&](int64_t begin, int64_t end, int thread) {
+          const int64_t length = std::max<int64_t>(grain, 1);
+          const bool whole = end - begin == length || (end == n && end > begin && end - begin < length);
+          if (!whole || begin % length != 0 || thread < 0 || thread >= n_threads) ++bad_chunks;
+          for (int64_t i = begin; i < end; ++i) ++visits[static_cast<size_t>(i)];
+        });
+        CHECK(bad_chunks == 0);
+        CHECK(std::all_of(visits.begin(), visits.end(), [](const auto& count) { return count == 1; }));
+      }
+    }
+  }
+}
+
+TEST_CASE("the workers do take part, each under its own number") {
+  ThreadPool pool(3);
+  std::array<std::thread::id, 3> ids;
+  std::atomic<int> arrived{0};
+  pool.parallel_for(3, 1, [&](int64_t, int64_t, int thread) {  // ends only once three threads are in it
+    ids[static_cast<size_t>(thread)] = std::this_thread::get_id();
+    ++arrived;
+    while (arrived < 3) std::this_thread::yield();
+  });
+  CHECK(ids[0] == std::this_thread::get_id());
+  CHECK(ids[1] != ids[0]);
+  CHECK(ids[2] != ids[0]);
+  CHECK(ids[1] != ids[2]);
+}
+
+TEST_CASE("what a loop wrote is seen after it, loop after loop, and after a pause") {
+  ThreadPool pool(4);
+  std::vector<int64_t> values(1000, 0);  // not atomic: parallel_for orders the accesses
+  for (int loop = 0; loop < 2000; ++loop) {
+    pool.parallel_for(1000, 50, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) ++values[static_cast<size_t>(i)];
+    });
+    // Long enough for the workers to fall asleep, now and then.
+    if (loop % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+  CHECK(std::accumulate(values.begin(), values.end(), int64_t{0}) == 2000 * 1000);
+}
+
+TEST_CASE("an exception reaches the caller, stops the loop, and leaves the pool usable") {
+  for (const int n_threads : {1, 4}) {
+    ThreadPool pool(n_threads);
+    std::atomic<int> chunks{0};
+    const auto failing = [&](int64_t begin, int64_t, int) {
+      ++chunks;
+      if (begin == 5) throw std::runtime_error("chunk 5");
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+    };
+    CHECK_THROWS_WITH_AS(pool.parallel_for(100000, 1, failing), "chunk 5", std::runtime_error);
+    CHECK(chunks < 5000);
+    int64_t sum = 0;
+    pool.parallel_for(10, 100, [&](int64_t begin, int64_t end, int) { sum += end - begin; });
+    CHECK(sum == 10);
+  }
+}
+
+TEST_CASE("an idle pool uses no processor time") {
+  ThreadPool pool(4);
+  pool.parallel_for(100, 1, [](int64_t, int64_t, int) {});
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  const std::clock_t before = std::clock();  // of all threads of the process
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  CHECK(static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC < 0.05);
+}
+
+TEST_CASE("the number of threads is checked") {
+  CHECK_THROWS_AS(ThreadPool(0), std::invalid_argument);
+  CHECK_THROWS_AS(ThreadPool(-3), std::invalid_argument);
+  CHECK_THROWS_AS(ThreadPool(1 << 20), std::invalid_argument);
+  CHECK(default_thread_count() >= 1);
+  CHECK(default_thread_count() <= static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+TEST_CASE("SMT siblings count once") {
+  const TemporaryFolder root;
+  const std::string cpus = "sys/devices/system/cpu/cpu";
+  root.write(cpus + "0/topology/thread_siblings_list", "0,4\n");
+  root.write(cpus + "4/topology/thread_siblings_list", "0,4\n");
+  root.write(cpus + "1/topology/thread_siblings_list", "1-2\n");
+  root.write(cpus + "2/topology/thread_siblings_list", "1-2\n");
+  root.write(cpus + "3/topology/thread_siblings_list", "3\n");
+  CHECK(count_physical_cores(std::vector<int>{0, 1, 2, 3, 4}, root.path()) == 3);
+  CHECK(count_physical_cores(std::vector<int>{4, 2}, root.path()) == 2);
+  CHECK(count_physical_cores(std::vector<int>{0, 4, 70, 71}, root.path()) == 3);  // 70, 71: no such file
+}
+
+TEST_CASE("cgroup quotas are found, version 2") {
+  const TemporaryFolder root;
+  CHECK(cgroup_cpu_limit(root.path()) == std::nullopt);
+  root.write("proc/self/cgroup", "0::/user/job\n");
+  CHECK(cgroup_cpu_limit(root.path()) == std::nullopt);
+  root.write("sys/fs/cgroup/user/job/cpu.max", "max 100000\n");
+  CHECK(cgroup_cpu_limit(root.path()) == std::nullopt);
+  root.write("sys/fs/cgroup/user/cpu.max", "250000 100000\n");  // set on a group above
+  CHECK(cgroup_cpu_limit(root.path()) == 3);
+  root.write("sys/fs/cgroup/user/job/cpu.max", "50000 100000\n");
+  CHECK(cgroup_cpu_limit(root.path()) == 1);
+}
+
+TEST_CASE("cgroup quotas are found, version 1, also where the path is the host's") {
+  const TemporaryFolder root;
+  root.write("proc/self/cgroup", "12:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:cpuset:/docker/abc\n");
+  root.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "-1\n");
+  root.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000\n");
+  CHECK(cgroup_cpu_limit(root.path()) == std::nullopt);
+  root.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "400000\n");
+  CHECK(cgroup_cpu_limit(root.path()) == 4);
+}
