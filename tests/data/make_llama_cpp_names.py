@@ -1,8 +1,8 @@
 """Regenerates llama_cpp_names.json: names, types, shapes and keys of files that llama.cpp's converter wrote.
 
 Usage: python make_llama_cpp_names.py LANGUAGE-f16.gguf MMPROJ-f16.gguf
-Last made with llama.cpp 0c1e570 from a checkpoint of the sizes in test_convert.py (LLAMA_CPP_SPEC). Long arrays
-are kept as the SHA-256 of their JSON.
+Last made with llama.cpp 0c1e570 from a checkpoint of the sizes in test_convert.py (LLAMA_CPP_SPEC). Long
+arrays are kept as the SHA-256 of their JSON.
 """
 
 import hashlib

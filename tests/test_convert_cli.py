@@ -1,0 +1,151 @@
+"""The commands convert and inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from gguf import GGUFWriter
+
+from checkpoints import CheckpointSpec, write_checkpoint
+from qwen2vl_q.cli.convert import convert
+from qwen2vl_q.cli.inspect import inspect
+from qwen2vl_q.convert import Recipe, convert_checkpoint
+from qwen2vl_q.errors import FormatError, Qwen2VLError
+
+
+def run(command: object, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(a) for a in arguments])  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("c") / "Small-Model", CheckpointSpec())
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("m") / "m.gguf"
+    convert_checkpoint(checkpoint, out, Recipe("q4_0"))
+    return out
+
+
+def test_convert_prints_a_table_and_the_fallbacks(checkpoint: Path, tmp_path: Path) -> None:
+    result = run(convert, checkpoint, tmp_path / "m.gguf", "--type", "q4_0")
+    assert result.exit_code == 0
+    size = (tmp_path / "m.gguf").stat().st_size
+    assert f"m.gguf: {size:,} bytes" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["language", "model", "matrix", "Q4_0", "14", "86,016", "0.0", "4.50"] in rows
+    assert ["embedding", "or", "head", "Q8_0", "1", "66,560", "0.1", "8.50"] in rows
+    assert "Q8_0 instead of Q6_K: 1 of embedding or head, rows of 64" in result.stdout
+
+
+def test_convert_usage_errors(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    for arguments, message in (
+        ((checkpoint, tmp_path / "m.safetensors"), "does not end in .gguf"),
+        ((checkpoint, tmp_path / "no" / "m.gguf"), "there is no folder"),
+        ((tmp_path / "nothing", out), "is not a folder"),
+        ((checkpoint, out, "--type", "q5_0"), "q5_0"),
+        ((checkpoint, out, "--vision-type", "x"), "--vision-type"),
+        ((checkpoint,), "OUT.gguf"),
+    ):
+        result = run(convert, *arguments)
+        assert result.exit_code == 2, arguments
+        assert message in result.stderr
+    out.write_text("precious")
+    result = run(convert, checkpoint, out)
+    assert result.exit_code == 2
+    assert "exists: pass --force" in result.stderr
+    assert out.read_text() == "precious"
+    assert run(convert, checkpoint, out, "--force").exit_code == 0
+
+
+def test_convert_downloads_a_hub_id(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        return str(checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    result = run(convert, "Qwen/Qwen2-VL-2B-Instruct", tmp_path / "m.gguf")
+    assert result.exit_code == 0
+    assert asked == ["Qwen/Qwen2-VL-2B-Instruct"]
+    assert "general" in run(inspect, tmp_path / "m.gguf", "--json").stdout
+    assert "Qwen2 VL 2B Instruct" in run(inspect, tmp_path / "m.gguf").stdout
+
+
+def test_convert_says_why_the_hub_did_not_deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, allow_patterns: list[str]) -> str:
+        raise FileNotFoundError("no connection\nand a long explanation")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    result = run(convert, "Qwen/Nothing", tmp_path / "m.gguf")
+    assert str(result.exception) == (
+        "'Qwen/Nothing' is no folder here, and the Hugging Face hub did not deliver it: no connection"
+    )
+
+
+def test_inspect(model: Path) -> None:
+    text = run(inspect, model).stdout
+    for expected in (
+        "qwen2vl.block_count",
+        "Small Model",
+        "1024 normal, 14 control, 2 unused",
+        "Q4_0",
+        "image_max_pixels",
+    ):
+        assert expected in text
+    assert "1026 <|im_end|>" in text
+    assert "blk.1.ffn_up.weight" not in text
+    assert "blk.1.ffn_up.weight" in run(inspect, model, "--tensors").stdout
+
+
+def test_inspect_json(model: Path) -> None:
+    everything = json.loads(run(inspect, model, "--json").stdout)
+    assert everything["metadata"]["qwen2vl.embedding_length"] == 64
+    assert len(everything["metadata"]["tokenizer.ggml.tokens"]) == 1040
+    assert sum(t["parameters"] for t in everything["types"]) == everything["parameters"]
+    assert sum(t["bytes"] for t in everything["types"]) == sum(t["bytes"] for t in everything["tensors"])
+    q4 = next(t for t in everything["types"] if t["type"] == "Q4_0")
+    assert (q4["tensors"], q4["bits_per_weight"]) == (14, 4.5)
+    embedding = next(t for t in everything["tensors"] if t["name"] == "token_embd.weight")
+    assert embedding["shape"] == [1040, 64]
+
+
+def test_inspect_template(model: Path) -> None:
+    template = run(inspect, model, "--template").stdout
+    assert template.startswith("{% set image_count")
+    assert template.rstrip().endswith("{% endif %}")
+
+
+def test_inspect_files_of_other_kinds(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    writer = GGUFWriter(path, "gpt2")
+    writer.add_array("tokenizer.ggml.tokens", ["[a]", "b"])
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 7)  # out of range: shown as the number it is
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    result = run(inspect, path)
+    assert result.exit_code == 0
+    assert "0 tensors" in result.stdout
+    assert "Weights" not in result.stdout
+    assert [line.split() for line in result.stdout.splitlines() if "eos" in line] == [["eos_token_id", "7"]]
+    assert json.loads(run(inspect, path, "--json").stdout)["tensors"] == []
+    assert isinstance(run(inspect, path, "--template").exception, Qwen2VLError | ValueError)
+
+
+def test_inspect_refuses_what_is_not_gguf(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_text("not a model")
+    result = run(inspect, path)
+    assert isinstance(result.exception, FormatError)
+    assert run(inspect, tmp_path / "nothing.gguf").exit_code == 2

@@ -1,0 +1,323 @@
+"""What the converter refuses, and that a file appears whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoints import CheckpointSpec, random_tensors, write_checkpoint, write_safetensors
+from conversion import convert, edit_json, stored_bytes
+from qwen2vl_q.convert import Recipe, convert_checkpoint
+from qwen2vl_q.errors import FormatError, UnsupportedError
+
+SPEC = CheckpointSpec()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SPEC)
+
+
+@pytest.fixture
+def own_checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint that the test may damage."""
+    return write_checkpoint(tmp_path / "checkpoint", SPEC)
+
+
+def test_all_tensor_problems_are_listed_at_once(own_checkpoint: Path, tmp_path: Path) -> None:
+    tensors = random_tensors(SPEC, 0)
+    del tensors["visual.merger.ln_q.bias"], tensors["model.layers.1.self_attn.k_proj.bias"]
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
+    tensors["visual.blocks.0.attn.qkv.weight"] = tensors["visual.blocks.0.attn.qkv.weight"].T
+    tensors["model.layers.0.lora_A"] = np.zeros((2, 3), np.float32)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)  # of old files: ignored
+    write_safetensors(own_checkpoint / "model.safetensors", tensors)
+    with pytest.raises(FormatError, match=r"5 tensors do not fit config\.json") as error:
+        convert(own_checkpoint, tmp_path / "m.gguf")
+    for line in (
+        "missing: visual.merger.ln_q.bias [64]",
+        "missing: model.layers.1.self_attn.k_proj.bias [32]",
+        "misshapen: model.norm.weight: expected [64], found [63]",
+        "misshapen: visual.blocks.0.attn.qkv.weight: expected [192, 64], found [64, 192]",
+        "unexpected: model.layers.0.lora_A [2, 3] in model.safetensors",
+    ):
+        assert line in str(error.value)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_tied_head_that_was_saved_is_left_out(own_checkpoint: Path, tmp_path: Path) -> None:
+    tensors = random_tensors(SPEC, 0)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_safetensors(own_checkpoint / "model.safetensors", tensors)
+    report = convert(own_checkpoint, tmp_path / "m.gguf")
+    assert "output.weight" not in stored_bytes(tmp_path / "m.gguf")
+    assert report.notes == ["lm_head.weight is not written: config.json ties the head to the embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"model_type": "qwen2_5_vl"},
+            UnsupportedError,
+            "model_type: expected 'qwen2_vl', found 'qwen2_5_vl'",
+        ),
+        ({"model_type": None}, UnsupportedError, "found None"),
+        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedError, r"already quantized \(awq\)"),
+        ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act: only 'silu' is supported, found 'gelu'"),
+        ({"use_sliding_window": True}, UnsupportedError, "use_sliding_window"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3]}}, UnsupportedError, "'yarn'"),
+        (
+            {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}},
+            FormatError,
+            "sum head_dim / 2 = 8",
+        ),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": "x"}}, FormatError, "three integers, found 'x'"),
+        ({"rope_scaling": None}, FormatError, "mrope_section"),
+        ({"rope_scaling": 3}, FormatError, "rope_scaling: expected an object, found 3"),
+        ({"head_dim": 32}, UnsupportedError, "head_dim: only hidden_size / num_attention_heads = 16"),
+        ({"hidden_size": 66}, FormatError, "hidden_size 66 is not a multiple of num_attention_heads 4"),
+        (
+            {"hidden_size": "64"},
+            FormatError,
+            "hidden_size: expected an integer from 1 to 1048576, found '64'",
+        ),
+        ({"num_hidden_layers": 10**9}, FormatError, "num_hidden_layers: expected an integer from 1 to 1024"),
+        ({"num_key_value_heads": 3}, FormatError, "num_key_value_heads 3"),
+        ({"rms_norm_eps": -1}, FormatError, "rms_norm_eps: expected a positive number, found -1"),
+        ({"tie_word_embeddings": "no"}, FormatError, "tie_word_embeddings: expected true or false"),
+        ({"tie_word_embeddings": False}, FormatError, r"missing: lm_head.weight \[1040, 64\]"),
+        ({"vision_config": []}, FormatError, "vision_config: expected an object"),
+        ({"image_token_id": 5}, FormatError, r"image_token_id: expected 1036, the id of <\|image_pad\|>"),
+        ({"vocab_size": 1037}, FormatError, r"misshapen: model.embed_tokens.weight: expected \[1037, 64\]"),
+    ],
+)
+def test_configurations_that_are_refused(
+    own_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    edit_json(own_checkpoint / "config.json", **changes)
+    with pytest.raises(error, match=message) as raised:
+        convert(own_checkpoint, tmp_path / "m.gguf")
+    assert str(own_checkpoint) in str(raised.value)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temporal_patch_size": 3}, "temporal_patch_size: only 2 is supported"),
+        ({"hidden_act": "gelu"}, "hidden_act: only 'quick_gelu'"),
+        ({"hidden_size": 32}, "vision_config.hidden_size: expected the language model's 64, found 32"),
+        ({"num_heads": 5}, "vision embed_dim 64 is not a multiple of 4 num_heads 20"),
+        ({"rope_parameters": {"rope_type": "axial", "rope_theta": 5.0}}, "rope_theta: only 10000.0"),
+    ],
+)
+def test_vision_configurations_that_are_refused(
+    own_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = json.loads((own_checkpoint / "config.json").read_text())
+    edit_json(own_checkpoint / "config.json", vision_config=config["vision_config"] | changes)
+    with pytest.raises((FormatError, UnsupportedError), match=message):
+        convert(own_checkpoint, tmp_path / "m.gguf")
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def edit(name: str, **changes: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / name, **changes)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def nan(folder: Path) -> None:
+    tensors = random_tensors(SPEC, 0)
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = np.nan
+    write_safetensors(folder / "model.safetensors", tensors)
+
+
+def link_out(shard: object) -> Callable[[Path], object]:
+    return write("model.safetensors.index.json", json.dumps({"weight_map": {"model.norm.weight": shard}}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("config.json"), "no config.json, so this is not a Hugging Face checkpoint"),
+        (write("config.json", "{"), "config.json: not valid JSON"),
+        (write("config.json", "[" * 100000), "config.json: not valid JSON"),
+        (write("config.json", "[]"), "config.json: expected a JSON object, found list"),
+        (remove("model.safetensors"), "neither model.safetensors nor model.safetensors.index.json"),
+        (truncate, "model.safetensors: not a sound safetensors file"),
+        (write("model.safetensors", "x"), "model.safetensors: not a sound safetensors file"),
+        (nan, "tensor 'model.layers.0.mlp.up_proj.weight' holds values that are not finite"),
+        (link_out("../secret.safetensors"), "the same folder, found '../secret.safetensors'"),
+        (link_out("/etc/x.safetensors"), "the same folder, found '/etc/x.safetensors'"),
+        (link_out("..\\x.safetensors"), "the same folder"),
+        (link_out("passwd"), "expected the name of a safetensors file"),
+        (link_out(3), "expected the name of a safetensors file"),
+        (link_out("model-2.safetensors"), "1 of 1 files are missing: model-2.safetensors"),
+        (write("model.safetensors.index.json", "{}"), "expected an object 'weight_map'"),
+        (remove("tokenizer.json"), "neither tokenizer.json nor vocab.json with merges.txt"),
+        (edit("tokenizer.json", model={"type": "Unigram"}), "tokenizer.json: expected a model of type BPE"),
+        (edit("tokenizer.json", pre_tokenizer={"type": "ByteLevel"}), "expected Qwen2's split pattern"),
+        (edit("tokenizer.json", added_tokens=[{"id": -1, "content": "x"}]), "expected an added token"),
+        (
+            edit("tokenizer.json", added_tokens=[{"id": 0, "content": "x"}]),
+            "id 0 is both '!' and the added token 'x'",
+        ),
+        (edit("tokenizer.json", added_tokens=[{"id": 1040, "content": "x"}]), "token id 1040 has no row"),
+        (
+            edit("tokenizer_config.json", added_tokens_decoder={"x": {"content": "y"}}),
+            "tokenizer_config.json: expected",
+        ),
+        (
+            edit("chat_template.json", chat_template=3),
+            "chat_template.json: chat_template: expected a template",
+        ),
+        (remove("preprocessor_config.json"), "neither preprocessor_config.json nor processor_config.json"),
+        (edit("preprocessor_config.json", max_pixels=None), r"max_pixels \(or size.longest_edge\): expected"),
+        (edit("preprocessor_config.json", patch_size=16), "patch_size: expected config.json's 14, found 16"),
+        (edit("preprocessor_config.json", image_mean=[1]), "image_mean: expected three numbers"),
+        (edit("generation_config.json", top_p="x"), "top_p: expected a number"),
+    ],
+)
+def test_damaged_checkpoints(
+    own_checkpoint: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(own_checkpoint)
+    with pytest.raises((FormatError, UnsupportedError), match=message.replace("\\\\", "\\")) as raised:
+        convert(own_checkpoint, tmp_path / "m.gguf")
+    assert str(own_checkpoint) in str(raised.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_same_tensor_in_both_styles(own_checkpoint: Path, tmp_path: Path) -> None:
+    tensors = random_tensors(SPEC, 0)
+    tensors["model.language_model.norm.weight"] = tensors["model.norm.weight"]
+    write_safetensors(own_checkpoint / "model.safetensors", tensors)
+    with pytest.raises(FormatError, match=r"'model\.language_model\.norm\.weight' is also in"):
+        convert(own_checkpoint, tmp_path / "m.gguf")
+
+
+def test_values_beyond_f16(own_checkpoint: Path, tmp_path: Path) -> None:
+    tensors = random_tensors(SPEC, 0)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = -1e5
+    write_safetensors(own_checkpoint / "model.safetensors", tensors)
+    with pytest.raises(FormatError, match=r"F16 reaches to 65504, found 100000: convert to bf16 or f32"):
+        convert(own_checkpoint, tmp_path / "m.gguf", "f16")
+    convert(own_checkpoint, tmp_path / "m.gguf", "bf16")
+
+
+# --- whole or not at all --------------------------------------------------------------------------------
+
+
+def test_existing_files_are_kept(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    out.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"m\.gguf exists"):
+        convert_checkpoint(checkpoint, out, Recipe("f32"))
+    assert out.read_text() == "precious"
+    convert_checkpoint(checkpoint, out, Recipe("f32"), overwrite=True)
+    assert out.read_bytes()[:4] == b"GGUF"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_file_that_does_not_fit_is_not_begun(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = dataclasses.make_dataclass("Usage", ["free"])
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1000))
+    monkeypatch.setattr("qwen2vl_q.convert.convert.quantize", None)  # calling it would be another error
+    with pytest.raises(OSError, match=r"the file needs \d+ bytes, the disk has 1000 left"):
+        convert(checkpoint, tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_ends_at_the_total(checkpoint: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    report = convert_checkpoint(
+        checkpoint, tmp_path / "m.gguf", Recipe("q8_0"), progress=lambda *call: calls.append(call)
+    )
+    total = sum(t.output.n_bytes for t in report.tensors)
+    assert calls[-1] == (total, total)
+    assert calls == sorted(calls)
+    assert report.n_bytes == (tmp_path / "m.gguf").stat().st_size > total
+
+
+# Runs the command with `during` executed at the fifth slice that is quantized.
+SCRIPT = """
+    import os, signal, sys
+    import qwen2vl_q.convert.convert as module
+    from qwen2vl_q.cli.convert import convert
+    calls, quantize = [], module.quantize
+    def interrupting(values, type):
+        calls.append(type)
+        if len(calls) == 5:
+            {during}
+        return quantize(values, type)
+    module.quantize = interrupting
+    convert([sys.argv[1], sys.argv[2], "--force"])
+"""
+
+
+def run_interrupted(checkpoint: Path, out: Path, during: str) -> subprocess.CompletedProcess[str]:
+    script = textwrap.dedent(SCRIPT).format(during=during)
+    return subprocess.run(
+        [sys.executable, "-c", script, str(checkpoint), str(out)], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+@pytest.mark.parametrize(
+    ("during", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGINT)", "Aborted"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", ""),
+        ("os.kill(os.getpid(), signal.SIGHUP)", ""),
+        ("raise RuntimeError('broken')", "broken"),
+        (
+            "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))",  # as a full disk
+            os.strerror(errno.EFBIG),
+        ),
+    ],
+    ids=["ctrl-c", "terminated", "hung up", "exception", "disk full"],
+)
+def test_interrupted_conversions_leave_nothing(
+    checkpoint: Path, tmp_path: Path, during: str, message: str
+) -> None:
+    out = tmp_path / "m.gguf"
+    out.write_text("the one before")
+    result = run_interrupted(checkpoint, out, during)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+    assert out.read_text() == "the one before"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_a_kill_leaves_no_file_of_that_name(checkpoint: Path, tmp_path: Path) -> None:
+    result = run_interrupted(checkpoint, tmp_path / "m.gguf", "os.kill(os.getpid(), signal.SIGKILL)")
+    assert result.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.suffix == ".part"
