@@ -97,7 +97,7 @@ class Generation:
         starts, lengths = _runs(ids, pad)
         if lengths != expected:
             raise ValueError(
-                f"token_ids: expected runs of <|image_pad|> ({pad}) of {expected} tokens, one for each image, "
+                f"token_ids: expected runs of <|image_pad|> ({pad}) of {expected} tokens, one an image, "
                 f"found {lengths}"
             )
         placed = [(start, image.grid_thw, image.key) for start, image in zip(starts, images, strict=True)]

@@ -1,0 +1,142 @@
+"""qwen2vl-q chat: one question, or a conversation."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from qwen2vl_q.cli.conversation import Conversation
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+@click.command(short_help="Ask a model about pictures: one question, or a conversation.")
+@click.option("-m", "--model", required=True, metavar="M.gguf", help="The model.")
+@click.option("--mmproj", metavar="FILE", help="The vision tower, where the model's file does not hold it.")
+@click.option("--image", "images", multiple=True, metavar="FILE", help="A picture. May be repeated.")
+@click.option("-p", "--prompt", help="Ask this, print the answer and exit; - reads it from stdin.")
+@click.option("--system", help="The system prompt.  [default: the template's]")
+@click.option(
+    "-n",
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Tokens of an answer, at most.",
+)
+@click.option(
+    "--temp",
+    "temperature",
+    type=click.FloatRange(min=0),
+    help="0 always takes the likeliest token.  [default of this and the next five: the file's]",
+)
+@click.option("--top-k", type=click.IntRange(min=0), help="Draw from the K likeliest tokens; 0: from all.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest P of the mass."
+)
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1, max_open=True), help="... of the likeliest's probability."
+)
+@click.option(
+    "--repeat-penalty",
+    "repetition_penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Above 1, tokens that have come before get less likely.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Draws the same again.")
+@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
+@click.option(
+    "--ctx", type=click.IntRange(min=1), metavar="N", help="Tokens of context.  [default: 32768 at most]"
+)
+@click.option(
+    "--min-pixels", type=click.IntRange(min=1), help="Enlarge pictures with fewer.  [default: the file's]"
+)
+@click.option(
+    "--max-pixels", type=click.IntRange(min=1), help="Shrink pictures with more.  [default: the file's]"
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fast", "exact"]),
+    default="fast",
+    show_default=True,
+    help="exact: float32 throughout.",
+)
+@click.option("--stats", "show_stats", is_flag=True, help="Print times and memory on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Print what was loaded on stderr.")
+def chat(**options: Any) -> None:
+    """Ask a Qwen2-VL model about pictures.
+
+    With -p, prints one answer and exits. Without, holds a conversation: /help lists what can be typed. Where
+    stdin is not a terminal, each of its lines is a question.
+
+    \b
+    Examples:
+      qwen2vl-q chat -m m.gguf --image photo.jpg -p "What is in this picture?"
+      qwen2vl-q chat -m m.gguf --image page1.png --image page2.png --stats
+      cat question.txt | qwen2vl-q chat -m m.gguf -p -
+    """
+    question = options["prompt"]
+    if question == "-":
+        question = sys.stdin.read().rstrip("\n")
+    if question is not None and not question.strip():
+        raise click.UsageError("the prompt is empty")
+    conversation = _start(options)
+    if question is None:
+        from qwen2vl_q.cli.repl import converse
+
+        converse(conversation, options["show_stats"])
+        return
+    answer(conversation, question)
+    if options["show_stats"]:
+        click.echo(conversation.stats(), err=True)
+
+
+def answer(conversation: Conversation, question: str) -> None:
+    """Streams an answer to stdout. Ctrl-C raises KeyboardInterrupt, after the line has been ended."""
+    written = False
+    try:
+        with closing(conversation.ask(question)) as pieces:
+            for piece in pieces:
+                written = True
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    finally:
+        if written:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def _start(options: dict[str, Any]) -> Conversation:
+    """Loads the model and the pictures."""
+    from qwen2vl_q.cli.conversation import Conversation
+    from qwen2vl_q.cli.progress import StageBars
+    from qwen2vl_q.model import Qwen2VL
+
+    for path in (options["model"], options["mmproj"], *options["images"]):
+        if path is not None:  # before a minute of loading, not after
+            Path(path).stat()
+    with StageBars() as bars:
+        model = Qwen2VL.from_gguf(
+            options["model"],
+            options["threads"],
+            options["ctx"],
+            options["precision"],
+            mmproj=options["mmproj"],
+            min_pixels=options["min_pixels"],
+            max_pixels=options["max_pixels"],
+            progress=bars,
+        )
+    if options["verbose"]:
+        click.echo(f"{options['model']}: {model!r}, weights {model.weight_bytes / 1e9:.2f} GB", err=True)
+    settings = {name: options[name] for name in ("max_new_tokens", *_SAMPLING)}
+    conversation = Conversation(model, options["system"], settings)
+    for path in options["images"]:
+        tokens = conversation.attach(path)
+        if options["verbose"]:
+            click.echo(f"{path}: {tokens} tokens", err=True)
+    return conversation

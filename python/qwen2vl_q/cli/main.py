@@ -1,0 +1,147 @@
+"""qwen2vl-q: the group of commands, and what every command shares: errors, exit codes, --debug."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+import click
+
+# name -> (module, help). Loaded when used: a command must not wait for the imports of another.
+COMMANDS = {
+    "chat": ("qwen2vl_q.cli.chat", "Ask a model about pictures: one question, or a conversation."),
+    "convert": ("qwen2vl_q.cli.convert", "Convert a Hugging Face checkpoint to one GGUF file."),
+    "inspect": ("qwen2vl_q.cli.inspect", "Show what a GGUF file holds."),
+    "bench": ("qwen2vl_q.cli.bench", "Measure image encoding, prefill and decoding."),
+}
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+
+
+@dataclass
+class _Run:
+    """What main() has to know of a run that failed, wherever it failed."""
+
+    debug: bool = False
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name)
+        if not any(parameter.name == "debug" for parameter in command.params):
+            command.params.append(_debug_option())
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _debug_option() -> click.Option:
+    def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.find_root().obj.debug = True
+
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=remember,
+        help="Show an error's traceback.",
+    )
+
+
+def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from qwen2vl_q import _native
+
+    available = _native.supported_isas()
+    forced = os.environ.get("QWEN2VL_ISA", "")
+    if forced and forced not in available:
+        raise ValueError(f"QWEN2VL_ISA: expected one of {', '.join(available)}, found {forced!r}")
+    used = f"{forced}, forced by QWEN2VL_ISA" if forced else available[0]
+    others = ", ".join(isa for isa in available if isa != (forced or available[0]))
+    click.echo(
+        f"qwen2vl-q {_native.__version__}, instruction set {used}" + (f" (also {others})" if others else "")
+    )
+    ctx.exit()
+
+
+@click.command(
+    cls=_Commands,
+    params=[_debug_option()],
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and the instruction set in use.",
+)
+def cli() -> None:
+    """Qwen2-VL on ordinary hardware: pictures in, answers out."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code. An error is a line on stderr; --debug adds its traceback."""
+    run = _Run()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what a terminal's encoding does not
+    try:
+        with cli.make_context("qwen2vl-q", list(arguments), obj=run) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.UsageError as error:
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        return _report(f"{error.format_message()}{hint}", run, EXIT_USAGE)
+    except click.ClickException as error:
+        return _report(error.format_message(), run, EXIT_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output has gone. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        return _report(_describe(error), run, EXIT_ERROR)
+
+
+def _describe(error: Exception) -> str:
+    from qwen2vl_q.errors import Qwen2VLError
+
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"out of memory{': ' if str(error) else ''}{error}"
+    if isinstance(error, (Qwen2VLError, ValueError, OSError)):
+        return str(error) or type(error).__name__
+    return f"internal error, {type(error).__name__}: {error} (--debug shows where)"
+
+
+def _report(message: str, run: _Run, code: int) -> int:
+    if run.debug:
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
