@@ -1,6 +1,7 @@
 """Types of the native core (csrc/bindings)."""
 
-from collections.abc import Callable, Sequence as AbstractSequence
+from collections.abc import Callable
+from collections.abc import Sequence as AbstractSequence
 from typing import Any, Literal
 
 import numpy as np
@@ -26,10 +27,10 @@ def default_thread_count() -> int:
 # --- quantization -------------------------------------------------------------------------------------
 
 def quantize(values: NDArray[np.float32], type: str, n_threads: int = 0) -> NDArray[np.uint8]:
-    """float32 [rows, cols] -> uint8 [rows, row_bytes] in GGUF blocks. `type`: F32, F16, BF16, Q8_0, Q4_0, Q6_K.
+    """float32 [rows, cols] -> uint8 [rows, row_bytes] in blocks of `type`: F32, F16, BF16, Q8_0, Q4_0, Q6_K.
 
     F16, BF16, Q8_0 and Q4_0 equal gguf.quants bit for bit. n_threads 0: default_thread_count(). ValueError:
-    another dtype or shape, not contiguous, a row that the blocks do not divide, NaN or infinity for a block type.
+    another dtype or shape, not contiguous, a row that the blocks do not divide, NaN or infinity for blocks.
     """
 
 def dequantize(data: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
@@ -41,11 +42,23 @@ def block_layout(type: str) -> tuple[int, int]:
 # --- GGUF ---------------------------------------------------------------------------------------------
 
 class TensorInfo:
-    name: str
-    type: str  # "Q4_0", also of the types that `read` does not support ("IQ4_XS")
-    shape: tuple[int, ...]  # numpy order: the contiguous dimension last
-    offset: int  # from the start of the file
-    n_bytes: int
+    """One entry of `GgufFile.tensors`."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """TypeError: only GgufFile makes these."""
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> str:
+        """As GGUF tools print it ("Q4_0"); also of types that `GgufFile.read` does not support ("IQ4_XS")."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """numpy order: the contiguous dimension last."""
+    @property
+    def offset(self) -> int:
+        """From the start of the file."""
+    @property
+    def n_bytes(self) -> int: ...
 
 class GgufFile:
     """A checked, memory-mapped GGUF file."""
@@ -63,8 +76,8 @@ class GgufFile:
     @property
     def tensors(self) -> list[TensorInfo]: ...
     def read(self, name: str) -> NDArray[np.float32]:
-        """A tensor, dequantized to float32 in its shape. KeyError: no such tensor; UnsupportedError: another type
-        than those of `quantize`."""
+        """A tensor, dequantized to float32 in its shape. KeyError: no such tensor; UnsupportedError: a type
+        that `quantize` does not know."""
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes as stored (a copy)."""
 
@@ -139,8 +152,8 @@ class SequenceState:
     def kv_bytes(self) -> int:
         """Memory of the cache pages in use."""
     def reuse(self, prompt: Prompt) -> int:
-        """Keeps the longest common prefix of the cache and `prompt` (short of the last token), drops the rest;
-        returns its length in cells."""
+        """Keeps the longest common prefix of the cache and `prompt` (short of the last token), drops the
+        rest; returns its length in cells."""
     def prefill(
         self,
         prompt: Prompt,
