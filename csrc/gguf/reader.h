@@ -44,8 +44,8 @@ class File {
   const std::vector<std::pair<std::string_view, Value>>& metadata() const { return metadata_; }
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
-  const Value* find(std::string_view key) const;          ///< nullptr where absent
-  const Tensor* find_tensor(std::string_view name) const; ///< nullptr where absent
+  const Value* find(std::string_view key) const;           ///< nullptr where absent
+  const Tensor* find_tensor(std::string_view name) const;  ///< nullptr where absent
 
   /// Typed look-ups. The first form throws FormatError where the key is absent; both throw where the value
   /// has another type or does not fit.
@@ -56,8 +56,8 @@ class File {
   bool get_bool(std::string_view key, bool fallback) const;
   std::string_view get_string(std::string_view key) const;
   std::string_view get_string(std::string_view key, std::string_view fallback) const;
-  std::vector<int64_t> get_ints(std::string_view key) const;    ///< any integer array
-  std::vector<double> get_floats(std::string_view key) const;   ///< any number array
+  std::vector<int64_t> get_ints(std::string_view key) const;   ///< any integer array
+  std::vector<double> get_floats(std::string_view key) const;  ///< any number array
 
   const MappedFile& mapping() const { return *mapping_; }
 
