@@ -43,7 +43,7 @@ class Prepared:
 
 
 class Generation:
-    """Owns the KV cache and the images' embeddings; its lock lets one call at them at a time."""
+    """Owns the KV cache and the images' embeddings; `lock` lets one thread at them at a time."""
 
     def __init__(
         self, native: _native.Model, config: Qwen2VLConfig, processor: ImageProcessor, n_ctx: int
@@ -52,14 +52,14 @@ class Generation:
         self._config = config
         self._processor = processor
         self._n_ctx = n_ctx
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._turn = 0  # counts the calls that have used the cache
         self._stats = GenerationStats()
         self.reset()
 
     def reset(self) -> None:
         """Forgets the cache and the embeddings."""
-        with self._lock:
+        with self.lock:
             self._turn += 1
             self._sequence = _native.SequenceState(self._native, self._n_ctx)
             self._embeddings = EmbeddingCache(IMAGE_CACHE_BYTES)
@@ -106,7 +106,7 @@ class Generation:
 
     def embed(self, image: ProcessedImage, progress: Progress | None) -> NDArray[np.float32]:
         """float32 [n_tokens, hidden_size]; read-only where it is kept for the next time."""
-        with self._lock:
+        with self.lock:
             found = self._embeddings.get(image.key)
             if found is None:
                 patches = self._processor.patchify(image)
@@ -143,7 +143,7 @@ class Generation:
         text: TextStream,
         progress: Progress | None,
     ) -> Iterator[tuple[int, str]]:
-        with self._lock:
+        with self.lock:
             self._turn += 1
             turn = self._turn
             self._prefill(prepared, progress)
@@ -156,7 +156,7 @@ class Generation:
                 yield token, piece
                 return
             yield token, piece
-            with self._lock:
+            with self.lock:
                 if turn != self._turn:
                     raise Qwen2VLError("another call has taken over this model's cache; start this one again")
                 start = perf_counter()

@@ -28,7 +28,7 @@ MAX_ASPECT_RATIO = 200
 # What is decoded at all: 2**27 pixels are 0.4 GB as RGB, and pass every camera short of 200 megapixels.
 MAX_DECODED_PIXELS = 2**27
 # Formats with maintained decoders; the rest of Pillow's list is attack surface for files from the net.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 _ORIENTATION_TAG = 0x0112  # EXIF; 1 is upright
 

@@ -29,8 +29,8 @@ class Qwen2VL:
     """A Qwen2-VL model on this machine's CPU.
 
     One conversation's KV cache lives in it: a call of `generate` or `chat` evaluates only what its prompt
-    does not share with the call before. Threads may share an instance; their calls go one at a time, and a
-    `generate` or `chat` whose cache another call has taken over raises Qwen2VLError.
+    does not share with the call before. Threads may share an instance; their calls go one at a time. An
+    iterator whose cache another call has taken over raises Qwen2VLError.
     """
 
     def __init__(
@@ -312,7 +312,10 @@ class Qwen2VL:
         text = TextStream(self.tokenizer, stop, self.config.eos_token_ids)
         sampler = self.sampling.override(sampling).sampler()
         pieces = _texts(self._generation.steps(prepared, sampler, max_new_tokens, text, progress), text)
-        return pieces if stream else "".join(pieces)
+        if stream:
+            return pieces
+        with self._generation.lock:
+            return "".join(pieces)
 
     def reset(self) -> None:
         """Forgets the conversation's KV cache and the images' embeddings."""

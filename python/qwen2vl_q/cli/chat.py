@@ -25,6 +25,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
     "-n",
     "--max-new-tokens",
     type=click.IntRange(min=1),
+    metavar="N",
     default=1024,
     show_default=True,
     help="Tokens of an answer, at most.",
@@ -33,31 +34,49 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
     "--temp",
     "temperature",
     type=click.FloatRange(min=0),
+    metavar="T",
     help="0 always takes the likeliest token.  [default of this and the next five: the file's]",
 )
-@click.option("--top-k", type=click.IntRange(min=0), help="Draw from the K likeliest tokens; 0: from all.")
 @click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest P of the mass."
+    "--top-k", type=click.IntRange(min=0), metavar="K", help="Draw from the K likeliest tokens; 0: from all."
 )
 @click.option(
-    "--min-p", type=click.FloatRange(0, 1, max_open=True), help="... of the likeliest's probability."
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="P",
+    help="Draw from the likeliest P of the mass.",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1, max_open=True),
+    metavar="P",
+    help="... of the likeliest's probability.",
 )
 @click.option(
     "--repeat-penalty",
     "repetition_penalty",
     type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
     help="Above 1, tokens that have come before get less likely.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Draws the same again.")
-@click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Draws the same again.")
+@click.option(
+    "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: the physical cores allowed]"
+)
 @click.option(
     "--ctx", type=click.IntRange(min=1), metavar="N", help="Tokens of context.  [default: 32768 at most]"
 )
 @click.option(
-    "--min-pixels", type=click.IntRange(min=1), help="Enlarge pictures with fewer.  [default: the file's]"
+    "--min-pixels",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Enlarge pictures with fewer.  [default: the file's]",
 )
 @click.option(
-    "--max-pixels", type=click.IntRange(min=1), help="Shrink pictures with more.  [default: the file's]"
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Shrink pictures with more.  [default: the file's]",
 )
 @click.option(
     "--precision",

@@ -95,7 +95,7 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code. An error is a line on stderr; --debug adds its traceback."""
+    """Runs one command and returns the exit code. Errors are one line on stderr; --debug adds a traceback."""
     run = _Run()
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
