@@ -87,7 +87,9 @@ class Checkpoint:
         row = math.prod(tensor.shape[1:])
         count = (stop - start) * row
         # Plain reads, not a mapping: pages of a mapping would count as this process's memory.
-        values: NDArray[Any] = np.fromfile(tensor.file, dtype, count, offset=tensor.offset + start * row * dtype.itemsize)
+        values: NDArray[Any] = np.fromfile(
+            tensor.file, dtype, count, offset=tensor.offset + start * row * dtype.itemsize
+        )
         if values.size != count:
             raise FormatError(f"{tensor.file}: tensor '{tensor.name}': the file ends within it")
         if tensor.dtype == "BF16":
@@ -98,12 +100,11 @@ class Checkpoint:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if not index.exists():
-        single = folder / _SINGLE
-        if not single.exists():
-            raise FormatError(f"{folder}: neither {_SINGLE} nor {_INDEX}")
+    single, index = folder / _SINGLE, folder / _INDEX
+    if single.exists():  # first, as transformers: an index beside it may be an older save's
         return [single]
+    if not index.exists():
+        raise FormatError(f"{folder}: neither {_SINGLE} nor {_INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: expected an object 'weight_map' from tensors to files")
@@ -130,6 +131,9 @@ def _read_header(file: Path) -> list[StoredTensor]:
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(header_bytes))
+    unprintable = [name for name in header if not name.isprintable()]
+    if unprintable:  # names end up in messages: no terminal codes there
+        raise FormatError(f"{file}: tensor name {unprintable[0]!r} is not printable")
     return [
         StoredTensor(
             file, name, info["dtype"], tuple(info["shape"]), 8 + header_bytes + info["data_offsets"][0]

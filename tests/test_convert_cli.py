@@ -129,6 +129,7 @@ def test_inspect_files_of_other_kinds(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.gguf"
     writer = GGUFWriter(path, "gpt2")
     writer.add_array("tokenizer.ggml.tokens", ["[a]", "b"])
+    writer.add_name("[red]\x1b[2J")  # neither markup nor terminal codes
     writer.add_uint32("tokenizer.ggml.eos_token_id", 7)  # out of range: shown as the number it is
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -137,6 +138,7 @@ def test_inspect_files_of_other_kinds(tmp_path: Path) -> None:
     result = run(inspect, path)
     assert result.exit_code == 0
     assert "0 tensors" in result.stdout
+    assert r"[red]\x1b[2J" in result.stdout
     assert "Weights" not in result.stdout
     assert [line.split() for line in result.stdout.splitlines() if "eos" in line] == [["eos_token_id", "7"]]
     assert json.loads(run(inspect, path, "--json").stdout)["tensors"] == []

@@ -157,7 +157,15 @@ def nan(folder: Path) -> None:
 
 
 def link_out(shard: object) -> Callable[[Path], object]:
-    return write("model.safetensors.index.json", json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    return index(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+
+
+def index(text: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return damage
 
 
 @pytest.mark.parametrize(
@@ -177,7 +185,7 @@ def link_out(shard: object) -> Callable[[Path], object]:
         (link_out("passwd"), "expected the name of a safetensors file"),
         (link_out(3), "expected the name of a safetensors file"),
         (link_out("model-2.safetensors"), "1 of 1 files are missing: model-2.safetensors"),
-        (write("model.safetensors.index.json", "{}"), "expected an object 'weight_map'"),
+        (index("{}"), "expected an object 'weight_map'"),
         (remove("tokenizer.json"), "neither tokenizer.json nor vocab.json with merges.txt"),
         (edit("tokenizer.json", model={"type": "Unigram"}), "tokenizer.json: expected a model of type BPE"),
         (edit("tokenizer.json", pre_tokenizer={"type": "ByteLevel"}), "expected Qwen2's split pattern"),

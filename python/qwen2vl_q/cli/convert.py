@@ -96,7 +96,7 @@ def convert(
 
 def _progress(console: Console) -> Progress:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -112,17 +112,20 @@ def _ended_by_signal() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
-    previous = {name: signal.signal(getattr(signal, name), end) for name in names}
+    numbers = [
+        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+    ]  # not on Windows
+    # What is ignored stays so: nohup ignores SIGHUP.
+    previous = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _print_report(console: Console, report: Report) -> None:
-    console.print(f"{report.path}: {report.n_bytes:,} bytes", highlight=False)
+    console.print(f"{report.path}: {report.n_bytes:,} bytes", highlight=False, markup=False)
     groups: dict[tuple[str, ...], Totals] = {}
     for tensor in report.tensors:
         group = groups.setdefault((tensor.mapped.role.value, tensor.output.type), Totals())

@@ -43,7 +43,7 @@ def inspect(model: str, list_tensors: bool, whole_template: bool, as_json: bool)
         template = metadata.get("tokenizer.chat_template")
         if not isinstance(template, str):
             raise ValueError(f"{model}: the file has no chat template")
-        click.echo(template)
+        click.echo(_visible(template))
     elif as_json:
         click.echo(json.dumps(_everything(model, file, metadata), indent=2))
     else:
@@ -133,7 +133,7 @@ def _tokenizer(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
             and isinstance(value, int)
             and value < len(tokens)
         ):
-            rows.append((name, f"{value} {tokens[value]}"))
+            rows.append((name, f"{value} {_shortened(tokens[value])}"))
         elif name in ("merges", "scores") and isinstance(value, list):
             rows.append((name, f"{len(value):,}"))
         else:
@@ -147,17 +147,21 @@ def _shortened(value: Any) -> str:
         return f"[{shown}, ... {len(value):,} in all]" if len(value) > _SHOWN_ITEMS else f"[{shown}]"
     if isinstance(value, str):
         first = value.split("\n", 1)[0]
-        if len(first) > _SHOWN_CHARACTERS:
-            first = first[:_SHOWN_CHARACTERS]
-        return first if first == value else f"{first}... ({len(value):,} characters)"
+        shown = first[:_SHOWN_CHARACTERS]
+        return _visible(shown) if shown == value else f"{_visible(shown)}... ({len(value):,} characters)"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _visible(text: str) -> str:
+    """Control characters as escapes: a file's strings must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _print_section(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
     console.print(f"\n[bold]{title}[/bold]")
     table = Table(box=None, show_header=False)
     for name, value in rows:
-        table.add_row(escape(name), escape(value))
+        table.add_row(escape(_visible(name)), escape(value))
     console.print(table)
 
 
@@ -166,7 +170,10 @@ def _print_tensors(console: Console, tensors: Sequence[TensorInfo]) -> None:
     table.add_column("bytes", justify="right")
     for tensor in tensors:
         table.add_row(
-            escape(tensor.name), tensor.type, " x ".join(map(str, tensor.shape)), f"{tensor.n_bytes:,}"
+            escape(_visible(tensor.name)),
+            tensor.type,
+            " x ".join(map(str, tensor.shape)),
+            f"{tensor.n_bytes:,}",
         )
     console.print("\n[bold]Tensors[/bold]")
     console.print(table)
