@@ -145,7 +145,7 @@ class ChatTemplate:
                 raise FormatError(f"{self._name}: the template cuts the messages' texts apart")
             author = named if opens else TEMPLATE
         pieces.append((text[end:], author))
-        if author != TEMPLATE or any(mark in piece for piece, _ in pieces):
+        if author != TEMPLATE or any(mark in piece or mark[::-1] in piece for piece, _ in pieces):
             raise FormatError(f"{self._name}: the template cuts the messages' texts apart")
         return [(piece, author) for piece, author in pieces if piece]
 

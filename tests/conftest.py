@@ -1,0 +1,26 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints import CheckpointSpec, write_checkpoint
+from qwen2vl_q import Qwen2VL
+from qwen2vl_q.convert import Recipe, convert_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2-VL of a few thousand random weights in one F32 file."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder / "checkpoint", CheckpointSpec(), seed=21)
+    convert_checkpoint(folder / "checkpoint", folder / "tiny.gguf", Recipe("f32"))
+    return folder / "tiny.gguf"
+
+
+@pytest.fixture
+def tiny(tiny_gguf: Path) -> Qwen2VL:
+    """That model, freshly loaded: nothing is left in its caches."""
+    return Qwen2VL.from_gguf(tiny_gguf, n_threads=1, n_ctx=2048, precision="exact")
