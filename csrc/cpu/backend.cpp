@@ -24,7 +24,7 @@ class CpuBackend final : public Backend {
     if (config.vision) vision_encoder_.emplace(*config.vision, *weights.vision, ctx_, progress);
   }
 
-  std::unique_ptr<KvCache> new_cache() override {
+  std::unique_ptr<KvCache> new_cache() const override {
     return std::make_unique<PagedKvCache>(config_.text, ctx_.precision);
   }
 

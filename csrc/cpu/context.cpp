@@ -3,7 +3,11 @@
 namespace qwen2vl::cpu {
 
 Context::Context(const KernelTable& kernel_table, int n_threads, Precision precision_)
-    : kernels(kernel_table), pool(n_threads), precision(precision_), scratch_(pool.size()) {}
+    : kernels(kernel_table),
+      pool(n_threads),
+      precision(precision_),
+      scratch_(pool.size()),
+      rows_(pool.size()) {}
 
 void Context::reserve_scratch(size_t bytes) {
   for (AlignedBuffer& buffer : scratch_)

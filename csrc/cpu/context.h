@@ -10,40 +10,6 @@
 
 namespace qwen2vl::cpu {
 
-/// What every stage of a forward pass needs: kernels, threads, precision and grow-only scratch.
-struct Context {
-  Context(const KernelTable& kernel_table, int n_threads, Precision precision_);
-
-  const KernelTable& kernels;
-  ThreadPool pool;
-  Precision precision;
-
-  /// Thread `thread`'s own scratch, at least `bytes`, 64-byte aligned. Call it outside parallel loops with
-  /// the largest size first (reserve_scratch), inside with any smaller one.
-  void reserve_scratch(size_t bytes);
-  std::byte* scratch(int thread) const { return reinterpret_cast<std::byte*>(scratch_[thread].data()); }
-
-  /// Room for `rows` x `cols` quantized activations; valid until the next call.
-  QuantizedRows quantized(int64_t rows, int64_t cols);
-
-  /// fn(row) for every row; in the calling thread alone where the rows are too few to be worth waking
-  /// another.
-  template <typename Fn>
-  void for_rows(int64_t rows, const Fn& fn) {
-    if (rows < 4) {
-      for (int64_t r = 0; r < rows; ++r) fn(r);
-      return;
-    }
-    pool.parallel_for(rows, rows < 64 ? 4 : 16, [&](int64_t begin, int64_t end, int) {
-      for (int64_t r = begin; r < end; ++r) fn(r);
-    });
-  }
-
- private:
-  std::vector<AlignedBuffer> scratch_;
-  AlignedBuffer quantized_;
-};
-
 /// A grow-only float32 buffer.
 class FloatBuffer {
  public:
@@ -59,6 +25,50 @@ class FloatBuffer {
 
  private:
   AlignedBuffer buffer_;
+};
+
+/// What every stage of a forward pass needs: kernels, threads, precision and grow-only scratch.
+struct Context {
+  Context(const KernelTable& kernel_table, int n_threads, Precision precision_);
+
+  const KernelTable& kernels;
+  ThreadPool pool;
+  Precision precision;
+
+  /// Thread `thread`'s own scratch, at least `bytes`, 64-byte aligned. Call it outside parallel loops with
+  /// the largest size first (reserve_scratch), inside with any smaller one.
+  void reserve_scratch(size_t bytes);
+  std::byte* scratch(int thread) const { return reinterpret_cast<std::byte*>(scratch_[thread].data()); }
+
+  /// Room for `rows` x `cols` quantized activations; valid until the next call.
+  QuantizedRows quantized(int64_t rows, int64_t cols);
+  /// Room for the rows' outliers (outliers.h), and for one row of `cols` a thread; likewise.
+  float* outlier_values(int64_t elements) { return outliers_.resize(elements); }
+  float* row(int thread, int64_t cols) { return rows_[thread].resize(cols); }
+
+  /// fn(row, thread) for every row; in the calling thread alone where the rows are too few to be worth waking
+  /// another.
+  template <typename Fn>
+  void for_rows_on_threads(int64_t rows, const Fn& fn) {
+    if (rows < 4) {
+      for (int64_t r = 0; r < rows; ++r) fn(r, 0);
+      return;
+    }
+    pool.parallel_for(rows, rows < 64 ? 4 : 16, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t r = begin; r < end; ++r) fn(r, thread);
+    });
+  }
+  /// fn(row) likewise.
+  template <typename Fn>
+  void for_rows(int64_t rows, const Fn& fn) {
+    for_rows_on_threads(rows, [&](int64_t r, int) { fn(r); });
+  }
+
+ private:
+  std::vector<AlignedBuffer> scratch_;
+  AlignedBuffer quantized_;
+  FloatBuffer outliers_;
+  std::vector<FloatBuffer> rows_;
 };
 
 }  // namespace qwen2vl::cpu

@@ -1,6 +1,9 @@
 #include "cpu/linear.h"
 
 #include <algorithm>
+#include <cstring>
+
+#include "cpu/outliers.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -29,10 +32,56 @@ PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& 
   return part;
 }
 
+/// What the quantized parts of a layer multiply: the rows in 8 bits, less their outlier columns, and these.
+struct QuantizedInput {
+  QuantizedRows rows;
+  std::vector<int32_t> outliers;
+  const float* outlier_values = nullptr;  ///< [rows][outliers.size()]
+};
+
+QuantizedInput quantize_input(Context& ctx, const Rows& x, int64_t cols) {
+  QuantizedInput input;
+  input.rows = ctx.quantized(x.rows, cols);
+  input.outliers = find_outliers(ctx, x.data, x.rows, cols, x.stride);
+  const int64_t n = static_cast<int64_t>(input.outliers.size());
+  float* values = ctx.outlier_values(x.rows * n);
+  input.outlier_values = values;
+  ctx.for_rows_on_threads(x.rows, [&](int64_t r, int thread) {
+    const float* row = x.data + r * x.stride;
+    if (n > 0) {
+      float* rest = ctx.row(thread, cols);
+      std::memcpy(rest, row, cols * sizeof(float));
+      for (int64_t c = 0; c < n; ++c) {
+        values[r * n + c] = row[input.outliers[c]];
+        rest[input.outliers[c]] = 0;
+      }
+      row = rest;
+    }
+    ctx.kernels.quantize_rows(row, cols, 1, input.rows, r);
+  });
+  return input;
+}
+
 /// One part's share of a task: panels [panel_begin, panel_end) times rows [row_begin, row_end) of x.
 struct Task {
   int64_t panel_begin, panel_end, row_begin, row_end;
 };
+
+void quantized_task(const KernelTable& kernels, const PackedLinear::Part& part, const QuantizedInput& x,
+                    const Task& task, const MatmulOutput& out, std::byte* scratch) {
+  kernels.matmul_q8(part.matrix, task.panel_begin, task.panel_end, x.rows, task.row_begin, task.row_end, out,
+                    scratch);
+  const int64_t n = static_cast<int64_t>(x.outliers.size());
+  if (n == 0) return;
+  float* columns = reinterpret_cast<float*>(scratch);  // [n][16]
+  for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
+    dequantize_panel_columns(part.matrix, p, x.outliers.data(), n, columns);
+    kernels.gemm_f32(
+        x.outlier_values + task.row_begin * n, n, columns, n * kPanelRows, task.row_end - task.row_begin,
+        std::min(kPanelRows, part.matrix.rows - p * kPanelRows), n,
+        {out.data + task.row_begin * out.stride + p * kPanelRows, out.stride, nullptr, Store::Accumulate});
+  }
+}
 
 void float_task(const KernelTable& kernels, const PackedLinear::Part& part, const Rows& x, const Task& task,
                 const MatmulOutput& out, std::byte* scratch) {
@@ -102,11 +151,8 @@ void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, 
   const bool fast = ctx.precision == Precision::Fast;
   const bool quantize = fast && std::any_of(layer.parts.begin(), layer.parts.end(),
                                             [](const auto& part) { return is_quantized(part.matrix.type); });
-  QuantizedRows q;
-  if (quantize) {
-    q = ctx.quantized(x.rows, layer.in_features);
-    ctx.for_rows(x.rows, [&](int64_t r) { kernels.quantize_rows(x.data + r * x.stride, x.stride, 1, q, r); });
-  }
+  QuantizedInput input;
+  if (quantize) input = quantize_input(ctx, x, layer.in_features);
 
   // Tasks: row block by row block, and within one all panels, so that the activations stay in cache.
   std::vector<int64_t> first_task;  // per part, within a row block
@@ -132,8 +178,7 @@ void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, 
       const MatmulOutput output{out + part.column, out_stride,
                                 layer.bias.empty() ? nullptr : layer.bias.data() + part.column, store};
       if (fast && is_quantized(part.matrix.type))
-        kernels.matmul_q8(part.matrix, task.panel_begin, task.panel_end, q, task.row_begin, task.row_end,
-                          output, ctx.scratch(thread));
+        quantized_task(kernels, part, input, task, output, ctx.scratch(thread));
       else
         float_task(kernels, part, x, task, output, ctx.scratch(thread));
     }

@@ -204,4 +204,29 @@ void dequantize_panel_row(const PanelMatrix& matrix, int64_t row, float* out) {
   }
 }
 
+void dequantize_panel_columns(const PanelMatrix& matrix, int64_t panel, const int32_t* columns, int64_t n,
+                              float* out) {
+  const PanelParts parts = panel_parts(matrix.type, matrix.cols);
+  const uint8_t* p = matrix.panel(panel);
+  for (int64_t c = 0; c < n; ++c, out += kPanelRows) {
+    const int64_t k = columns[c], b = k / kBlock32;
+    const int i = static_cast<int>(k % kBlock32);
+    const int half = i / 16, g = i / 4;
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      if (matrix.type == DType::Q8_0) {
+        const auto q = static_cast<int8_t>(p[k / 4 * kGroupBytes + r * 4 + k % 4]);
+        out[r] = load_f16(p + parts.scales + (b * kPanelRows + r) * 2) * static_cast<float>(q);
+      } else if (matrix.type == DType::Q4_0) {
+        out[r] = load_f16(p + parts.scales + (b * kPanelRows + r) * 2) *
+                 static_cast<float>(nibble(p, b, i, r) - 8);
+      } else {
+        const auto sub = static_cast<int8_t>(p[parts.scales + (b * 2 + half) * kPanelRows + r]);
+        const int high = p[parts.high + (b * 2 + g % 2) * kGroupBytes + r * 4 + i % 4] >> (2 * (g / 2)) & 3;
+        out[r] = load_f16(p + parts.super + (b / 8 * kPanelRows + r) * 2) * static_cast<float>(sub) *
+                 static_cast<float>((nibble(p, b, i, r) | high << 4) - 32);
+      }
+    }
+  }
+}
+
 }  // namespace qwen2vl::cpu

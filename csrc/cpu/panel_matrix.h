@@ -50,6 +50,10 @@ PanelParts panel_parts(DType type, int64_t cols);
 /// panel_parts(type, cols).bytes at `out`.
 void pack_panel(DType type, const uint8_t* matrix, int64_t rows, int64_t cols, int64_t panel, uint8_t* out);
 
+/// Columns `columns[0..n)` of panel `panel` of a quantized matrix as float32 [n][16].
+void dequantize_panel_columns(const PanelMatrix& matrix, int64_t panel, const int32_t* columns, int64_t n,
+                              float* out);
+
 /// One row of a packed matrix as float32 [cols] (the embedding look-up).
 void dequantize_panel_row(const PanelMatrix& matrix, int64_t row, float* out);
 

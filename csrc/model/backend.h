@@ -39,12 +39,12 @@ struct SequenceRows {
   LogitsWanted logits = LogitsWanted::None;
 };
 
-/// The two forward passes on one kind of device. One call at a time.
+/// The two forward passes on one kind of device. One call at a time, const ones excepted.
 class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual std::unique_ptr<KvCache> new_cache() = 0;
+  virtual std::unique_ptr<KvCache> new_cache() const = 0;
 
   /// pixel_values [t*h*w, patch_dim] -> out [t*h*w / merge^2, hidden_size].
   virtual void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,

@@ -1,0 +1,69 @@
+"""transformers' Qwen2-VL in float32 on the CPU, for the parity tests (needs the parity extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+FloatArray = NDArray[np.float32]
+ImageArray = NDArray[np.uint8]
+
+
+class Reference:
+    def __init__(self, folder: Path):
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.model = Qwen2VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    def preprocess(self, images: Sequence[ImageArray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """pixel_values [patches of all images, 1176] and image_grid_thw [images, 3]."""
+        batch = self.processor([Image.fromarray(image) for image in images], return_tensors="pt")
+        return batch["pixel_values"], batch["image_grid_thw"]
+
+    @torch.inference_mode()
+    def encode_image(self, image: ImageArray) -> FloatArray:
+        """[merged patches, hidden_size]"""
+        pixel_values, grid = self.preprocess([image])
+        return self.model.model.visual(pixel_values, grid_thw=grid).pooler_output.numpy()
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], images: Sequence[ImageArray] = ()) -> FloatArray:
+        """[len(token_ids), vocab_size]"""
+        ids = torch.tensor([list(token_ids)])
+        inputs = {}
+        if images:
+            inputs["pixel_values"], inputs["image_grid_thw"] = self.preprocess(images)
+        output = self.model(input_ids=ids, mm_token_type_ids=self.token_types(ids), use_cache=False, **inputs)
+        return output.logits[0].numpy()
+
+    def position_ids(
+        self, token_ids: Sequence[int], grids: Sequence[tuple[str, tuple[int, int, int]]]
+    ) -> NDArray[np.int64]:
+        """[3, len(token_ids)]; grids as ("image" | "video", (t, h, w)) in their order."""
+        ids = torch.tensor([list(token_ids)])
+        by_kind = {
+            kind: torch.tensor([grid for k, grid in grids if k == kind])
+            if any(k == kind for k, _ in grids)
+            else None
+            for kind in ("image", "video")
+        }
+        positions, _ = self.model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=self.token_types(ids),
+            image_grid_thw=by_kind["image"],
+            video_grid_thw=by_kind["video"],
+        )
+        return positions[:, 0].numpy()
+
+    def token_types(self, ids: torch.Tensor) -> torch.Tensor:
+        """0 for text, 1 for image pads, 2 for video pads."""
+        config = self.model.config
+        return (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()

@@ -1,0 +1,100 @@
+"""Dependencies point one way (CONTRIBUTING.md, "The house, lowest layer first")."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ["base", "gguf", "quant", "model", "cpu", "engine", "bindings"]
+# The vector type of each instruction set is its own folder's; only dispatch may know that there are several.
+INSTRUCTION_SETS = {"generic", "avx2", "avx512", "neon"}
+
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the source tree")
+
+
+def native_includes() -> list[tuple[Path, Path]]:
+    """(file, included file), both relative to csrc/, of every quoted include."""
+    found = []
+    for file in sorted((ROOT / "csrc").rglob("*")):
+        if file.suffix in {".h", ".cpp"}:
+            for target in re.findall(
+                r'^\s*#include "([^"]+)"', file.read_text(encoding="utf-8"), re.MULTILINE
+            ):
+                found.append((file.relative_to(ROOT / "csrc"), Path(target)))
+    return found
+
+
+def test_native_layers_include_only_lower_ones() -> None:
+    includes = native_includes()
+    assert len(includes) > 50
+    wrong = [
+        f"{file} includes {target}"
+        for file, target in includes
+        if LAYERS.index(file.parts[0]) < LAYERS.index(target.parts[0])
+    ]
+    assert wrong == []
+
+
+def test_kernels_include_nothing_above_panels() -> None:
+    allowed = {"base", "quant"}
+    wrong = [
+        f"{file} includes {target}"
+        for file, target in native_includes()
+        if file.parts[:2] == ("cpu", "kernels")
+        and target.parts[0] not in allowed
+        and target.parts[:2] != ("cpu", "kernels")
+        and target != Path("cpu/panel_matrix.h")
+    ]
+    assert wrong == []
+
+
+def test_instruction_sets_do_not_know_each_other() -> None:
+    wrong = []
+    for file, target in native_includes():
+        own = set(file.parts) & INSTRUCTION_SETS
+        other = (set(target.parts) & INSTRUCTION_SETS) - own
+        if other:
+            wrong.append(f"{file} includes {target}")
+    assert wrong == []
+
+
+def test_pybind11_stays_in_bindings() -> None:
+    users = {
+        file.relative_to(ROOT / "csrc").parts[0]
+        for file in (ROOT / "csrc").rglob("*")
+        if file.suffix in {".h", ".cpp"} and "pybind11" in file.read_text(encoding="utf-8")
+    }
+    assert users == {"bindings"}
+
+
+def imported_modules(file: Path) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def test_only_its_command_imports_the_converter() -> None:
+    importers = {
+        str(file.relative_to(ROOT / "python/qwen2vl_q"))
+        for file in (ROOT / "python").rglob("*.py")
+        if any(module.startswith("qwen2vl_q.convert") for module in imported_modules(file))
+    }
+    assert importers == {"cli/convert.py"}
+
+
+def test_library_does_not_import_the_command_line() -> None:
+    wrong = [
+        str(file.relative_to(ROOT))
+        for folder in ("python/qwen2vl_q", "convert")
+        for file in (ROOT / folder).rglob("*.py")
+        if "cli" not in file.parts and any(m.startswith("qwen2vl_q.cli") for m in imported_modules(file))
+    ]
+    assert wrong == []
