@@ -59,6 +59,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         padding = isinstance(obj, str) and attr in _PADDING_METHODS
         return not padding and super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """No sandboxed str.format either: its field widths are free. `is_safe_attribute` refuses it then."""
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if not all(isinstance(side, (int, float)) and abs(side) < 2**31 for side in (left, right)):
             raise SecurityError(f"operator {operator!r} on other things than small numbers")
