@@ -81,6 +81,9 @@ class Trainer:
         self.device = torch.device(args.device)
         torch.manual_seed(args.seed)
         self.model = DemoModel().to(self.device)
+        if args.compile:
+            for block in (*self.model.visual.blocks, *self.model.model.layers):
+                block.compile(dynamic=True)
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -234,6 +237,7 @@ def main() -> None:
     parser.add_argument("--helper", type=float, default=0.5, help="weight of the helper losses in the joint phase")
     parser.add_argument("--language", type=float, default=2.0, help="weight of the answers' loss")
     parser.add_argument("--vision-share", type=float, default=0.12, help="share of the time for the tower alone")
+    parser.add_argument("--compile", action="store_true", help="each block: faster after a minute or two of compiling")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

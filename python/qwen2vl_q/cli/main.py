@@ -119,19 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except Exception as error:
-        return _report(_describe(error), run, EXIT_ERROR)
+        from qwen2vl_q.cli.errors import describe
 
-
-def _describe(error: Exception) -> str:
-    from qwen2vl_q.errors import Qwen2VLError
-
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError):
-        return f"out of memory{': ' if str(error) else ''}{error}"
-    if isinstance(error, (Qwen2VLError, ValueError, OSError)):
-        return str(error) or type(error).__name__
-    return f"internal error, {type(error).__name__}: {error} (--debug shows where)"
+        return _report(describe(error), run, EXIT_ERROR)
 
 
 def _report(message: str, run: _Run, code: int) -> int:
@@ -139,7 +129,7 @@ def _report(message: str, run: _Run, code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {message}", err=True)
     return code
 
 
