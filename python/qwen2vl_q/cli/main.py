@@ -129,7 +129,9 @@ def _report(message: str, run: _Run, code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    click.echo(f"error: {message}", err=True)
+    from qwen2vl_q.cli.errors import complain
+
+    complain(message)
     return code
 
 

@@ -13,7 +13,7 @@ import click
 
 from qwen2vl_q.cli.chat import answer
 from qwen2vl_q.cli.conversation import Conversation
-from qwen2vl_q.cli.errors import describe
+from qwen2vl_q.cli.errors import complain, describe
 from qwen2vl_q.errors import Qwen2VLError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def converse(conversation: Conversation, show_stats: bool) -> None:
         except BrokenPipeError:
             raise
         except (Qwen2VLError, ValueError, OSError) as error:
-            click.echo(f"error: {describe(error)}", err=True)
+            complain(describe(error))
 
 
 class _Session:

@@ -1,0 +1,22 @@
+"""What went wrong, in one line on stderr."""
+
+from __future__ import annotations
+
+import click
+
+from qwen2vl_q.errors import Qwen2VLError
+
+
+def complain(message: str) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+
+
+def describe(error: Exception) -> str:
+    """For the user; what the library did not raise on purpose is marked as internal."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (Qwen2VLError, ValueError, OSError)):
+        return str(error) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"out of memory {error}"
+    return f"internal error, {type(error).__name__}: {error} (--debug shows where)"
