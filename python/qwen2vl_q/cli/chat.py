@@ -108,7 +108,8 @@ def chat(**options: Any) -> None:
     if question is None:
         from qwen2vl_q.cli.repl import converse
 
-        converse(conversation, options["show_stats"])
+        if not converse(conversation, options["show_stats"]):
+            raise click.exceptions.Exit(1)
         return
     answer(conversation, question)
     if options["show_stats"]:

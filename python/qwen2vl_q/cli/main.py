@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what a terminal's encoding does not
     try:
-        with cli.make_context("qwen2vl-q", list(arguments), obj=run) as context:
+        with cli.make_context("qwen2vl-q", list(arguments) or ["--help"], obj=run) as context:
             cli.invoke(context)
         sys.stdout.flush()
         return 0

@@ -30,26 +30,31 @@ _HELP = """\
 Ctrl-C stops an answer. A line that begins with a space is sent as it is, / or not."""
 
 
-def converse(conversation: Conversation, show_stats: bool) -> None:
-    """Asks line after line until the input ends. What fails is reported, and the conversation goes on."""
+def converse(conversation: Conversation, show_stats: bool) -> bool:
+    """Asks line after line until the input ends. What fails is reported, and the conversation goes on; False
+    where a line of a pipe has failed."""
     session = _Session(conversation)
-    for line in _terminal_lines() if sys.stdin.isatty() else _piped_lines():
+    at_terminal = sys.stdin.isatty()
+    succeeded = True
+    for line in _terminal_lines() if at_terminal else _piped_lines():
         try:
             if line.startswith("/"):
                 if not session.command(line):
-                    return
+                    break
             elif line.strip():
                 answer(conversation, line)
                 if show_stats:
                     click.echo(conversation.stats(), err=True)
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not at_terminal:
                 raise
             click.echo("(stopped)", err=True)
         except BrokenPipeError:
             raise
         except (Qwen2VLError, ValueError, OSError) as error:
             complain(describe(error))
+            succeeded = at_terminal
+    return succeeded
 
 
 class _Session:
