@@ -1,0 +1,362 @@
+// Times every hot kernel of every instruction set against what the machine can do: int8 dot products, fp32
+// multiply-adds and reads from memory, measured in the same run. Shapes are Qwen2-VL 2B's.
+//
+//   bench_kernels [isa ...] [--threads N] [--only WORD]
+//
+// Peaks and results vary with whatever else the machine does: compare fractions, not absolute figures.
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "base/half.h"
+#include "base/thread_pool.h"
+#include "cpu/kernels/kernel_table.h"
+#include "peaks.h"
+#include "quant/quantize.h"
+
+namespace qwen2vl::bench {
+namespace {
+
+using namespace qwen2vl::cpu;
+
+struct Timing {
+  double median, best;  ///< seconds
+};
+
+Timing time_of(const std::function<void()>& run) {
+  run();
+  std::vector<double> seconds;
+  double total = 0.0;
+  while (seconds.size() < 5 || (total < 0.4 && seconds.size() < 51)) {
+    const auto start = std::chrono::steady_clock::now();
+    run();
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    total += seconds.back();
+  }
+  std::sort(seconds.begin(), seconds.end());
+  return {seconds[seconds.size() / 2], seconds.front()};
+}
+
+struct Peaks {
+  double int8_ops, fp32_ops, read_bytes;  ///< a second, all threads
+};
+
+class Bench {
+ public:
+  Bench(const KernelTable& kernels, int threads, std::string only)
+      : kernels_(kernels), pool_(threads), only_(std::move(only)) {}
+
+  void run() {
+    measure_peaks();
+    for (const auto& s : {LinearShape{DType::Q8_0, 3840, 1280}, LinearShape{DType::Q8_0, 1280, 5120},
+                          LinearShape{DType::Q4_0, 8960, 1536}, LinearShape{DType::Q4_0, 1536, 8960},
+                          LinearShape{DType::Q6_K, 8960, 1536}})
+      matmul_many_rows(s);
+    for (const DType type : {DType::Q4_0, DType::Q8_0, DType::Q6_K})
+      for (const int64_t rows : {1, 2, 4, 8}) matmul_few_rows(type, rows);
+    gemm();
+    rows();
+    packing();
+  }
+
+ private:
+  struct LinearShape {
+    DType type;
+    int64_t n, cols;
+  };
+  struct Matrix {
+    AlignedBuffer storage;
+    PanelMatrix panels;
+  };
+
+  bool wanted(const std::string& name) const { return name.find(only_) != std::string::npos; }
+
+  void report(const std::string& name, double work, const char* unit, double peak, const Timing& t) const {
+    std::printf("%-8s %d  %-44s %9.3f ms  %8.1f %s", std::string(kernels_.isa).c_str(), pool_.size(),
+                name.c_str(), t.median * 1e3, work / t.median * 1e-9, unit);
+    if (peak > 0)
+      std::printf("  %5.1f %% (best %5.1f %%)", work / t.median / peak * 100, work / t.best / peak * 100);
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+
+  void on_every_thread(const std::function<void(int)>& fn) {
+    pool_.parallel_for(pool_.size(), 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) fn(static_cast<int>(i));
+    });
+  }
+
+  void measure_peaks() {
+    const bool wide = kernels_.isa == "avx512";
+    const PeakLoops loops = wide ? peak_loops_avx512() : peak_loops_avx2();
+    const auto rate = [&](double (*loop)(int64_t)) {
+      double work = 0.0;
+      const Timing t = time_of([&] { on_every_thread([&](int) { work = loop(2'000'000); }); });
+      return work * pool_.size() / t.best;
+    };
+    peaks_.int8_ops = rate(loops.int8_dot);
+    peaks_.fp32_ops = rate(loops.fp32_fma);
+    const size_t bytes = size_t{1} << 30;
+    AlignedBuffer memory(bytes);
+    on_every_thread(
+        [&](int i) { std::memset(memory.data() + bytes / pool_.size() * i, i + 1, bytes / pool_.size()); });
+    volatile uint64_t sink = 0;
+    const Timing t = time_of([&] {
+      pool_.parallel_for(static_cast<int64_t>(bytes >> 18), 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) sink = loops.read(memory.data() + (i << 18), 1 << 18);
+      });
+    });
+    (void)sink;
+    peaks_.read_bytes = static_cast<double>(bytes) / t.best;
+    std::printf("%-8s %d  peaks: int8 %.0f Gop/s, fp32 %.0f GFLOP/s, read %.1f GB/s\n",
+                std::string(kernels_.isa).c_str(), pool_.size(), peaks_.int8_ops * 1e-9,
+                peaks_.fp32_ops * 1e-9, peaks_.read_bytes * 1e-9);
+  }
+
+  std::vector<float> normal(int64_t n) {
+    std::normal_distribution<float> distribution;
+    std::vector<float> values(n);
+    for (float& value : values) value = distribution(random_);
+    return values;
+  }
+
+  Matrix matrix(const LinearShape& s) {
+    // Random rows, repeated: quantizing hundreds of MB would take longer than the measurement.
+    const int64_t distinct = std::min<int64_t>(s.n, 256), bytes = row_bytes(s.type, s.cols);
+    std::vector<uint8_t> blocks(distinct * bytes);
+    quantize_rows(s.type, normal(distinct * s.cols).data(), distinct, s.cols, blocks.data());
+    Matrix m;
+    m.panels = {s.type, s.n, s.cols, panel_parts(s.type, s.cols).bytes, nullptr};
+    m.storage = AlignedBuffer(m.panels.panel_count() * m.panels.panel_bytes);
+    uint8_t* out = m.storage.data();
+    pool_.parallel_for(m.panels.panel_count(), 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t p = begin; p < end; ++p)
+        pack_panel(s.type, blocks.data(), distinct, s.cols, p % (distinct / kPanelRows),
+                   out + p * m.panels.panel_bytes);
+    });
+    m.panels.data = out;
+    return m;
+  }
+
+  struct Activations {
+    AlignedBuffer values;
+    std::vector<float> scales;
+    std::vector<int32_t> corrections32, corrections16;
+    QuantizedRows rows;
+  };
+  Activations activations(int64_t rows, int64_t cols) {
+    Activations a{AlignedBuffer(rows * cols),
+                  std::vector<float>(rows * cols / 32),
+                  std::vector<int32_t>(rows * cols / 32),
+                  std::vector<int32_t>(rows * cols / 16),
+                  {}};
+    a.rows = {
+        rows, cols, a.values.as<int8_t>(), a.scales.data(), a.corrections32.data(), a.corrections16.data()};
+    kernels_.quantize_rows(normal(rows * cols).data(), cols, rows, a.rows, 0);
+    return a;
+  }
+
+  /// The last row of `out` against the generic kernel: a fast wrong answer is no result.
+  void check_last_row(const PanelMatrix& w, const QuantizedRows& x, const std::vector<float>& out) const {
+    std::vector<float> expected(w.rows * x.rows);
+    AlignedBuffer scratch(matmul_scratch_bytes(w.cols));
+    const int64_t panels = std::min<int64_t>(w.panel_count(), 64);
+    select_kernels("generic").matmul_q8(w, 0, panels, x, x.rows - 1, x.rows,
+                                        {expected.data(), w.rows, nullptr, Store::Overwrite},
+                                        scratch.as<std::byte>());
+    const int64_t begin = (x.rows - 1) * w.rows;
+    if (std::memcmp(out.data() + begin, expected.data() + begin, std::min(w.rows, panels * kPanelRows) * 4) !=
+        0) {
+      std::fprintf(stderr, "matmul_q8 of %s differs from the generic one\n",
+                   std::string(kernels_.isa).c_str());
+      std::exit(1);
+    }
+  }
+
+  Timing time_matmul(const PanelMatrix& w, const QuantizedRows& x, int64_t panels_per_task,
+                     int64_t rows_per_task) {
+    std::vector<float> out(w.rows * x.rows);
+    std::vector<AlignedBuffer> scratch;
+    for (int i = 0; i < pool_.size(); ++i) scratch.emplace_back(matmul_scratch_bytes(w.cols));
+    const int64_t tasks = (w.panel_count() + panels_per_task - 1) / panels_per_task;
+    const Timing t = time_of([&] {
+      for (int64_t m = 0; m < x.rows; m += rows_per_task)
+        pool_.parallel_for(tasks, 1, [&](int64_t begin, int64_t end, int thread) {
+          kernels_.matmul_q8(w, begin * panels_per_task, std::min(end * panels_per_task, w.panel_count()), x,
+                             m, std::min(m + rows_per_task, x.rows),
+                             {out.data(), w.rows, nullptr, Store::Overwrite},
+                             scratch[thread].as<std::byte>());
+        });
+    });
+    check_last_row(w, x, out);
+    return t;
+  }
+
+  void matmul_many_rows(const LinearShape& s) {
+    const int64_t rows = 1024;
+    const std::string name = "matmul_q8 " + std::string(dtype_traits(s.type).name) + " M " +
+                             std::to_string(rows) + " N " + std::to_string(s.n) + " K " +
+                             std::to_string(s.cols);
+    if (!wanted(name)) return;
+    const Matrix w = matrix(s);
+    const Activations x = activations(rows, s.cols);
+    report(name, 2.0 * rows * s.n * s.cols, "Gop/s", peaks_.int8_ops, time_matmul(w.panels, x.rows, 4, 512));
+  }
+
+  void matmul_few_rows(DType type, int64_t rows) {
+    const int64_t cols = 1536, n = (600 << 20) / panel_parts(type, cols).bytes * kPanelRows;
+    const std::string name = "matmul_q8 " + std::string(dtype_traits(type).name) + " M " +
+                             std::to_string(rows) + ", 600 MB of weights";
+    if (!wanted(name)) return;
+    const Matrix w = matrix({type, n, cols});
+    const Activations x = activations(rows, cols);
+    report(name, static_cast<double>(w.panels.panel_count() * w.panels.panel_bytes), "GB/s ",
+           peaks_.read_bytes, time_matmul(w.panels, x.rows, 16, rows));
+  }
+
+  void gemm() {
+    struct Shape {
+      const char* name;
+      int64_t rows, n, depth, repeat;
+      bool f16;
+    };
+    // repeat: so many such products a timing, each thread on its own data
+    const Shape shapes[] = {{"gemm_f32 ViT scores 96 x 512, depth 80", 96, 512, 80, 400, false},
+                            {"gemm_f32 ViT values 96 x 80, depth 512", 96, 80, 512, 400, false},
+                            {"gemm_f32 ViT values 96 x 80, depth 128", 96, 80, 128, 1600, false},
+                            {"gemm_f32 ViT scores 64 x 64, depth 80", 64, 64, 80, 4800, false},
+                            {"gemm_f32 linear 256 x 16, depth 1280", 256, 16, 1280, 400, false},
+                            {"gemm_f16 linear 256 x 64, depth 1280", 256, 64, 1280, 100, true},
+                            {"gemm_f16 prefill scores 96 x 64, depth 128", 96, 64, 128, 1600, true},
+                            {"gemm_f16 decode scores 6 x 64, depth 128", 6, 64, 128, 20000, true},
+                            {"gemm_f16 decode values 6 x 128, depth 64", 6, 128, 64, 20000, true}};
+    for (const Shape& s : shapes) {
+      if (!wanted(s.name)) continue;
+      const int64_t panels = (s.n + 15) / 16;
+      const std::vector<float> a = normal(s.rows * s.depth), b = normal(panels * 16 * s.depth);
+      std::vector<uint16_t> b16;
+      for (const float value : b) b16.push_back(f32_to_f16(value));
+      const auto call = [&](const KernelTable& kernels, float* out) {
+        const MatmulOutput output{out, panels * 16, nullptr, Store::Overwrite};
+        if (s.f16)
+          kernels.gemm_f16(a.data(), s.depth, b16.data(), 16 * s.depth, s.rows, s.n, s.depth, output);
+        else
+          kernels.gemm_f32(a.data(), s.depth, b.data(), 16 * s.depth, s.rows, s.n, s.depth, output);
+      };
+      std::vector<std::vector<float>> out(pool_.size(), std::vector<float>(s.rows * panels * 16));
+      const Timing t = time_of([&] {
+        on_every_thread([&](int i) {
+          for (int64_t r = 0; r < s.repeat; ++r) call(kernels_, out[i].data());
+        });
+      });
+      std::vector<float> expected(out[0].size());
+      call(select_kernels("generic"), expected.data());
+      for (size_t i = 0; i < expected.size(); ++i) {
+        if (!(std::fabs(out[0][i] - expected[i]) < 1e-3f * std::sqrt(static_cast<float>(s.depth)))) {
+          std::fprintf(stderr, "%s: %g at %zu, expected %g\n", s.name, out[0][i], i, expected[i]);
+          std::exit(1);
+        }
+      }
+      report(s.name, 2.0 * s.rows * s.n * s.depth * s.repeat * pool_.size(), "GFLOP/s", peaks_.fp32_ops, t);
+    }
+  }
+
+  void rows() {
+    const int64_t n = 5120, repeat = 400;
+    const std::vector<float> x = normal(n), y = normal(n), scores = normal(512);
+    std::vector<std::vector<float>> work(pool_.size(), x);
+    const auto time_rows = [&](const char* name, int64_t length, const std::function<void(float*)>& call) {
+      if (!wanted(name)) return;
+      const Timing t = time_of([&] {
+        on_every_thread([&](int i) {
+          for (int64_t r = 0; r < repeat; ++r) {
+            std::copy(x.begin(), x.begin() + length,
+                      work[i].begin());  // in place: start from the same values
+            call(work[i].data());
+          }
+        });
+      });
+      report(name, static_cast<double>(length) * repeat * pool_.size(), "G elements/s", 0.0, t);
+    };
+    time_rows("softmax_step of 512", 512, [&](float* p) {
+      float maximum = -INFINITY, sum = 0.0f;
+      kernels_.softmax_step(p, 512, 0.1f, &maximum, &sum);
+    });
+    time_rows("quick_gelu of 5120", n, [&](float* p) { kernels_.quick_gelu(p, n); });
+    time_rows("silu_mul of 5120", n, [&](float* p) { kernels_.silu_mul(p, y.data(), n); });
+    time_rows("gelu of 5120", n, [&](float* p) { kernels_.gelu(p, n); });
+    time_rows("layer_norm of 1280", 1280,
+              [&](float* p) { kernels_.layer_norm(p, y.data(), y.data(), 1e-6f, 1280, p); });
+    time_rows("rms_norm of 1536", 1536, [&](float* p) { kernels_.rms_norm(p, y.data(), 1e-6f, 1536, p); });
+    std::vector<Activations> quantized;
+    for (int i = 0; i < pool_.size(); ++i) quantized.push_back(activations(1, n));
+    if (!wanted("quantize_rows")) return;
+    const Timing t = time_of([&] {
+      on_every_thread([&](int i) {
+        for (int64_t r = 0; r < repeat; ++r) kernels_.quantize_rows(x.data(), n, 1, quantized[i].rows, 0);
+      });
+    });
+    report("quantize_rows of 5120", static_cast<double>(n) * repeat * pool_.size(), "G elements/s", 0.0, t);
+  }
+
+  void packing() {
+    for (const DType type : {DType::F16, DType::Q8_0, DType::Q4_0, DType::Q6_K}) {
+      const std::string name = "pack_panel " + std::string(dtype_traits(type).name);
+      if (!wanted(name)) continue;
+      const int64_t cols = 8960 / 256 * 256, n = 1536, bytes = n * row_bytes(type, cols);
+      std::vector<uint8_t> blocks(bytes, 0x11);
+      const int64_t panel_bytes = panel_parts(type, cols).bytes;
+      AlignedBuffer out(n / kPanelRows * panel_bytes);
+      report(name, static_cast<double>(bytes), "GB/s ", 0.0, time_of([&] {
+               pool_.parallel_for(n / kPanelRows, 4, [&](int64_t begin, int64_t end, int) {
+                 for (int64_t p = begin; p < end; ++p)
+                   pack_panel(type, blocks.data(), n, cols, p, out.data() + p * panel_bytes);
+               });
+             }));
+    }
+  }
+
+  const KernelTable& kernels_;
+  ThreadPool pool_;
+  std::string only_;
+  Peaks peaks_{};
+  std::mt19937 random_{1};
+};
+
+}  // namespace
+}  // namespace qwen2vl::bench
+
+int main(int argc, char** argv) {
+  std::vector<std::string> isas;
+  std::string only;
+  int threads = qwen2vl::default_thread_count();
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--threads" && i + 1 < argc)
+      threads = std::atoi(argv[++i]);
+    else if (argument == "--only" && i + 1 < argc)
+      only = argv[++i];
+    else
+      isas.push_back(argument);
+  }
+  try {
+    if (isas.empty())
+      for (const auto* table : qwen2vl::cpu::supported_kernels())
+        if (table->isa != "generic") isas.emplace_back(table->isa);
+    for (const std::string& isa : isas)
+      qwen2vl::bench::Bench(qwen2vl::cpu::select_kernels(isa), threads, only).run();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "bench_kernels: %s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
