@@ -1,4 +1,4 @@
-"""Training batches: pictures of one size, several questions on each behind one shared image prefix, dense labels."""
+"""Training batches: pictures of one size, several questions on each behind a shared prefix, dense labels."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from demo import data, questions
+from demo.data import CELL, CHARACTERS, MAX_TEXT, SHAPES, Picture
+from demo.questions import Turn
+from demo.vocabulary import SYSTEM_PROMPT, TOKEN_ID
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from demo import data
-from demo.data import CELL, CHARACTERS, MAX_TEXT, SHAPES, Picture, Turn
-from demo.vocabulary import SYSTEM_PROMPT, TOKEN_ID
-
 IGNORE = -100
 KINDS = {name: k for k, name in enumerate((*SHAPES, *CHARACTERS), 1)}  # 0: background
 COLOUR_ID = {name: k for k, name in enumerate(data.COLOURS)}
-LABELS = {"kind": len(KINDS) + 1, "colour": len(COLOUR_ID), "rank": 8, "same_colour": 8, "same_shape": 8, "total": 9}
-TASK_ID = {name: k for k, name in enumerate((*data.TASKS, "chat", "second"))}
+LABELS = {
+    "kind": len(KINDS) + 1,
+    "colour": len(COLOUR_ID),
+    "rank": 8,
+    "same_colour": 8,
+    "same_shape": 8,
+    "total": 9,
+}
+TASK_ID = {name: k for k, name in enumerate((*questions.TASKS, "chat", "second"))}
 LINKED_TURNS = 0.2  # share of the conversations with a second question
 
 
@@ -42,8 +49,9 @@ KIND_NAMES = ("single", "few", "counted", "text", "two", "chat")
 class Batch:
     """One step. P patches a picture in merge order, M = P / 4 merged cells, B conversations of L tokens.
 
-    `dense` and `dense_merged`: name -> labels [N, P] and [N, M]; `boxes`: [N, P, 4] and [N, M, 4] of the thing that
-    covers the cell, 0..1; `slots` [N, M, MAX_TEXT]: 1 + the index of the k-th character where it is in the cell.
+    `dense`, per picture of a conversation: name -> labels [B, P] of the patches, and "merged_" + name [B, M];
+    "box" [B, P, 4]: of the thing that covers the patch, 0..1; "slots" [B, M, MAX_TEXT]: 1 + the index of the
+    k-th character where that is in the cell.
     """
 
     pixels: list[Tensor]  # per picture of a conversation: [B, height, width, 3] uint8
@@ -60,7 +68,9 @@ class Batch:
 def _blocks(a: np.ndarray, cell: int) -> np.ndarray:
     """[h, w] -> [h / cell, w / cell, cell * cell]"""
     h, w = a.shape
-    return a.reshape(h // cell, cell, w // cell, cell).swapaxes(1, 2).reshape(h // cell, w // cell, cell * cell)
+    return (
+        a.reshape(h // cell, cell, w // cell, cell).swapaxes(1, 2).reshape(h // cell, w // cell, cell * cell)
+    )
 
 
 def cell_labels(picture: Picture, cell: int) -> dict[str, np.ndarray]:
@@ -92,7 +102,7 @@ def cell_labels(picture: Picture, cell: int) -> dict[str, np.ndarray]:
 
 
 def character_slots(picture: Picture) -> np.ndarray:
-    """[rows, columns, MAX_TEXT] of the merged grid: 1 + index of the k-th character where its middle column is."""
+    """[rows, columns, MAX_TEXT] of the merged grid: 1 + index of the k-th character where its middle is."""
     rows, columns = picture.height // CELL, picture.width // CELL
     slots = np.zeros((rows, columns, MAX_TEXT), np.int64)
     if picture.text:
@@ -107,7 +117,11 @@ def character_slots(picture: Picture) -> np.ndarray:
 def _merge_order(a: np.ndarray) -> np.ndarray:
     """[rows, columns, ...] -> [patches, ...] in the order (rows / 2, columns / 2, 2, 2)"""
     rows, columns = a.shape[:2]
-    return a.reshape(rows // 2, 2, columns // 2, 2, *a.shape[2:]).swapaxes(1, 2).reshape(rows * columns, *a.shape[2:])
+    return (
+        a.reshape(rows // 2, 2, columns // 2, 2, *a.shape[2:])
+        .swapaxes(1, 2)
+        .reshape(rows * columns, *a.shape[2:])
+    )
 
 
 def dense_labels(pictures: list[Picture]) -> dict[str, Tensor]:
@@ -121,7 +135,7 @@ def dense_labels(pictures: list[Picture]) -> dict[str, Tensor]:
 
 
 def draw(rng: random.Random, size: tuple[int, int], kind: str, stage: Stage) -> Picture:
-    """One picture whose sides are multiples of 28, some drawn at an odd size and resized as the processor does."""
+    """A picture of that width and height; some are drawn at an odd size and resized as the processor does."""
     width, height = size
     if odd := rng.random() < stage.odd:
         width, height = width + rng.randint(-13, 13), height + rng.randint(-13, 13)
@@ -166,7 +180,9 @@ class Assembler:
         ids: list[int] = []
         owner: list[int] = []
         for k, turn in enumerate(turns):
-            question = ("\n<|im_start|>user\n" if k else "") + turn.question + "<|im_end|>\n<|im_start|>assistant\n"
+            question = (
+                ("\n<|im_start|>user\n" if k else "") + turn.question + "<|im_end|>\n<|im_start|>assistant\n"
+            )
             asked, answered = self.encode(question), self.encode(turn.answer + "<|im_end|>")
             ids += asked + answered
             owner += [-1] * len(asked) + [k] * len(answered)
@@ -227,23 +243,23 @@ def make_batch(assembler: Assembler, rng: random.Random, stage: Stage) -> Batch:
     sizes = [(rng.choice(sides), rng.choice(sides)) for _ in range(pictures_each)]
     grids = [(h // CELL, w // CELL) for w, h in sizes]
     visual = sum(r * c for r, c in grids)
-    questions = {"chat": 6, "two": 3, "text": 3}.get(kind, 5)
-    batch_size = max(2, stage.tokens // (20 + visual + questions * 24))
+    number = {"chat": 6, "two": 3, "text": 3}.get(kind, 5)
+    batch_size = max(2, stage.tokens // (20 + visual + number * 24))
     drawn: list[list[Picture]] = [[] for _ in sizes]
     rows: list[list[list[Turn]]] = []
     for _ in range(batch_size):
         if kind == "chat":
-            rows.append(_group(rng, [data.chat(rng) for _ in range(questions)]))
+            rows.append(_group(rng, [questions.chat(rng, pictures=False) for _ in range(number)]))
             continue
         if kind == "two":
             pair = data.two_pictures(rng, sizes, 2)
-            turns = [data.which(rng, *pair), data.differ(rng, *pair), data.which(rng, *pair)]
+            turns = [questions.which(rng, *pair), questions.differ(rng, *pair), questions.which(rng, *pair)]
             for pictures, picture in zip(drawn, pair, strict=True):
                 pictures.append(picture)
         else:
             picture = draw(rng, sizes[0], kind, stage)
             drawn[0].append(picture)
-            turns = data.ask(rng, picture, questions)
+            turns = questions.ask(rng, picture, number)
         rows.append(_group(rng, turns))
     tensors, tasks = assemble(assembler, grids, rows)
     pixels = [torch.from_numpy(np.stack([p.pixels for p in pictures])) for pictures in drawn]

@@ -1,13 +1,12 @@
-"""The helper losses: what each cell of a picture shows and where. Without them reading and boxes hardly start."""
+"""The helper losses: what each cell shows and where. Without them reading and boxes hardly start."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from demo.batches import IGNORE, LABELS
 from demo.model import DenseHeads
+from torch import Tensor
 
 WEIGHTS = {"kind": 1.0, "colour": 0.5, "rank": 0.5, "same_colour": 0.4, "same_shape": 0.4, "total": 0.2}
 BOX_WEIGHT, CELL_WEIGHT, SLOT_WEIGHT = 1.5, 0.5, 1.0
@@ -20,7 +19,7 @@ def two_bins(x: Tensor, bins: int) -> Tensor:
 
 
 def cell_centres(rows: int, columns: int, merged: bool, device: torch.device) -> Tensor:
-    """[cells, 2]: x, y in 0..1, in the order of the patches (grids are merged rows and columns) or merged cells."""
+    """[cells, 2]: x, y in 0..1, in the order of the patches (rows, columns: merged grid) or merged cells."""
     scale = 1 if merged else 2
     ys, xs = torch.meshgrid(
         (torch.arange(rows * scale, device=device) + 0.5) / (rows * scale),
@@ -65,7 +64,10 @@ def dense_loss(
     seen["box_error"] = ((at_things[:, :4].exp() * values).sum(-1) - truth).abs().mean()
     seen["cell_error"] = ((places[:, :, 4:].exp() * values).sum(-1) - centres).abs().mean()
     if heads.slots is not None:
-        logits, target = heads.slots(features).float().unflatten(-1, (target_slots(labels), -1)), labels["slots"]
+        logits, target = (
+            heads.slots(features).float().unflatten(-1, (target_slots(labels), -1)),
+            labels["slots"],
+        )
         filled = target > 0
         if bool(filled.any()):
             weight = torch.ones(logits.shape[-1], device=device)

@@ -1,7 +1,7 @@
 """Qwen2-VL for training: transformers' parameter names, pictures of one size in a batch, explicit attention.
 
-transformers' own forward costs several times more on a CPU (one sequence at a time in the tower, float32 detours);
-`train.py --check` compares both.
+transformers' own forward costs several times more on a CPU (one sequence at a time in the tower, float32
+detours); tests compare both.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from demo.batches import LABELS
 from demo.data import CELL, CHARACTERS, MAX_TEXT
 from demo.vocabulary import TOKEN_ID, VOCAB_SIZE
+from torch import Tensor, nn
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -139,7 +138,9 @@ class VisionTower(nn.Module):
         """cos and sin [patches, head_dim] for a grid of merged cells h, w."""
         quarter = self.sizes.embed_dim // self.sizes.num_heads // 4
         frequencies = 10000.0 ** -(torch.arange(quarter, device=device) / quarter)
-        grid = torch.stack(torch.meshgrid(*(torch.arange(2 * s, device=device) for s in (h, w)), indexing="ij"), -1)
+        grid = torch.stack(
+            torch.meshgrid(*(torch.arange(2 * s, device=device) for s in (h, w)), indexing="ij"), -1
+        )
         order = grid.view(h, 2, w, 2, 2).transpose(1, 2).reshape(-1, 2)
         angles = (order[:, :, None] * frequencies).flatten(1).repeat(1, 2)
         return angles.cos(), angles.sin()
@@ -176,7 +177,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (
-            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = (t.repeat_interleave(self.groups, 1) for t in (k, v))
@@ -235,7 +237,7 @@ class LanguageModel(nn.Module):
 
 
 class DenseHeads(nn.Module):
-    """Linear readers of one cell, for training only: what covers it, where that is, where the cell itself is."""
+    """Linear readers of one cell, for training only: what covers it, where that is, where the cell is."""
 
     BINS = 21  # a coordinate 0..1 is a weight on two neighbouring bins
 
@@ -272,7 +274,12 @@ class DemoModel(nn.Module):
         return {k: v for k, v in self.state_dict().items() if k.startswith(("visual.", "model."))}
 
     def hidden(
-        self, input_ids: Tensor, merged: list[Tensor], position_ids: Tensor, segments: Tensor, dtype: torch.dtype
+        self,
+        input_ids: Tensor,
+        merged: list[Tensor],
+        position_ids: Tensor,
+        segments: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
         """-> [B, L, hidden_size]; `merged` are the pictures' cells in order of their appearance."""
         embeds = self.model.embed_tokens(input_ids).to(dtype)

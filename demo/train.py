@@ -1,7 +1,7 @@
 """Trains the demo model: `python -m demo.train --minutes 80 --run RUN` (again after a kill: it resumes).
 
-First the vision tower alone on the dense helper losses, then everything together. The schedule follows the time that
-was spent, so the same command fits a slow and a fast machine.
+First the vision tower alone on the dense helper losses, then everything together. The schedule follows the
+time that was spent, so the same command fits a slow and a fast machine.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader
-
 from demo import data
 from demo.batches import IGNORE, TASK_ID, Assembler, Batch, Batches, Stage
 from demo.dense import dense_loss
 from demo.model import DemoModel
 from demo.vocabulary import build
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 PEAK_RATE, FINAL_RATE = 1.2e-3, 0.03  # the second as a share of the first
 WARM_UP = 100  # steps
@@ -37,7 +36,10 @@ LONGEST_STEP = 20.0  # seconds: a longer one was a stopped process
 
 def stage(progress: float, vision_share: float, tokens: int) -> Stage:
     """The curriculum: small pictures and short texts first; then everything."""
-    sides = (84, 112) if progress < 0.12 else (84, 112, 140) if progress < 0.45 else (84, 112, 140, 168, 196, 224)
+    sides: tuple[int, ...] = (84, 112, 140, 168, 196, 224)
+    sides = (84, 112) if progress < 0.12 else (84, 112, 140) if progress < 0.4 else sides
+    if progress > 0.55:
+        sides = (*sides * 3, 252, 280, 308, 336)
     length = (1, 2) if progress < 0.05 else (1, 4) if progress < 0.15 else (1, 6)
     most = 4 if progress < 0.1 else 6
     kinds = (0.7, 1.0, 1.2, 1.8, 0.0, 0.0) if progress < vision_share else (0.5, 1.0, 1.5, 1.5, 0.5, 0.1)
@@ -100,7 +102,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        return min(1.0, self.seconds / (60 * self.args.minutes))
+        return min(1.0, self.seconds / (60 * float(self.args.minutes)))
 
     def save(self) -> None:
         state = {
@@ -115,12 +117,13 @@ class Trainer:
 
     def rate(self) -> float:
         cosine = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * self.progress))
-        return self.args.rate * cosine * min(1.0, (self.since_start + 1) / WARM_UP)
+        return float(self.args.rate) * cosine * min(1.0, (self.since_start + 1) / WARM_UP)
 
     def step(self, batch: Batch) -> tuple[dict[str, float], dict[str, list[float]]]:
         vision_only = self.progress < self.args.vision_share
         batch = to_device(batch, self.device)
-        model, exact = self.model, {}
+        model = self.model
+        exact: dict[str, list[float]] = {}
         seen: dict[str, float] = {}
         dtype = torch.bfloat16
         with torch.autocast(self.device.type, dtype):
@@ -231,13 +234,23 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=80, help="of training in all, resumed ones included")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, default=min(cores, 16))
-    parser.add_argument("--workers", type=int, default=max(1, cores - 1) if cuda else 1, help="processes that draw")
-    parser.add_argument("--tokens", type=int, default=40_000 if cuda else 2_400, help="of a batch, with padding")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, cores - 1) if cuda else 1, help="processes that draw"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=40_000 if cuda else 2_400, help="of a batch, with padding"
+    )
     parser.add_argument("--rate", type=float, default=PEAK_RATE)
-    parser.add_argument("--helper", type=float, default=0.5, help="weight of the helper losses in the joint phase")
+    parser.add_argument(
+        "--helper", type=float, default=0.5, help="weight of the helper losses in the joint phase"
+    )
     parser.add_argument("--language", type=float, default=2.0, help="weight of the answers' loss")
-    parser.add_argument("--vision-share", type=float, default=0.12, help="share of the time for the tower alone")
-    parser.add_argument("--compile", action="store_true", help="each block: faster after a minute or two of compiling")
+    parser.add_argument(
+        "--vision-share", type=float, default=0.12, help="share of the time for the tower alone"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="each block: faster after a minute or two of compiling"
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

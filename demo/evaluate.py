@@ -1,0 +1,140 @@
+"""Accuracy per task on unseen pictures, greedy, with standard errors.
+
+python -m demo.evaluate --via transformers demo/checkpoint
+python -m demo.evaluate --via gguf demo.gguf --per-task 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from demo import cases
+from demo.cases import Case
+from PIL import Image
+
+MAX_NEW_TOKENS = 48
+FIRST_SEED = 1_000_000
+Answer = Callable[[Sequence[tuple[Case, Sequence[str]]]], list[str]]
+"""Cases, each with the answers already given in its conversation -> the next answers."""
+
+
+def messages(case: Case, given: Sequence[str]) -> list[dict[str, Any]]:
+    images = [{"type": "image", "image": Image.open(io.BytesIO(png))} for png in case.images]
+    content: list[dict[str, Any]] = [*images, {"type": "text", "text": case.turns[0].question}]
+    out: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    for answer, turn in zip(given, case.turns[1:], strict=False):
+        out.append({"role": "assistant", "content": answer})
+        out.append({"role": "user", "content": turn.question})
+    return out
+
+
+def with_transformers(folder: str) -> Answer:
+    import torch
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.nn.Module.to(model, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    pad = "<|image_pad|>"
+
+    def answer(batch: Sequence[tuple[Case, Sequence[str]]]) -> list[str]:
+        chats = [messages(case, given) for case, given in batch]
+        images = [c["image"] for chat in chats for c in chat[0]["content"] if c["type"] == "image"]
+        inputs: dict[str, Any] = dict(processor(images=images, return_tensors="pt")) if images else {}
+        cells = iter([int(g.prod()) // 4 for g in inputs.get("image_grid_thw", [])])
+        texts = []
+        for chat in chats:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            head, *rest = str(text).split(pad)
+            texts.append(head + "".join(pad * next(cells) + part for part in rest))
+        inputs |= tokenizer(texts, padding=True, return_tensors="pt")
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+        inputs = {k: v.to(device) for k, v in inputs.items()}
+        with torch.inference_mode():
+            out = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None,
+                                 max_new_tokens=MAX_NEW_TOKENS)  # fmt: skip
+        new = out[:, inputs["input_ids"].shape[1] :]
+        ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        rows = [row[: row.index(ends)] if ends in row else row for row in new.tolist()]
+        return [str(tokenizer.decode(row, skip_special_tokens=False)) for row in rows]
+
+    return answer
+
+
+def with_gguf(file: str) -> Answer:
+    from qwen2vl_q import Qwen2VL
+
+    model = Qwen2VL.from_gguf(file)
+
+    def answer(batch: Sequence[tuple[Case, Sequence[str]]]) -> list[str]:
+        return [
+            str(model.chat(messages(case, given), stream=False, temperature=0, max_new_tokens=MAX_NEW_TOKENS))
+            for case, given in batch
+        ]
+
+    return answer
+
+
+def run(cases: Sequence[Case], answer: Answer, batch_size: int) -> list[str]:
+    """The last answer of each case; earlier turns are answered by the model too."""
+    given: list[list[str]] = [[] for _ in cases]
+    for turn in range(max(len(c.turns) for c in cases)):
+        open_cases = [k for k, c in enumerate(cases) if len(c.turns) > turn]
+        for start in range(0, len(open_cases), batch_size):
+            part = open_cases[start : start + batch_size]
+            for k, text in zip(part, answer([(cases[k], given[k]) for k in part]), strict=True):
+                given[k].append(text)
+    return [texts[-1] for texts in given]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a checkpoint folder or a GGUF file")
+    parser.add_argument("--via", choices=("transformers", "gguf"), required=True)
+    parser.add_argument("--per-task", type=int, default=1000)
+    parser.add_argument("--tasks", nargs="+", choices=cases.TASKS, default=list(cases.TASKS))
+    parser.add_argument("--batch-size", type=int, default=50, help="with transformers")
+    parser.add_argument("--show", type=int, default=0, help="wrong answers to print per task, on stderr")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    answer = (with_transformers if args.via == "transformers" else with_gguf)(args.model)
+    figures = {}
+    print("| task | accuracy | standard error | questions |\n|---|---|---|---|")
+    for task in args.tasks:
+        start = time.monotonic()
+        asked = [cases.case(task, FIRST_SEED + k) for k in range(args.per_task)]
+        answers = run(asked, answer, args.batch_size)
+        results = [cases.right(c.turns[-1], a) for c, a in zip(asked, answers, strict=True)]
+        wrong = [(c, a) for c, a, ok in zip(asked, answers, results, strict=True) if not ok]
+        for c, a in wrong[: args.show]:
+            print(
+                f"{task}: {c.turns[-1].question} expected {c.turns[-1].answer!r}, got {a!r}", file=sys.stderr
+            )
+        p, n = sum(results) / len(results), len(results)
+        error = math.sqrt(p * (1 - p) / n)
+        figures[task] = {
+            "accuracy": p,
+            "standard_error": error,
+            "questions": n,
+            "seconds": time.monotonic() - start,
+        }
+        print(f"| {task} | {p:.3f} | {error:.3f} | {n} |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
