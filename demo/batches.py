@@ -26,6 +26,7 @@ LABELS = {
     "same_colour": 8,
     "same_shape": 8,
     "total": 9,
+    "centre": 2,
 }
 TASK_ID = {name: k for k, name in enumerate((*questions.TASKS, "chat", "second"))}
 LINKED_TURNS = 0.2  # share of the conversations with a second question
@@ -94,6 +95,10 @@ def cell_labels(picture: Picture, cell: int) -> dict[str, np.ndarray]:
     if picture.text:
         table["same_colour"] = table["same_shape"] = [IGNORE] * (total + 1)
     labels = {name: np.asarray(values, np.int64)[owner] for name, values in table.items()}
+    labels["centre"] = np.zeros_like(labels["kind"])
+    for x0, y0, x1, y1 in (t.box for t in things):
+        row, column = int((y0 + y1) / 2) // cell, int((x0 + x1) / 2) // cell
+        labels["centre"][min(row, len(owner) - 1), min(column, owner.shape[1] - 1)] = 1
     scale = np.asarray([picture.width, picture.height] * 2, np.float32)
     boxes = np.zeros((total + 1, 4), np.float32)
     boxes[1:] = np.asarray([t.box for t in things], np.float32) / scale

@@ -1,8 +1,8 @@
 """Draws pictures with ground truth.
 
-Everything follows from a seed: shapes, colours, Pillow's own font; no file is read. A picture is a light, grey
-or dark card with a thin frame: the vision tower has relative positions only, so that without anything at the
-border an empty card looks the same everywhere.
+Everything follows from a seed: shapes, colours, Pillow's own font; no file is read. A picture is a light,
+grey or dark card with a thin frame: the vision tower has relative positions only, so that without anything at
+the border an empty card looks the same everywhere.
 """
 
 from __future__ import annotations

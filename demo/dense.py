@@ -8,7 +8,15 @@ from demo.batches import IGNORE, LABELS
 from demo.model import DenseHeads
 from torch import Tensor
 
-WEIGHTS = {"kind": 1.0, "colour": 0.5, "rank": 0.5, "same_colour": 0.4, "same_shape": 0.4, "total": 0.2}
+WEIGHTS = {
+    "kind": 1.0,
+    "colour": 0.5,
+    "rank": 0.5,
+    "same_colour": 0.4,
+    "same_shape": 0.4,
+    "total": 0.2,
+    "centre": 1.0,
+}
 BOX_WEIGHT, CELL_WEIGHT, SLOT_WEIGHT = 1.5, 0.5, 1.0
 BACKGROUND_WEIGHT = 0.2  # most cells are background, and easy
 
@@ -45,13 +53,13 @@ def dense_loss(
     for name, size in LABELS.items():
         logits, target = heads.labels[name](features).float(), labels[prefix + name]
         weight = torch.ones(size, device=device)
-        if name == "kind":
+        if name in ("kind", "centre"):
             weight[0] = BACKGROUND_WEIGHT
         if bool((target != IGNORE).any()):
             loss = loss + WEIGHTS[name] * F.cross_entropy(
                 logits.flatten(0, 1), target.flatten(), weight=weight, ignore_index=IGNORE
             )
-            at = things & (target != IGNORE)
+            at = target == 1 if name == "centre" else things & (target != IGNORE)
             seen[name] = (logits.argmax(-1) == target)[at].float().mean()
     bins = heads.BINS
     places = heads.places(features).float().unflatten(-1, (6, bins)).log_softmax(-1)
