@@ -103,6 +103,26 @@ std::shared_ptr<Model> load_model(const std::string& path, const std::optional<s
   return std::make_shared<Model>(path, options, report);
 }
 
+py::list stop_profile(Model& model) {
+  std::vector<StageRecord> records;
+  {
+    py::gil_scoped_release release;  // a call that holds the lock may be waiting for the GIL
+    records = model.lock().backend.profile().stop();
+  }
+  py::list stages;
+  for (const StageRecord& record : records) {
+    py::dict stage;
+    stage["name"] = record.name;
+    stage["calls"] = record.calls;
+    stage["seconds"] = record.seconds;
+    stage["int8_ops"] = record.work.int8_ops;
+    stage["float_ops"] = record.work.float_ops;
+    stage["bytes"] = record.work.bytes;
+    stages.append(stage);
+  }
+  return stages;
+}
+
 FloatArray encode_image(Model& model, const FloatArray& pixel_values, const GridTuple& grid_thw,
                         const PyProgress& progress) {
   if (!model.config().vision) throw std::invalid_argument("this model has no vision tower");
@@ -220,6 +240,10 @@ void register_engine(py::module_& m) {
                              [](const Model& model) { return model.backend().weight_bytes(); })
       .def("encode_image", &encode_image, py::arg("pixel_values"), py::arg("grid_thw"),
            py::arg("progress") = py::none())
+      .def(
+          "start_profile", [](Model& model) { model.lock().backend.profile().start(); },
+          py::call_guard<py::gil_scoped_release>())
+      .def("stop_profile", &stop_profile)
       .def("position_ids", &position_ids, py::arg("token_ids"), py::arg("grids"));
 
   py::class_<Prompt>(m, "Prompt", "Token ids with the vision items that stand in them.")

@@ -82,6 +82,8 @@ void full_tile(const KernelTable& kernels, float* queries, int64_t stride, int64
 }  // namespace
 
 void FullAttention::operator()(Context& ctx, float* qkv, int64_t rows) {
+  const auto stage = ctx.profile.stage(
+      "image attention", {0, 4.0 * static_cast<double>(rows * rows * num_heads_ * head_dim_), 0});
   const int64_t width = num_heads_ * head_dim_, stride = 3 * width;
   const int64_t key_size = panels(rows) * kPanelRows * head_dim_;
   const int64_t value_size = panels(head_dim_) * kPanelRows * rows;
@@ -213,6 +215,17 @@ class CausalTile {
   float scale_;
 };
 
+/// Each row against the cells up to its own; each cell's keys and values once.
+Work causal_work(const TextConfig& config, std::span<const CausalRows> sequences) {
+  Work work;
+  for (const CausalRows& s : sequences) {
+    const double rows = static_cast<double>(s.rows), cells = static_cast<double>(s.first_cell) + rows;
+    work.float_ops += 4 * static_cast<double>(config.q_size()) * rows * (cells - (rows - 1) / 2);
+    work.bytes += cells * 2 * static_cast<double>(config.kv_size()) * (s.cache->half() ? 2 : 4);
+  }
+  return work;
+}
+
 /// Splits of one tile over pages, merged by their maxima and sums.
 void merge_partials(const KernelTable& kernels, float* partials, int64_t splits, int64_t split_stride,
                     int64_t head_dim, float* out) {
@@ -234,6 +247,7 @@ void merge_partials(const KernelTable& kernels, float* partials, int64_t splits,
 
 void CausalAttention::operator()(Context& ctx, int64_t layer, std::span<const CausalRows> sequences,
                                  float* qkv, int64_t qkv_stride) {
+  const auto stage = ctx.profile.stage("text attention", causal_work(config_, sequences));
   const int64_t kv_heads = config_.num_key_value_heads, head_dim = config_.head_dim;
   const int64_t group = config_.num_attention_heads / kv_heads;
   const int64_t tile_tokens = std::max<int64_t>(1, kCausalTileRows / group);

@@ -38,6 +38,8 @@ class CpuBackend final : public Backend {
     language_model_(ctx_, batch, logits, progress);
   }
 
+  Profile& profile() override { return ctx_.profile; }
+
   int64_t max_batch_rows() const override { return kMaxBatchRows; }
 
   int64_t weight_bytes() const override {

@@ -7,6 +7,7 @@
 #include "base/thread_pool.h"
 #include "cpu/kernels/kernel_table.h"
 #include "model/backend.h"
+#include "model/profile.h"
 
 namespace qwen2vl::cpu {
 
@@ -34,6 +35,7 @@ struct Context {
   const KernelTable& kernels;
   ThreadPool pool;
   Precision precision;
+  Profile profile;
 
   /// Thread `thread`'s own scratch, at least `bytes`, 64-byte aligned. Call it outside parallel loops with
   /// the largest size first (reserve_scratch), inside with any smaller one.

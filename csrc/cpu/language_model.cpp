@@ -5,19 +5,40 @@
 #include <cstring>
 
 namespace qwen2vl::cpu {
+namespace {
+
+void rms_norm_rows(Context& ctx, const NormWeights& norm, float eps, const float* x, int64_t rows,
+                   int64_t width, float* out) {
+  const auto stage = ctx.profile.stage("text norm");
+  ctx.for_rows(rows, [&](int64_t r) {
+    ctx.kernels.rms_norm(x + r * width, norm.weight.data(), eps, width, out + r * width);
+  });
+}
+
+/// gate_up [rows][gate | up]: gate = silu(gate) * up
+void silu_mul_rows(Context& ctx, float* gate_up, int64_t rows, int64_t width) {
+  const auto stage = ctx.profile.stage("text silu");
+  ctx.for_rows(rows, [&](int64_t r) {
+    ctx.kernels.silu_mul(gate_up + r * 2 * width, gate_up + r * 2 * width + width, width);
+  });
+}
+
+}  // namespace
 
 LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Context& ctx,
                              const Progress& progress)
     : config_(config), attention_(config) {
-  embed_tokens_ = pack_matrix(w.embed_tokens, ctx);
+  embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx);
   for (const DecoderLayerWeights& l : w.layers) {
     layers_.push_back({l.input_layernorm, l.post_attention_layernorm,
-                       pack_linear({&l.q_proj, &l.k_proj, &l.v_proj}, ctx), pack_linear({&l.o_proj}, ctx),
-                       pack_linear({&l.gate_proj, &l.up_proj}, ctx), pack_linear({&l.down_proj}, ctx)});
+                       pack_linear("text qkv_proj", {&l.q_proj, &l.k_proj, &l.v_proj}, ctx),
+                       pack_linear("text o_proj", {&l.o_proj}, ctx),
+                       pack_linear("text gate_up_proj", {&l.gate_proj, &l.up_proj}, ctx),
+                       pack_linear("text down_proj", {&l.down_proj}, ctx)});
     progress(static_cast<int64_t>(layers_.size()), config.num_hidden_layers);
   }
   norm_ = w.norm;
-  if (w.lm_head) lm_head_ = pack_matrix(*w.lm_head, ctx);
+  if (w.lm_head) lm_head_ = pack_matrix("text lm_head", *w.lm_head, ctx);
   for (int64_t i = 0; i < config.head_dim / 2; ++i)
     inv_freq_.push_back(static_cast<float>(
         1.0 / std::pow(static_cast<double>(config.rope_theta),
@@ -64,6 +85,7 @@ void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch
 /// Embeddings into x_, and the rotation of every row: the first mrope_section[0] frequencies turn with the
 /// time index, the next with the row, the last with the column (apply_multimodal_rotary_pos_emb).
 void LanguageModel::embed(Context& ctx, std::span<const SequenceRows> batch) {
+  const auto stage = ctx.profile.stage("text embed");
   const int64_t hidden = config_.hidden_size, half = config_.head_dim / 2;
   float* x = x_.resize(rows_ * hidden);
   float* rope = rope_.resize(rows_ * 2 * half);
@@ -90,15 +112,23 @@ void LanguageModel::embed(Context& ctx, std::span<const SequenceRows> batch) {
 // Qwen2VLDecoderLayer: x += o_proj(attention(input_layernorm(x)))
 void LanguageModel::attention(Context& ctx, const Layer& layer, int64_t index,
                               std::span<const CausalRows> sequences) {
-  const int64_t hidden = config_.hidden_size, head_dim = config_.head_dim, half = head_dim / 2;
+  const int64_t hidden = config_.hidden_size;
   const int64_t stride = config_.q_size() + 2 * config_.kv_size();
-  float *x = x_.data(), *normed = normed_.data(), *qkv = qkv_.data(), *rope = rope_.data();
+  float *x = x_.data(), *normed = normed_.data(), *qkv = qkv_.data();
 
-  ctx.for_rows(rows_, [&](int64_t r) {
-    ctx.kernels.rms_norm(x + r * hidden, layer.input_layernorm.weight.data(), config_.rms_norm_eps, hidden,
-                         normed + r * hidden);
-  });
+  rms_norm_rows(ctx, layer.input_layernorm, config_.rms_norm_eps, x, rows_, hidden, normed);
   linear(ctx, layer.qkv_proj, {normed, rows_, hidden}, qkv, stride, Store::Overwrite);
+  rotate_and_store(ctx, index, sequences);
+  attention_(ctx, index, sequences, qkv, stride);
+  linear(ctx, layer.o_proj, {qkv, rows_, stride}, x, hidden, Store::Accumulate);
+}
+
+/// Rotates queries and keys where they stand and appends keys and values to the caches.
+void LanguageModel::rotate_and_store(Context& ctx, int64_t index, std::span<const CausalRows> sequences) {
+  const auto stage = ctx.profile.stage("text rope");
+  const int64_t head_dim = config_.head_dim, half = head_dim / 2;
+  const int64_t stride = config_.q_size() + 2 * config_.kv_size();
+  float *qkv = qkv_.data(), *rope = rope_.data();
   for (const CausalRows& s : sequences)
     ctx.for_rows(s.rows, [&](int64_t i) {
       const int64_t row = s.first_row + i;
@@ -110,22 +140,15 @@ void LanguageModel::attention(Context& ctx, const Layer& layer, int64_t index,
       const float* k = q + config_.q_size();
       const_cast<PagedKvCache*>(s.cache)->write(index, s.first_cell + i, k, k + config_.kv_size());
     });
-  attention_(ctx, index, sequences, qkv, stride);
-  linear(ctx, layer.o_proj, {qkv, rows_, stride}, x, hidden, Store::Accumulate);
 }
 
 // Qwen2MLP: x += down_proj(silu(gate_proj(h)) * up_proj(h)), h = post_attention_layernorm(x)
 void LanguageModel::mlp(Context& ctx, const Layer& layer) {
   const int64_t hidden = config_.hidden_size, wide = config_.intermediate_size;
   float *x = x_.data(), *normed = normed_.data(), *gate_up = gate_up_.data();
-  ctx.for_rows(rows_, [&](int64_t r) {
-    ctx.kernels.rms_norm(x + r * hidden, layer.post_attention_layernorm.weight.data(), config_.rms_norm_eps,
-                         hidden, normed + r * hidden);
-  });
+  rms_norm_rows(ctx, layer.post_attention_layernorm, config_.rms_norm_eps, x, rows_, hidden, normed);
   linear(ctx, layer.gate_up_proj, {normed, rows_, hidden}, gate_up, 2 * wide, Store::Overwrite);
-  ctx.for_rows(rows_, [&](int64_t r) {
-    ctx.kernels.silu_mul(gate_up + r * 2 * wide, gate_up + r * 2 * wide + wide, wide);
-  });
+  silu_mul_rows(ctx, gate_up, rows_, wide);
   linear(ctx, layer.down_proj, {gate_up, rows_, 2 * wide}, x, hidden, Store::Accumulate);
 }
 

@@ -26,6 +26,7 @@ class LanguageModel {
 
   void embed(Context& ctx, std::span<const SequenceRows> batch);
   void attention(Context& ctx, const Layer& layer, int64_t index, std::span<const CausalRows> sequences);
+  void rotate_and_store(Context& ctx, int64_t index, std::span<const CausalRows> sequences);
   void mlp(Context& ctx, const Layer& layer);
   void head(Context& ctx, std::span<const SequenceRows> batch, float* logits);
 

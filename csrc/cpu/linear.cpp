@@ -62,6 +62,18 @@ QuantizedInput quantize_input(Context& ctx, const Rows& x, int64_t cols) {
   return input;
 }
 
+/// What `rows` rows cost at least.
+Work linear_work(const Context& ctx, const PackedLinear& layer, int64_t rows) {
+  Work work;
+  for (const PackedLinear::Part& part : layer.parts) {
+    const bool int8 = ctx.precision == Precision::Fast && is_quantized(part.matrix.type);
+    (int8 ? work.int8_ops : work.float_ops) +=
+        2.0 * static_cast<double>(rows * part.matrix.rows * part.matrix.cols);
+    work.bytes += static_cast<double>(part.storage.size());
+  }
+  return work;
+}
+
 /// One part's share of a task: panels [panel_begin, panel_end) times rows [row_begin, row_end) of x.
 struct Task {
   int64_t panel_begin, panel_end, row_begin, row_end;
@@ -128,8 +140,10 @@ int64_t PackedLinear::weight_bytes() const {
   return bytes;
 }
 
-PackedLinear pack_linear(std::initializer_list<const LinearWeights*> layers, Context& ctx) {
+PackedLinear pack_linear(std::string_view name, std::initializer_list<const LinearWeights*> layers,
+                         Context& ctx) {
   PackedLinear packed;
+  packed.name = name;
   for (const LinearWeights* layer : layers) {
     packed.in_features = layer->weight.cols;
     packed.parts.push_back(pack_part(layer->weight, packed.out_features, ctx));
@@ -140,13 +154,14 @@ PackedLinear pack_linear(std::initializer_list<const LinearWeights*> layers, Con
   return packed;
 }
 
-PackedLinear pack_matrix(const MatrixView& matrix, Context& ctx) {
+PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx) {
   const LinearWeights layer{matrix, {}};
-  return pack_linear({&layer}, ctx);
+  return pack_linear(name, {&layer}, ctx);
 }
 
 void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, int64_t out_stride,
             Store store) {
+  const auto stage = ctx.profile.stage(layer.name, linear_work(ctx, layer, x.rows));
   const KernelTable& kernels = ctx.kernels;
   const bool fast = ctx.precision == Precision::Fast;
   const bool quantize = fast && std::any_of(layer.parts.begin(), layer.parts.end(),

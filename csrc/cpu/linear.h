@@ -1,6 +1,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <string_view>
 #include <vector>
 
 #include "cpu/context.h"
@@ -16,6 +17,7 @@ struct PackedLinear {
     int64_t column = 0;  ///< of its first output in a row of the result
     AlignedBuffer storage;
   };
+  std::string_view name;  ///< of the stage in a profile
   std::vector<Part> parts;
   int64_t in_features = 0;
   int64_t out_features = 0;
@@ -24,10 +26,11 @@ struct PackedLinear {
   int64_t weight_bytes() const;
 };
 
-/// Repacks, in parallel, and gives the mapped source pages back.
-PackedLinear pack_linear(std::initializer_list<const LinearWeights*> layers, Context& ctx);
+/// Repacks, in parallel, and gives the mapped source pages back. `name` is a literal.
+PackedLinear pack_linear(std::string_view name, std::initializer_list<const LinearWeights*> layers,
+                         Context& ctx);
 /// A matrix without bias (embedding, head).
-PackedLinear pack_matrix(const MatrixView& matrix, Context& ctx);
+PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx);
 
 /// A matmul's right-hand side: rows of float32.
 struct Rows {

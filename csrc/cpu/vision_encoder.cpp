@@ -25,6 +25,11 @@ void layer_norm_rows(Context& ctx, const NormWeights& norm, float eps, const flo
   });
 }
 
+void quick_gelu_rows(Context& ctx, float* x, int64_t rows, int64_t width) {
+  const auto stage = ctx.profile.stage("image quick_gelu");
+  ctx.for_rows(rows, [&](int64_t r) { ctx.kernels.quick_gelu(x + r * width, width); });
+}
+
 /// The convolution over (frames, patch, patch) is one matrix; GGUF keeps a slice per frame. Joins them so
 /// that a row's order is pixel_values': channel, frame, row, column.
 PackedLinear pack_patch_embed(const VisionConfig& c, const VisionWeights& weights, Context& ctx) {
@@ -41,6 +46,7 @@ PackedLinear pack_patch_embed(const VisionConfig& c, const VisionWeights& weight
     }
   }
   return pack_matrix(
+      "image patch_embed",
       {DType::F32, c.embed_dim, c.patch_dim(), reinterpret_cast<const uint8_t*>(joined.data()), nullptr},
       ctx);
 }
@@ -52,13 +58,14 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, const VisionWeights& w,
     : config_(config), attention_(config.num_heads, config.head_dim) {
   patch_embed_ = pack_patch_embed(config, w, ctx);
   for (const VisionBlockWeights& b : w.blocks) {
-    blocks_.push_back({b.norm1, b.norm2, pack_linear({&b.q, &b.k, &b.v}, ctx), pack_linear({&b.proj}, ctx),
-                       pack_linear({&b.fc1}, ctx), pack_linear({&b.fc2}, ctx)});
+    blocks_.push_back({b.norm1, b.norm2, pack_linear("image qkv", {&b.q, &b.k, &b.v}, ctx),
+                       pack_linear("image proj", {&b.proj}, ctx), pack_linear("image fc1", {&b.fc1}, ctx),
+                       pack_linear("image fc2", {&b.fc2}, ctx)});
     progress(static_cast<int64_t>(blocks_.size()), config.depth);
   }
   ln_q_ = w.ln_q;
-  mlp_0_ = pack_linear({&w.mlp_0}, ctx);
-  mlp_2_ = pack_linear({&w.mlp_2}, ctx);
+  mlp_0_ = pack_linear("image merger", {&w.mlp_0}, ctx);
+  mlp_2_ = pack_linear("image merger", {&w.mlp_2}, ctx);
 }
 
 int64_t VisionEncoder::weight_bytes() const {
@@ -98,6 +105,7 @@ void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const Gr
 
 // apply_rotary_pos_emb_vision: head_dim / 4 frequencies turn with the row, the same with the column.
 void VisionEncoder::rotate(Context& ctx, float* qkv, const GridTHW& grid) const {
+  const auto stage = ctx.profile.stage("image rope");
   const int64_t half = config_.head_dim / 2, quarter = config_.head_dim / 4, width = config_.embed_dim;
   const auto positions = patch_positions(grid, config_.spatial_merge_size);
   std::vector<float> inv_freq(quarter);
@@ -127,7 +135,7 @@ void VisionEncoder::mlp(Context& ctx, const Block& block, float* x, int64_t rows
   float* wide = wide_.resize(rows * wide_size);
   layer_norm_rows(ctx, block.norm2, config_.layer_norm_eps, x, rows, width, normed);
   linear(ctx, block.fc1, {normed, rows, width}, wide, wide_size, Store::Overwrite);
-  ctx.for_rows(rows, [&](int64_t r) { ctx.kernels.quick_gelu(wide + r * wide_size, wide_size); });
+  quick_gelu_rows(ctx, wide, rows, wide_size);
   linear(ctx, block.fc2, {wide, rows, wide_size}, x, width, Store::Accumulate);
 }
 

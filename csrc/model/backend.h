@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "model/positions.h"
+#include "model/profile.h"
 
 namespace qwen2vl {
 
@@ -56,6 +57,9 @@ class Backend {
 
   /// Rows that forward takes in one call at most; longer prompts are cut by the caller.
   virtual int64_t max_batch_rows() const = 0;
+
+  /// Off until started; for benchmarks.
+  virtual Profile& profile() = 0;
 
   virtual int64_t weight_bytes() const = 0;
   virtual std::string_view isa() const = 0;

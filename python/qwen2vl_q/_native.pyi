@@ -124,6 +124,12 @@ class Model:
     ) -> NDArray[np.int64]:
         """M-RoPE indices int64 [3, n]; `grids` (in patches) in the order of the runs of pad tokens."""
 
+    def start_profile(self) -> None:
+        """From here on, the stages of the forward passes are timed."""
+    def stop_profile(self) -> list[dict[str, Any]]:
+        """The stages since start_profile: name, calls, seconds, and what they had to do at least: int8_ops,
+        float_ops (a multiply and an add are two), bytes."""
+
 class Prompt:
     """Token ids with the vision items that stand in them.
 
