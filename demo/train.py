@@ -42,9 +42,9 @@ def stage(progress: float, vision_share: float, tokens: int) -> Stage:
         sides = (*sides * 3, 252, 280, 308, 336)
     length = (1, 2) if progress < 0.05 else (1, 4) if progress < 0.15 else (1, 6)
     most = 4 if progress < 0.1 else 6
-    kinds = (0.7, 1.0, 1.2, 1.8, 0.0, 0.0) if progress < vision_share else (0.5, 1.0, 1.5, 1.5, 0.5, 0.1)
+    kinds = (0.5, 0.8, 1.0, 3.5, 0.0, 0.0) if progress < vision_share else (0.4, 1.0, 1.5, 2.0, 0.5, 0.1)
     if progress > 0.45:
-        kinds = (0.3, 1.0, 1.5, 1.5, 0.8, 0.1)
+        kinds = (0.3, 1.0, 1.5, 2.0, 0.8, 0.1)
     odd = 0.1 if progress < 0.15 else 0.4
     return Stage(sides, data.Level(length, most), kinds, odd, tokens)
 
@@ -138,6 +138,8 @@ class Trainer:
                     weight = 1.0 if vision_only else self.args.helper
                     loss = loss + weight * helper / len(batch.pixels)
                     seen |= {name: float(v) for name, v in accuracy.items() if not bool(torch.isnan(v))}
+            if vision_only:
+                seen[f"{batch.kind}_kind"] = seen["merged_kind"]
             seen["helper"] = float(loss.detach())
             if not vision_only:
                 hidden = model.hidden(batch.input_ids, merged, batch.position_ids, batch.segments, dtype)
