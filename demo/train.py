@@ -92,6 +92,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=BETAS, fused=True)
         self.steps = self.pictures = self.since_start = 0
         self.seconds = 0.0
+        self.vision_only = True
         self.file = args.run / "state.pt"
         self.tokenizer = build()
         if self.file.exists():
@@ -121,6 +122,9 @@ class Trainer:
 
     def step(self, batch: Batch) -> tuple[dict[str, float], dict[str, list[float]]]:
         vision_only = self.progress < self.args.vision_share
+        if self.vision_only and not vision_only:
+            self.since_start = 0  # the language model warms up too
+        self.vision_only = vision_only
         batch = to_device(batch, self.device)
         model = self.model
         exact: dict[str, list[float]] = {}
