@@ -96,7 +96,7 @@ class Bench {
   }
 
   void measure_peaks() {
-    const bool wide = kernels_.isa == "avx512";
+    const bool wide = kernels_.isa.starts_with("avx512");
     const PeakLoops loops = wide ? peak_loops_avx512() : peak_loops_avx2();
     const auto rate = [&](double (*loop)(int64_t)) {
       double work = 0.0;

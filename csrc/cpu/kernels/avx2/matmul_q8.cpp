@@ -6,10 +6,10 @@
 namespace qwen2vl::cpu {
 namespace {
 
-/// Tiles of 2 rows x 1 panel (two vectors): 4 integer and 4 float accumulators, the weights (two registers a
-/// vector for signed ones), a broadcast, the products and the constants fit 16 registers.
+/// Tiles of 4 rows x 1 panel (two vectors). The 8 integer sums stay in the 16 registers with a vector's
+/// weights; the float sums, wanted once a block, do not, and yet 4 rows measured faster than 2 or 3.
 constexpr int kQ8TilePanels = 1;
-constexpr int max_q8_tile_rows(int) { return 3; }
+constexpr int max_q8_tile_rows(int) { return 4; }
 
 inline __m256i broadcast_group(const int8_t* x) {
   int32_t group;
@@ -27,6 +27,14 @@ namespace {
 
 inline __m256i load_group(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+/// Keeps the sums a chain: GCC would make a tree of them, whose leaves do not fit 16 registers.
+inline __m256i chained(__m256i acc) {
+#if defined(__GNUC__)
+  __asm__("" : "+x"(acc));
+#endif
+  return acc;
 }
 
 /// Sums of pairs of 16-bit lanes.
@@ -72,7 +80,7 @@ struct CodecQ8 : BlockScales {
     return signed_weights(load_group(quants + vector_offset(panel_bytes, v, 4) + (b * 8 + g) * kGroupBytes));
   }
   static Acc step(Acc acc, const Weights& w, __m256i x) {
-    return _mm256_add_epi32(acc, add_pairs(multiply(w, x)));
+    return chained(_mm256_add_epi32(acc, add_pairs(multiply(w, x))));
   }
   static Vec finish(Acc acc, const int32_t*) { return to_float(acc); }
 };
@@ -85,7 +93,9 @@ struct CodecQ4 : BlockScales {
     const __m256i q = load_group(quants + vector_offset(panel_bytes, v, 4) + (b * 4 + g % 4) * kGroupBytes);
     return _mm256_and_si256(g < 4 ? q : _mm256_srli_epi16(q, 4), _mm256_set1_epi8(0xf));
   }
-  static Acc step(Acc acc, Weights w, __m256i x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)); }
+  static Acc step(Acc acc, Weights w, __m256i x) {
+    return chained(_mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)));
+  }
   static Vec finish(Acc acc, const int32_t* correction) {
     return to_float(_mm256_add_epi32(add_pairs(acc), _mm256_srai_epi32(_mm256_set1_epi32(*correction), 4)));
   }
@@ -124,7 +134,9 @@ struct CodecQ6 {
     return mul(load_f16(reinterpret_cast<const uint16_t*>(super)), to_float(load_int8(sub)));
   }
   static Acc start(const int32_t*) { return _mm256_setzero_si256(); }
-  static Acc step(Acc acc, const Weights& w, __m256i x) { return _mm256_add_epi16(acc, multiply(w, x)); }
+  static Acc step(Acc acc, const Weights& w, __m256i x) {
+    return chained(_mm256_add_epi16(acc, multiply(w, x)));
+  }
   static Vec finish(Acc acc, const int32_t*) { return to_float(add_pairs(acc)); }
 };
 
