@@ -82,7 +82,7 @@ def test_goldens(name: str, isa: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_instruction_sets_agree(wide_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the order of float sums, which now and then tips the rounding of an activation to 8 bits."""
+    """Up to the order of float sums, which now and then tips the rounding of an activation."""
     c = conversation(3, [6, (120, 90), 20])
     results = {}
     for isa in _native.supported_isas():
@@ -90,8 +90,8 @@ def test_instruction_sets_agree(wide_model: Path, monkeypatch: pytest.MonkeyPatc
         results[isa] = (m.encode_image(c.images[0]), m.logits(c.token_ids, c.images))
     image, logits = results["generic"]
     for isa, (other_image, other_logits) in results.items():
-        assert nmse(other_image, image) < 3e-4, isa
-        assert nmse(other_logits, logits) < 3e-4, isa
+        assert nmse(other_image, image) < 1e-3, isa
+        assert nmse(other_logits, logits) < 1e-3, isa
 
 
 def test_fast_stays_near_exact(wide_model: Path) -> None:
@@ -116,6 +116,7 @@ def test_thread_counts_agree(threads: int, model: Qwen2VL, tmp_path: Path) -> No
     assert m.n_threads == threads
     c = conversation(6, [200, (120, 90), 20])
     assert nmse(m.logits(c.token_ids, c.images), model.logits(c.token_ids, c.images)) < 1e-9
+    model.reset()  # a last token evaluated alone has outliers of its own
     assert list(m.generate(c.token_ids, c.images, max_new_tokens=12)) == list(
         model.generate(c.token_ids, c.images, max_new_tokens=12)
     )

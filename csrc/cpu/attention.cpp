@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <vector>
 
 namespace qwen2vl::cpu {
 namespace {
@@ -40,60 +42,147 @@ struct Tile {
 // --- full attention
 // ------------------------------------------------------------------------------------------
 
-// A tile of 96 x 256 scores (98 KB) and 256 keys and values of head_dim 80 (164 KB) stay in a second-level
-// cache of 512 KB; 96 rows use each key and value that is loaded 96 times.
+// 96 rows use each key and value that is loaded 96 times. Tiles of 96 x 512 scores in float32 and as
+// probabilities in bf16 (290 KB), with 512 keys and values of head_dim 80 in bf16 (160 KB), stay in a
+// second-level cache of 512 KB; in float32 half as many keys do.
 constexpr int64_t kTileRows = 96;
-constexpr int64_t kTileKeys = 256;
 
-void pack_head(const float* k, const float* v, int64_t stride, int64_t rows, int64_t head_dim, float* keys,
-               float* values) {
-  const int64_t value_panel = rows * kPanelRows;
+/// Keys and values of one head in panels, as float32 or as pairs of bf16 (see KernelTable).
+template <typename T>
+struct HeadPanels {
+  static constexpr bool kBf16 = std::is_same_v<T, uint16_t>;
+  static constexpr int64_t kTileKeys = kBf16 ? 512 : 256;
+
+  T* keys = nullptr;    // [ceil(rows / 16)] panels of head_dim x 16 keys
+  T* values = nullptr;  // [ceil(head_dim / 16)] panels of (rows, made even) x 16 dims
+
+  static int64_t even(int64_t n) { return n + n % 2; }
+  static int64_t key_elements(int64_t rows, int64_t head_dim) { return panels(rows) * kPanelRows * head_dim; }
+  static int64_t value_elements(int64_t rows, int64_t head_dim) {
+    return panels(head_dim) * kPanelRows * even(rows);
+  }
+};
+
+void pack_head(const KernelTable&, const float* k, const float* v, int64_t stride, int64_t rows,
+               int64_t head_dim, const HeadPanels<float>& out) {
+  const int64_t value_panel = HeadPanels<float>::even(rows) * kPanelRows;
   for (int64_t r = 0; r < rows; ++r) {
-    float* key = keys + (r / kPanelRows) * head_dim * kPanelRows + r % kPanelRows;
+    float* key = out.keys + r / kPanelRows * head_dim * kPanelRows + r % kPanelRows;
     for (int64_t d = 0; d < head_dim; ++d) key[d * kPanelRows] = k[r * stride + d];
     for (int64_t d = 0; d < head_dim; d += kPanelRows)
-      std::memcpy(values + (d / kPanelRows) * value_panel + r * kPanelRows, v + r * stride + d,
+      std::memcpy(out.values + d / kPanelRows * value_panel + r * kPanelRows, v + r * stride + d,
                   std::min(kPanelRows, head_dim - d) * sizeof(float));
   }
 }
 
-void full_tile(const KernelTable& kernels, float* queries, int64_t stride, int64_t rows, int64_t n_keys,
-               int64_t head_dim, const float* keys, const float* values, Tile tile) {
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  tile.start(rows, head_dim);
-  for (int64_t key = 0; key < n_keys; key += kTileKeys) {
-    const int64_t n = std::min(kTileKeys, n_keys - key);
-    kernels.gemm_f32(queries, stride, keys + key * head_dim, head_dim * kPanelRows, rows, n, head_dim,
-                     {tile.scores, kTileKeys, nullptr, Store::Overwrite});
-    for (int64_t r = 0; r < rows; ++r) {
-      const float factor =
-          kernels.softmax_step(tile.scores + r * kTileKeys, n, scale, tile.maximum + r, tile.sum + r);
-      if (factor != 1.0f) kernels.scale_row(tile.output + r * head_dim, factor, head_dim);
-    }
-    kernels.gemm_f32(tile.scores, kTileKeys, values + key * kPanelRows, n_keys * kPanelRows, rows, head_dim,
-                     n, {tile.output, head_dim, nullptr, Store::Accumulate});
-  }
+void pack_head(const KernelTable& kernels, const float* k, const float* v, int64_t stride, int64_t rows,
+               int64_t head_dim, const HeadPanels<uint16_t>& out) {
+  const int64_t value_panel = HeadPanels<uint16_t>::even(rows) * kPanelRows;
+  std::vector<uint16_t> row(head_dim);
   for (int64_t r = 0; r < rows; ++r) {
-    kernels.scale_row(tile.output + r * head_dim, 1.0f / tile.sum[r], head_dim);
-    std::memcpy(queries + r * stride, tile.output + r * head_dim, head_dim * sizeof(float));
+    kernels.convert_f32_to_bf16(k + r * stride, row.data(), head_dim);
+    uint16_t* key = out.keys + r / kPanelRows * head_dim * kPanelRows + r % kPanelRows * 2;
+    for (int64_t d = 0; d < head_dim; d += 2) std::memcpy(key + d * kPanelRows, row.data() + d, 4);
+    kernels.convert_f32_to_bf16(v + r * stride, row.data(), head_dim);
+    uint16_t* value = out.values + r / 2 * 2 * kPanelRows + r % 2;
+    for (int64_t d = 0; d < head_dim; ++d) value[d / kPanelRows * value_panel + d % kPanelRows * 2] = row[d];
   }
 }
+
+/// Queries [rows] of one head against all of its keys; the result replaces them.
+template <typename T>
+class FullTile {
+ public:
+  static size_t scratch_bytes(int64_t head_dim) {
+    return Tile::bytes(kTileRows, HeadPanels<T>::kTileKeys, head_dim) +
+           kTileRows * (HeadPanels<T>::kTileKeys + head_dim) * sizeof(uint16_t);
+  }
+
+  FullTile(const KernelTable& kernels, int64_t head_dim, std::byte* scratch)
+      : kernels_(kernels), head_dim_(head_dim), tile_(scratch, kTileRows, kKeys, head_dim) {
+    probabilities_ = reinterpret_cast<uint16_t*>(scratch + Tile::bytes(kTileRows, kKeys, head_dim));
+    queries_ = probabilities_ + kTileRows * kKeys;
+  }
+
+  void operator()(float* queries, int64_t stride, int64_t rows, int64_t n_keys, const HeadPanels<T>& head) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
+    tile_.start(rows, head_dim_);
+    if constexpr (kBf16)
+      for (int64_t r = 0; r < rows; ++r)
+        kernels_.convert_f32_to_bf16(queries + r * stride, queries_ + r * head_dim_, head_dim_);
+    for (int64_t key = 0; key < n_keys; key += kKeys) {
+      const int64_t n = std::min(kKeys, n_keys - key);
+      multiply_keys(queries, stride, rows, n, head.keys + key * head_dim_);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* scores = tile_.scores + r * kKeys;
+        const float factor = kernels_.softmax_step(scores, n, scale, tile_.maximum + r, tile_.sum + r);
+        if (factor != 1.0f) kernels_.scale_row(tile_.output + r * head_dim_, factor, head_dim_);
+        if constexpr (kBf16) {
+          kernels_.convert_f32_to_bf16(scores, probabilities_ + r * kKeys, n);
+          if (n % 2 != 0) probabilities_[r * kKeys + n] = 0;
+        }
+      }
+      multiply_values(rows, n, head.values + key * kPanelRows, HeadPanels<T>::even(n_keys) * kPanelRows);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels_.scale_row(tile_.output + r * head_dim_, 1.0f / tile_.sum[r], head_dim_);
+      std::memcpy(queries + r * stride, tile_.output + r * head_dim_, head_dim_ * sizeof(float));
+    }
+  }
+
+ private:
+  static constexpr bool kBf16 = HeadPanels<T>::kBf16;
+  static constexpr int64_t kKeys = HeadPanels<T>::kTileKeys;
+
+  void multiply_keys(const float* queries, int64_t stride, int64_t rows, int64_t n, const T* keys) {
+    const MatmulOutput out{tile_.scores, kKeys, nullptr, Store::Overwrite};
+    if constexpr (kBf16)
+      kernels_.gemm_bf16_pairs(queries_, head_dim_, keys, head_dim_ * kPanelRows, rows, n, head_dim_, out);
+    else
+      kernels_.gemm_f32(queries, stride, keys, head_dim_ * kPanelRows, rows, n, head_dim_, out);
+  }
+
+  void multiply_values(int64_t rows, int64_t n, const T* values, int64_t value_panel) {
+    const MatmulOutput out{tile_.output, head_dim_, nullptr, Store::Accumulate};
+    if constexpr (kBf16)
+      kernels_.gemm_bf16_pairs(probabilities_, kKeys, values, value_panel, rows, head_dim_,
+                               HeadPanels<T>::even(n), out);
+    else
+      kernels_.gemm_f32(tile_.scores, kKeys, values, value_panel, rows, head_dim_, n, out);
+  }
+
+  const KernelTable& kernels_;
+  int64_t head_dim_;
+  Tile tile_;
+  uint16_t* probabilities_;  // [rows][keys]
+  uint16_t* queries_;        // [rows][head_dim]
+};
 
 }  // namespace
 
 void FullAttention::operator()(Context& ctx, float* qkv, int64_t rows) {
-  const auto stage = ctx.profile.stage(
-      "image attention", {0, 4.0 * static_cast<double>(rows * rows * num_heads_ * head_dim_), 0});
+  const double products = 4.0 * static_cast<double>(rows * rows * num_heads_ * head_dim_);
+  const auto stage = ctx.profile.stage("image attention", {0, products, 0});
+  if (ctx.precision == Precision::Fast && ctx.kernels.has_bf16_dot)
+    run<uint16_t>(ctx, qkv, rows);
+  else
+    run<float>(ctx, qkv, rows);
+}
+
+template <typename T>
+void FullAttention::run(Context& ctx, float* qkv, int64_t rows) {
   const int64_t width = num_heads_ * head_dim_, stride = 3 * width;
-  const int64_t key_size = panels(rows) * kPanelRows * head_dim_;
-  const int64_t value_size = panels(head_dim_) * kPanelRows * rows;
+  const int64_t key_size = HeadPanels<T>::key_elements(rows, head_dim_);
+  const int64_t value_size = HeadPanels<T>::value_elements(rows, head_dim_);
   const int64_t heads_at_once = std::min<int64_t>(num_heads_, ctx.pool.size());
-  float* keys = keys_.resize(key_size * heads_at_once);
-  float* values = values_.resize(value_size * heads_at_once);
-  std::memset(keys, 0,
-              static_cast<size_t>(key_size * heads_at_once) * sizeof(float));  // the last panel's tail
-  std::memset(values, 0, static_cast<size_t>(value_size * heads_at_once) * sizeof(float));
-  ctx.reserve_scratch(Tile::bytes(kTileRows, kTileKeys, head_dim_));
+  const int64_t elements = (key_size + value_size) * heads_at_once;
+  T* packed = reinterpret_cast<T*>(packed_.resize((elements * static_cast<int64_t>(sizeof(T)) + 3) / 4));
+  std::memset(packed, 0, elements * sizeof(T));  // what fills up the last panels
+  ctx.reserve_scratch(FullTile<T>::scratch_bytes(head_dim_));
+  const auto panels_of = [&](int64_t h) {
+    T* keys = packed + h * (key_size + value_size);
+    return HeadPanels<T>{keys, keys + key_size};
+  };
 
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t first = 0; first < num_heads_; first += heads_at_once) {
@@ -101,15 +190,15 @@ void FullAttention::operator()(Context& ctx, float* qkv, int64_t rows) {
     ctx.pool.parallel_for(heads, 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t h = begin; h < end; ++h) {
         const float* k = qkv + width + (first + h) * head_dim_;
-        pack_head(k, k + width, stride, rows, head_dim_, keys + h * key_size, values + h * value_size);
+        pack_head(ctx.kernels, k, k + width, stride, rows, head_dim_, panels_of(h));
       }
     });
     ctx.pool.parallel_for(heads * tiles, 1, [&](int64_t begin, int64_t end, int thread) {
+      FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch(thread));
       for (int64_t t = begin; t < end; ++t) {
         const int64_t h = t / tiles, row = t % tiles * kTileRows;
-        full_tile(ctx.kernels, qkv + row * stride + (first + h) * head_dim_, stride,
-                  std::min(kTileRows, rows - row), rows, head_dim_, keys + h * key_size,
-                  values + h * value_size, Tile(ctx.scratch(thread), kTileRows, kTileKeys, head_dim_));
+        tile(qkv + row * stride + (first + h) * head_dim_, stride, std::min(kTileRows, rows - row), rows,
+             panels_of(h));
       }
     });
   }

@@ -12,14 +12,19 @@ namespace qwen2vl::cpu {
 /// qkv [rows, 3 * num_heads * head_dim]: queries, keys, values side by side; the result replaces the queries.
 /// Computed in tiles with a streaming softmax (FlashAttention, arXiv 2205.14135); nothing of size rows^2 is
 /// kept.
+/// The fast precision multiplies in bf16 where the processor has such dot products, sums and softmax in
+/// float32.
 class FullAttention {
  public:
   FullAttention(int64_t num_heads, int64_t head_dim) : num_heads_(num_heads), head_dim_(head_dim) {}
   void operator()(Context& ctx, float* qkv, int64_t rows);
 
  private:
+  template <typename T>
+  void run(Context& ctx, float* qkv, int64_t rows);
+
   int64_t num_heads_, head_dim_;
-  FloatBuffer keys_, values_;  ///< panels of the heads at work
+  FloatBuffer packed_;  ///< keys and values of the heads at work
 };
 
 /// Rows [first_row, first_row + rows) of a batch, whose cells are the last `rows` of first_cell + rows in the

@@ -25,17 +25,17 @@ struct CpuidLeaf {
 };
 
 /// Zeros for a leaf that the processor does not have.
-CpuidLeaf cpuid(uint32_t leaf) {
+CpuidLeaf cpuid(uint32_t leaf, uint32_t subleaf = 0) {
   CpuidLeaf result;
 #if defined(_MSC_VER)
   int registers[4];
   __cpuid(registers, 0);
   if (static_cast<uint32_t>(registers[0]) < leaf) return result;
-  __cpuidex(registers, static_cast<int>(leaf), 0);
+  __cpuidex(registers, static_cast<int>(leaf), static_cast<int>(subleaf));
   result = {static_cast<uint32_t>(registers[0]), static_cast<uint32_t>(registers[1]),
             static_cast<uint32_t>(registers[2]), static_cast<uint32_t>(registers[3])};
 #else
-  __get_cpuid_count(leaf, 0, &result.eax, &result.ebx, &result.ecx, &result.edx);
+  __get_cpuid_count(leaf, subleaf, &result.eax, &result.ebx, &result.ecx, &result.edx);
 #endif
   return result;
 }
@@ -54,6 +54,7 @@ uint64_t enabled_state() {
 struct Features {
   bool avx2 = false;    ///< AVX2, FMA, F16C
   bool avx512 = false;  ///< these and AVX-512 F, BW, DQ, VL, VNNI
+  bool avx512_bf16 = false;
 };
 
 Features detect() {
@@ -61,6 +62,7 @@ Features detect() {
   constexpr uint32_t kAvx2 = 1u << 5;                                                // leaf 7, ebx
   constexpr uint32_t kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;  // leaf 7, ebx
   constexpr uint32_t kVnni = 1u << 11;                                               // leaf 7, ecx
+  constexpr uint32_t kBf16 = 1u << 5;                                                // leaf 7.1, eax
   constexpr uint64_t kYmmState = 0x6, kZmmState = 0xe6;                              // XCR0
   const auto has = [](auto value, auto bits) { return (value & bits) == bits; };
 
@@ -71,13 +73,14 @@ Features detect() {
   features.avx2 = has(leaf1.ecx, kFma | kF16c) && has(leaf7.ebx, kAvx2) && has(state, kYmmState);
   features.avx512 =
       features.avx2 && has(leaf7.ebx, kF | kDq | kBw | kVl) && has(leaf7.ecx, kVnni) && has(state, kZmmState);
+  features.avx512_bf16 = features.avx512 && has(cpuid(7, 1).eax, kBf16);
   return features;
 }
 
 #endif  // QWEN2VL_X86
 
 struct Registry {
-  KernelTable generic, avx2, avx512;
+  KernelTable generic, avx2, avx512, avx512_bf16;
   std::vector<const KernelTable*> supported;
 
   Registry() {
@@ -85,7 +88,9 @@ struct Registry {
     generic::add_quantize_rows(generic);
     generic::add_matmul_q8(generic);
     generic::add_gemm(generic);
+    generic::add_bf16_dot(generic);
     generic::add_rows(generic);
+    generic::add_peaks(generic);
     supported.push_back(&generic);
 #ifdef QWEN2VL_X86
     const Features features = detect();
@@ -97,6 +102,7 @@ struct Registry {
       avx2::add_matmul_q8(avx2);
       avx2::add_gemm(avx2);
       avx2::add_rows(avx2);
+      avx2::add_peaks(avx2);
       supported.insert(supported.begin(), &avx2);
     }
 #endif
@@ -108,7 +114,17 @@ struct Registry {
       avx512::add_matmul_q8(avx512);
       avx512::add_gemm(avx512);
       avx512::add_rows(avx512);
+      avx512::add_peaks(avx512);
       supported.insert(supported.begin(), &avx512);
+    }
+#endif
+#ifdef QWEN2VL_HAVE_AVX512_BF16
+    if (features.avx512_bf16) {
+      avx512_bf16 = avx512;
+      avx512_bf16.isa = "avx512_bf16";
+      avx512bf16::add_bf16_dot(avx512_bf16);
+      avx512bf16::add_peaks(avx512_bf16);
+      supported.insert(supported.begin(), &avx512_bf16);
     }
 #endif
 #endif

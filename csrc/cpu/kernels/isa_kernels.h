@@ -12,7 +12,9 @@ namespace generic {
 void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);
 void add_gemm(KernelTable& table);  ///< unpack_panel and gemm_*
+void add_bf16_dot(KernelTable& table);
 void add_rows(KernelTable& table);  ///< everything from rms_norm on
+void add_peaks(KernelTable& table);
 }  // namespace generic
 
 namespace avx2 {
@@ -20,6 +22,7 @@ void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);
 void add_gemm(KernelTable& table);
 void add_rows(KernelTable& table);
+void add_peaks(KernelTable& table);
 }  // namespace avx2
 
 namespace avx512 {
@@ -27,6 +30,13 @@ void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);
 void add_gemm(KernelTable& table);
 void add_rows(KernelTable& table);
+void add_peaks(KernelTable& table);
 }  // namespace avx512
+
+/// On top of avx512's table.
+namespace avx512bf16 {
+void add_bf16_dot(KernelTable& table);
+void add_peaks(KernelTable& table);  ///< float_dot
+}  // namespace avx512bf16
 
 }  // namespace qwen2vl::cpu

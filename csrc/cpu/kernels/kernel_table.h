@@ -14,9 +14,9 @@ namespace qwen2vl::cpu {
 /// scale 0.
 struct QuantizedRows {
   int64_t rows = 0;
-  int64_t cols = 0;                ///< a multiple of 32
-  int8_t* values = nullptr;        ///< [rows][cols], 64-byte aligned
-  float* scales = nullptr;         ///< [rows][cols / 32]
+  int64_t cols = 0;                  ///< a multiple of 32
+  int8_t* values = nullptr;          ///< [rows][cols], 64-byte aligned
+  float* scales = nullptr;           ///< [rows][cols / 32]
   int32_t* corrections32 = nullptr;  ///< [rows][cols / 32]: -128 * sum of the block's values
   int32_t* corrections16 = nullptr;  ///< [rows][cols / 16]: the same per half block (for Q6_K sub-blocks)
 };
@@ -31,6 +31,17 @@ struct MatmulOutput {
   Store store = Store::Overwrite;
 };
 
+/// Loops that do nothing but the most that one core can do with an instruction set (peaks.cpp): ceilings to
+/// measure kernels against. The arithmetic ones go `iterations` rounds and return how many operations (a
+/// multiply and an add are two) they did.
+struct PeakLoops {
+  double (*int8_dot)(int64_t iterations);
+  double (*float_dot)(int64_t iterations);  ///< bf16 products where the set has them, else fp32
+  double (*fp32_fma)(int64_t iterations);
+  /// Reads `bytes` (a multiple of 4096); the result depends on all of them.
+  uint64_t (*read)(const uint8_t* data, size_t bytes);
+};
+
 /// One instruction set's kernels. Nothing here allocates, throws or starts a thread; the caller splits the
 /// work. Matrices are row-major; strides count elements. Pointers need no alignment unless said.
 struct KernelTable {
@@ -43,8 +54,8 @@ struct KernelTable {
                         int64_t row_begin);
 
   /// out[m][n] for m in [row_begin, row_end) and n of panels [panel_begin, panel_end), with int8 activations.
-  /// w.type: Q8_0, Q4_0, Q6_K. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's thread's
-  /// own. Only columns below w.rows are written.
+  /// w.type: Q8_0, Q4_0, Q6_K. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's
+  /// thread's own. Only columns below w.rows are written.
   void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
                     int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
 
@@ -64,12 +75,24 @@ struct KernelTable {
   void (*gemm_bf16)(const float* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride, int64_t rows,
                     int64_t n_cols, int64_t depth, const MatmulOutput& out);
 
+  // --- bf16 matmul ---------------------------------------------------------------------------------------
+
+  /// Whether gemm_bf16_pairs is faster than gemm_f32 here: then the fast precision's attention runs on it.
+  bool has_bf16_dot = false;
+  /// As gemm_f32 with both sides in bf16 and float32 sums: a [rows][depth], panels [depth / 2][16][2] with
+  /// two consecutive k side by side. depth and a_stride are even, `a` is aligned to 4 bytes.
+  void (*gemm_bf16_pairs)(const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride,
+                          int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out);
+  /// Rounds to nearest even.
+  void (*convert_f32_to_bf16)(const float* x, uint16_t* out, int64_t n);
+
   // --- rows -------------------------------------------------------------------------------------------
 
   /// out = x / sqrt(mean(x^2) + eps) * weight (Qwen2RMSNorm). In place allowed.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   /// out = (x - mean) / sqrt(var + eps) * weight + bias (torch.nn.LayerNorm). In place allowed.
-  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
+                     float* out);
   /// gate = gate * sigmoid(gate) * up (SwiGLU).
   void (*silu_mul)(float* gate, const float* up, int64_t n);
   /// x = x * sigmoid(1.702 x) (transformers' QuickGELUActivation).
@@ -92,6 +115,10 @@ struct KernelTable {
   void (*add_row)(float* y, const float* x, int64_t n);
   /// Rounds to nearest even; overflow becomes infinity.
   void (*convert_f32_to_f16)(const float* x, uint16_t* out, int64_t n);
+
+  // --- measurement ------------------------------------------------------------------------------------
+
+  PeakLoops peaks;
 };
 
 /// Scratch of matmul_q8 and of unpack_panel for matrices of up to `cols` columns.
