@@ -20,7 +20,7 @@
 #include "base/half.h"
 #include "base/thread_pool.h"
 #include "cpu/kernels/kernel_table.h"
-#include "peaks.h"
+#include "cpu/limits.h"
 #include "quant/quantize.h"
 
 namespace qwen2vl::bench {
@@ -45,10 +45,6 @@ Timing time_of(const std::function<void()>& run) {
   std::sort(seconds.begin(), seconds.end());
   return {seconds[seconds.size() / 2], seconds.front()};
 }
-
-struct Peaks {
-  double int8_ops, fp32_ops, read_bytes;  ///< a second, all threads
-};
 
 class Bench {
  public:
@@ -96,30 +92,10 @@ class Bench {
   }
 
   void measure_peaks() {
-    const bool wide = kernels_.isa.starts_with("avx512");
-    const PeakLoops loops = wide ? peak_loops_avx512() : peak_loops_avx2();
-    const auto rate = [&](double (*loop)(int64_t)) {
-      double work = 0.0;
-      const Timing t = time_of([&] { on_every_thread([&](int) { work = loop(2'000'000); }); });
-      return work * pool_.size() / t.best;
-    };
-    peaks_.int8_ops = rate(loops.int8_dot);
-    peaks_.fp32_ops = rate(loops.fp32_fma);
-    const size_t bytes = size_t{1} << 30;
-    AlignedBuffer memory(bytes);
-    on_every_thread(
-        [&](int i) { std::memset(memory.data() + bytes / pool_.size() * i, i + 1, bytes / pool_.size()); });
-    volatile uint64_t sink = 0;
-    const Timing t = time_of([&] {
-      pool_.parallel_for(static_cast<int64_t>(bytes >> 18), 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) sink = loops.read(memory.data() + (i << 18), 1 << 18);
-      });
-    });
-    (void)sink;
-    peaks_.read_bytes = static_cast<double>(bytes) / t.best;
-    std::printf("%-8s %d  peaks: int8 %.0f Gop/s, fp32 %.0f GFLOP/s, read %.1f GB/s\n",
+    peaks_ = measure_limits(kernels_, pool_.size(), 0.3);
+    std::printf("%-8s %d  peaks: int8 %.0f Gop/s, float %.0f and fp32 %.0f GFLOP/s, read %.1f GB/s\n",
                 std::string(kernels_.isa).c_str(), pool_.size(), peaks_.int8_ops * 1e-9,
-                peaks_.fp32_ops * 1e-9, peaks_.read_bytes * 1e-9);
+                peaks_.float_ops * 1e-9, peaks_.fp32_ops * 1e-9, peaks_.read_bytes * 1e-9);
   }
 
   std::vector<float> normal(int64_t n) {
@@ -328,7 +304,7 @@ class Bench {
   const KernelTable& kernels_;
   ThreadPool pool_;
   std::string only_;
-  Peaks peaks_{};
+  MachineLimits peaks_;
   std::mt19937 random_{1};
 };
 

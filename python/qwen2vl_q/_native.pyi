@@ -24,6 +24,16 @@ def supported_isas() -> list[str]:
 def default_thread_count() -> int:
     """Physical cores allowed by the affinity mask and the cgroup CPU quota."""
 
+def measure_limits(isa: str = "", n_threads: int = 0, seconds: float = 0.5) -> dict[str, float]:
+    """What this machine can do at most in a second, all threads together.
+
+    int8_ops_per_s, float_ops_per_s (bf16 dot products where the instruction set has them, else fp32) and
+    fp32_ops_per_s (a multiply and an add are two operations), read_bytes_per_s (of memory that is in no
+    cache). isa "": the best one; n_threads 0: default_thread_count(). Each takes `seconds` or a little more;
+    the best round counts. Takes 512 MiB of memory meanwhile. ValueError: an argument out of range;
+    UnsupportedError: an instruction set that this build or processor lacks.
+    """
+
 # --- quantization -------------------------------------------------------------------------------------
 
 def quantize(values: NDArray[np.float32], type: str, n_threads: int = 0) -> NDArray[np.uint8]:
