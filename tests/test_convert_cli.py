@@ -150,4 +150,4 @@ def test_inspect_refuses_what_is_not_gguf(tmp_path: Path) -> None:
     path.write_text("not a model")
     result = run(inspect, path)
     assert isinstance(result.exception, FormatError)
-    assert run(inspect, tmp_path / "nothing.gguf").exit_code == 2
+    assert isinstance(run(inspect, tmp_path / "nothing.gguf").exception, OSError | Qwen2VLError)

@@ -22,7 +22,7 @@ _SHOWN_CHARACTERS = 100  # of a long string
 
 
 @click.command(short_help="Show what a GGUF file holds.")
-@click.argument("model", metavar="M", type=click.Path(exists=True, dir_okay=False))
+@click.argument("model", metavar="M", type=click.Path())
 @click.option("--tensors", "list_tensors", is_flag=True, help="List every tensor.")
 @click.option("--template", "whole_template", is_flag=True, help="Print the chat template, and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
