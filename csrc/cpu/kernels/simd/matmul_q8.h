@@ -2,16 +2,16 @@
 
 // Quantized matmul over panels, written once over an instruction set's weight codecs.
 //
-// A codec reads one weight type straight from the packed panel (unpacking costs less than the unpacked
-// panel's cache misses would: the vector pipes that do it are not those of the dot products):
-//   kScales             scales per block of 32
-//   Weights             one vector of 4 consecutive k (a group) of kLanes rows, ready for `step`
-//   Acc                 kLanes integer sums
-//   Codec(panel, cols)
-//   load(b, g, lane)    the Weights of group g (0..7) of block b, rows from `lane` of the panel
-//   scale(b, s, lane)   the rows' scales for the block's s-th part
-//   start(correction)   the Acc that sums start from; correction = -128 * sum of the part's activations
-//   step(acc, w, x)     adds the products of a group; x: four int8 activations, in every lane
+// A codec reads one weight type straight from the packed panel, at every use: the vector pipes that unpack
+// are not those of the dot products, and the packed panel is half of what caches would have to hold.
+//   kScales            scales per block of 32
+//   Weights            one vector of 4 consecutive k (a group) of kLanes rows, ready for `step`
+//   Acc                kLanes integer sums
+//   Codec(panel, w)    the panel and those after it
+//   load(b, g, v)      the Weights of group g (0..7) of block b; v counts vectors from the first panel on
+//   scale(b, s, v)     the rows' scales for the block's s-th part
+//   start(correction)  the Acc that sums start from; correction = -128 * sum of the part's activations
+//   step(acc, w, x)    adds the products of a group; x: four int8 activations, in every lane
 //   finish(acc, correction)  the sums as float
 //
 // The integer sums are exact and each part is added as fma(sum, w_scale * x_scale, total), the parts in
