@@ -333,23 +333,3 @@ def test_bars_appear_for_what_takes_a_while(
         err = capsys.readouterr().err
         assert ("Looking at the image" in err) == is_terminal
         assert "Reading the prompt" not in err
-
-
-# --- the benchmark ---
-
-
-def test_bench(run: Run, tiny_gguf: Path, photo: Path) -> None:
-    options = ["--image", photo, "--prompt-tokens", 20, "--decode-tokens", 5, "--repeat", 2, "-t", 1]
-    code, out, err = run("bench", "-m", tiny_gguf, "-m", tiny_gguf, *options, "--json")
-    assert code == 0 and err.count("measuring") == 2
-    first, second = json.loads(out)
-    assert first["model"] == second["model"] == str(tiny_gguf)
-    assert (first["image"]["count"], first["prefill"]["count"], first["decode"]["count"]) == (12, 20, 5)
-    for part in ("image", "prefill", "decode"):
-        assert len(first[part]["seconds"]) == 2 and min(first[part]["seconds"]) > 0
-        assert first[part]["median_tokens_per_second"] > 0
-    code, out, _ = run("bench", "-m", tiny_gguf, *options)
-    header, _, row = out.splitlines()
-    assert header == "| model | load | image | prefill | decode | peak memory |"
-    assert re.match(r"\| tiny\.gguf \(\w+, 1 threads, fast\) \| [\d.]+ s \| 12 tokens in ", row)
-    assert len(row.split("|")) == len(header.split("|"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -16,6 +17,7 @@ from qwen2vl_q.config import Qwen2VLConfig
 from qwen2vl_q.errors import FormatError, UnsupportedError
 from qwen2vl_q.generation import Generation, Progress, TokenIds, stage
 from qwen2vl_q.image_processor import ImageInput, ImageProcessor, ProcessedImage
+from qwen2vl_q.limits import Stage
 from qwen2vl_q.messages import normalize, read_source
 from qwen2vl_q.sampling import Sampling
 from qwen2vl_q.stats import GenerationStats
@@ -316,6 +318,16 @@ class Qwen2VL:
             return pieces
         with self._generation.lock:
             return "".join(pieces)
+
+    @contextmanager
+    def profile(self) -> Iterator[list[Stage]]:
+        """Times the stages of the forward passes inside the `with`; the list is filled when it ends."""
+        stages: list[Stage] = []
+        self._native.start_profile()
+        try:
+            yield stages
+        finally:
+            stages += [Stage(**record) for record in self._native.stop_profile()]
 
     def reset(self) -> None:
         """Forgets the conversation's KV cache and the images' embeddings."""

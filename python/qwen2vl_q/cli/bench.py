@@ -1,64 +1,76 @@
-"""qwen2vl-q bench: how fast a model's file runs on this machine."""
+"""qwen2vl-q bench: how fast a model's file runs on this machine, and how near to what the machine can do."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from qwen2vl_q.model import Qwen2VL
-    from qwen2vl_q.stats import GenerationStats
-
-_SEED = 0
-_PICTURE_SIZE = (683, 1024)  # a photo that gives 888 visual tokens
+    from qwen2vl_q.benchmark import Measured, Settings, Timing
+    from qwen2vl_q.limits import Limits, Stage
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Seconds of the repeats, and the tokens that each of them went through."""
+def _numbers(least: int) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
+    """An option's callback: numbers with commas between, "512,2048"."""
 
-    seconds: tuple[float, ...]
-    count: int
+    def parse(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+        try:
+            numbers = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            raise click.BadParameter(f"expected numbers with commas between, found {value!r}") from None
+        if min(numbers) < least:
+            raise click.BadParameter(f"expected {least} or more, found {min(numbers)}")
+        return numbers
 
-    @property
-    def rates(self) -> list[float]:
-        return [self.count / seconds for seconds in self.seconds]
+    return parse
 
 
-@dataclass(frozen=True)
-class Settings:
-    model: str
-    mmproj: str | None
-    image: str | None
-    prompt_tokens: int
-    decode_tokens: int
-    repeat: int
-    threads: int | None
-    precision: Literal["fast", "exact"]
+def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[tuple[int, int], ...]:
+    """An option's callback: sizes of pictures with commas between, "1024x683,2048x1536"."""
+    sizes = []
+    for part in value.split(","):
+        width, _, height = part.partition("x")
+        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+            raise click.BadParameter(f"expected sizes such as 1024x683, found {part!r}")
+        sizes.append((int(width), int(height)))
+    return tuple(sizes)
 
 
 @dataclass(frozen=True)
 class Result:
-    model: str
-    isa: str
-    n_threads: int
-    precision: str
+    """A model's measurements between two of the machine's ceilings."""
+
+    settings: Settings
     file_bytes: int
-    load_seconds: float
-    image: Spread | None  # None for a file without a vision tower
-    prefill: Spread
-    decode: Spread  # from an empty context
-    peak_memory_bytes: int | None
+    measured: Measured
+    before: Limits
+    after: Limits
+
+    @property
+    def limits(self) -> Limits:
+        return self.before.better(self.after).for_precision(self.measured.precision)
+
+    def floor(self, timing: Timing) -> float | None:
+        """Seconds that the work of `timing` takes at least; None for what has no floor of its own."""
+        match timing.what.split()[0]:
+            case "image":
+                return self.limits.image_floor(timing.stages)
+            case "prefill":
+                return self.limits.prefill_floor(timing.stages)
+            case "decode":
+                return self.limits.decode_floor(timing.stages)
+        return None
+
+    @property
+    def parts(self) -> dict[str, list[Timing]]:
+        m = self.measured
+        return {"image": m.image, "question": m.question, "prefill": m.prefill, "decode": m.decode}
 
 
 @click.command(short_help="Measure image encoding, prefill and decoding.")
@@ -66,165 +78,213 @@ class Result:
     "-m", "--model", "models", multiple=True, required=True, metavar="M.gguf", help="May be repeated."
 )
 @click.option("--mmproj", metavar="FILE", help="The vision tower, where the models' files do not hold it.")
-@click.option("--image", metavar="FILE", help="A picture.  [default: a drawn one of 1024 x 683]")
-@click.option("--prompt-tokens", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option("--image", metavar="FILE", help="A picture.  [default: a drawn one]")
+@click.option(
+    "--image-size",
+    callback=_sizes,
+    metavar="WxH,...",
+    default="1024x683",
+    show_default=True,
+    help="Of drawn ones.",
+)
+@click.option("--prompt-tokens", callback=_numbers(2), metavar="N,...", default="512", show_default=True)
+@click.option(
+    "--depth",
+    callback=_numbers(0),
+    metavar="N,...",
+    default="0",
+    show_default=True,
+    help="Tokens of context that decoding starts from.",
+)
 @click.option("--decode-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
 @click.option("--precision", type=click.Choice(["fast", "exact"]), default="fast", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a Markdown table.")
-def bench(models: Sequence[str], as_json: bool, **settings: Any) -> None:
-    """Measure image encoding, prefill and decoding: medians, and from the least to the most.
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(["image", "question", "prefill", "decode"]),
+    help="Leave the rest out; may be repeated.",
+)
+@click.option("--profile", is_flag=True, help="The stages of each forward pass too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of Markdown tables.")
+def bench(models: Sequence[str], as_json: bool, profile: bool, **settings: Any) -> None:
+    """Measure image encoding, questions about a photo, prefill and decoding: medians, and the least and most.
 
+    Each figure comes with the fraction of its floor: what the same work takes at the speed of this machine's
+    8-bit and floating-point dot products (images, prefill) or memory (decode), measured before and after.
     Every model runs in a process of its own, so that its peak memory is its own. Machines drift: compare
     models within one run.
     """
+    from qwen2vl_q.benchmark import Settings
+
     results = []
     for model in models:
         Path(model).stat()
         click.echo(f"measuring {model} ...", err=True)
-        results.append(_in_own_process(Settings(model, **settings)))
+        results.append(run(Settings(model, **settings)))
     if as_json:
-        click.echo(json.dumps([_as_json(result) for result in results], indent=2))
-    else:
-        click.echo(markdown_table(results))
+        click.echo(json.dumps([as_dict(result, profile) for result in results], indent=2))
+        return
+    click.echo(summary_table(results))
+    for result in results:
+        click.echo(f"\n{limits_line(result)}")
+        if profile:
+            click.echo(f"\n{profile_table(result)}")
 
 
-def _in_own_process(settings: Settings) -> Result:
+def run(settings: Settings) -> Result:
+    """Measures a model in a process of its own, and the machine's ceilings before and after.
+
+    Raises what loading and running the model raise; Qwen2VLError where the process dies.
+    """
+    import os
+
+    from qwen2vl_q.benchmark import file_bytes
+    from qwen2vl_q.limits import Limits
+
+    isa, threads = os.environ.get("QWEN2VL_ISA", ""), settings.threads or 0
+    before = Limits.measure(isa, threads)
+    measured = _in_own_process(settings)
+    return Result(settings, file_bytes(settings), measured, before, Limits.measure(isa, threads))
+
+
+def _in_own_process(settings: Settings) -> Measured:
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
+    from qwen2vl_q.benchmark import measure
     from qwen2vl_q.errors import Qwen2VLError
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(measure, settings).result()
+            return pool.submit(measure, settings, time.time()).result()
         except BrokenProcessPool:
             raise Qwen2VLError(f"{settings.model}: the measuring process died (out of memory?)") from None
 
 
-def measure(settings: Settings) -> Result:
-    """Loads the model and takes every time `settings.repeat` times."""
-    import numpy as np
+# --- what is printed ---
 
-    from qwen2vl_q.model import Qwen2VL
-    from qwen2vl_q.stats import peak_memory_bytes
 
-    started = perf_counter()
-    model = Qwen2VL.from_gguf(
-        settings.model, settings.threads, precision=settings.precision, mmproj=settings.mmproj
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first row is the heading."""
+    lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary_table(results: Sequence[Result]) -> str:
+    """A row for each thing measured: medians, with the least and the most in brackets."""
+    rows = [("model", "what", "seconds", "tokens/s", "of the floor")]
+    for result in results:
+        m = result.measured
+        name = f"{Path(result.settings.model).name} ({m.isa}, {m.n_threads} threads, {m.precision})"
+        rows.append((name, "load", f"{m.load_seconds:.2f}", "", ""))
+        rows.append(("", "process start to first token", f"{m.start_seconds:.2f}", "", ""))
+        for timing in (timing for part in result.parts.values() for timing in part):
+            rows.append(("", f"{timing.what} ({timing.count} tokens)", *_figures(result, timing)))
+        if m.peak_memory_bytes is not None:
+            rows.append(("", "peak memory", f"{m.peak_memory_bytes / 1e9:.2f} GB", "", ""))
+    return table(rows)
+
+
+def _figures(result: Result, timing: Timing) -> tuple[str, str, str]:
+    floor = result.floor(timing)
+    return (
+        _spread(timing.seconds, timing.median_seconds, 2 if timing.median_seconds >= 1 else 3),
+        "" if floor is None else _spread(timing.rates, timing.count / timing.median_seconds, 1),
+        "" if floor is None else _percent(floor, timing.median_seconds),
     )
-    load_seconds = perf_counter() - started
-    rng = np.random.default_rng(_SEED)
-    special = list(model.tokenizer.special_tokens.values())
-    prompt = np.setdiff1d(rng.permutation(len(model.tokenizer)), special)
-    prompt = rng.choice(prompt, settings.prompt_tokens)
-    return Result(
-        model=settings.model,
-        isa=model.isa,
-        n_threads=model.n_threads,
-        precision=model.precision,
-        file_bytes=Path(settings.model).stat().st_size,
-        load_seconds=load_seconds,
-        image=None if model.config.vision_config is None else _time_image(model, settings),
-        prefill=_times(settings, len(prompt), lambda: _generate(model, prompt, 1).prefill_seconds),
-        decode=_times(
-            settings,
-            settings.decode_tokens,
-            lambda: _generate(model, prompt[:1], settings.decode_tokens + 1).decode_seconds,
-        ),
-        peak_memory_bytes=peak_memory_bytes(),
-    )
 
 
-def _times(settings: Settings, count: int, seconds: Callable[[], float]) -> Spread:
-    return Spread(tuple(seconds() for _ in range(settings.repeat)), count)
+def _spread(values: Sequence[float], middle: float, digits: int) -> str:
+    return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def _generate(model: Qwen2VL, prompt: NDArray[np.integer[Any]], n_tokens: int) -> GenerationStats:
-    """What `n_tokens` after `prompt` took, from an empty cache."""
-    model.reset()
-    generated = list(model.generate(prompt, max_new_tokens=n_tokens, ignore_eos=True))
-    stats = model.last_stats
-    if len(generated) != n_tokens or stats.reused_tokens:
-        raise RuntimeError(
-            f"{len(generated)} tokens of {n_tokens}, {stats.reused_tokens} of the prompt reused"
+def _percent(floor: float, seconds: float) -> str:
+    return f"{100 * floor / seconds:.0f} %"
+
+
+def limits_line(result: Result) -> str:
+    def rates(limits: Limits) -> str:
+        return (
+            f"int8 {limits.int8_ops_per_s / 1e9:.0f} Gop/s, float {limits.float_ops_per_s / 1e9:.0f} and "
+            f"fp32 {limits.fp32_ops_per_s / 1e9:.0f} GFLOP/s, read {limits.read_bytes_per_s / 1e9:.1f} GB/s"
         )
-    return stats
+
+    m = result.measured
+    return (
+        f"Limits of {m.isa}, {m.n_threads} threads. Before: {rates(result.before)}. "
+        f"After: {rates(result.after)}. Floors take the higher of each."
+    )
 
 
-def _time_image(model: Qwen2VL, settings: Settings) -> Spread:
-    """Of the vision tower alone: the picture has been read and resized before."""
-    import numpy as np
-
-    image = model.load_image(_drawn_picture() if settings.image is None else settings.image)
-
-    def seconds() -> float:
-        model.reset()
-        started = perf_counter()
-        embeddings = model.encode_image(image)
-        taken = perf_counter() - started
-        if not np.isfinite(embeddings).all():
-            raise ValueError(f"{settings.model}: the embeddings are not finite: the weights are damaged")
-        return taken
-
-    t, rows, columns = image.grid_thw
-    return _times(settings, t * rows * columns // model.image_processor.merge_size**2, seconds)
-
-
-def _drawn_picture() -> NDArray[np.uint8]:
-    """Soft colours, edges and grain, as a photo has them: uint8 [683, 1024, 3]."""
-    import numpy as np
-
-    height, width = _PICTURE_SIZE
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    sky = np.stack([90 + y / 8, 120 + x / 16, 200 - y / 6], axis=-1)
-    disc = (x - 700) ** 2 + (y - 250) ** 2 < 160**2
-    stripes = (np.sin(x / 9 + y / 23) > 0.6) & (y > 400)
-    sky[disc] = (230, 180, 60)
-    sky[stripes] *= 0.5
-    grain = np.random.default_rng(_SEED).normal(0, 6, sky.shape)
-    return np.clip(sky + grain, 0, 255).astype(np.uint8)
-
-
-def markdown_table(results: Sequence[Result]) -> str:
-    """Medians, with the least and the most in brackets."""
-    rows = [
-        ("model", "load", "image", "prefill", "decode", "peak memory"),
-        ("---",) * 6,
-        *(
-            (
-                f"{Path(result.model).name} ({result.isa}, {result.n_threads} threads, {result.precision})",
-                f"{result.load_seconds:.2f} s",
-                _seconds(result.image),
-                _rate(result.prefill),
-                _rate(result.decode),
-                "" if result.peak_memory_bytes is None else f"{result.peak_memory_bytes / 1e9:.2f} GB",
+def profile_table(result: Result) -> str:
+    """Per stage of one run: how long, how fast, and how near to its own floor."""
+    rows = [("what", "stage", "calls", "ms", "share", "rate", "of its floor")]
+    for timing in (timing for part in result.parts.values() for timing in part):
+        total = sum(timing.seconds) / len(timing.seconds)
+        for stage in timing.stages:
+            floor = result.limits.stage_floor(stage)
+            rows.append(
+                (
+                    timing.what,
+                    stage.name,
+                    f"{stage.calls:.0f}",
+                    f"{stage.seconds * 1e3:.1f}",
+                    f"{100 * stage.seconds / total:.1f} %",
+                    stage_rate(result.limits, stage),
+                    _percent(floor, stage.seconds) if floor and stage.seconds else "",
+                )
             )
-            for result in results
-        ),
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rest = total - sum(stage.seconds for stage in timing.stages)
+        rows.append((timing.what, "the rest", "", f"{rest * 1e3:.1f}", f"{100 * rest / total:.1f} %", "", ""))
+    return table(rows)
 
 
-def _seconds(spread: Spread | None) -> str:
-    if spread is None:
-        return "no vision tower"
-    least, most = min(spread.seconds), max(spread.seconds)
-    return f"{spread.count} tokens in {median(spread.seconds):.2f} s ({least:.2f} to {most:.2f})"
+def stage_rate(limits: Limits, stage: Stage) -> str:
+    """In the unit of what bounds the stage."""
+    compute, read = limits.compute_floor([stage]), limits.read_floor([stage])
+    if not stage.seconds or not (compute or read):
+        return ""
+    if read > compute:
+        return f"{stage.bytes / stage.seconds / 1e9:.1f} GB/s"
+    unit = "Gop/s" if stage.int8_ops else "GFLOP/s"
+    return f"{(stage.int8_ops + stage.float_ops) / stage.seconds / 1e9:.0f} {unit}"
 
 
-def _rate(spread: Spread) -> str:
-    least, most = min(spread.rates), max(spread.rates)
-    return f"{spread.count} tokens, {median(spread.rates):.1f} tok/s ({least:.1f} to {most:.1f})"
+def as_dict(result: Result, profile: bool) -> dict[str, Any]:
+    """As --json prints it (bench/README.md describes the keys)."""
 
+    def timing_dict(timing: Timing) -> dict[str, Any]:
+        floor = result.floor(timing)
+        fields: dict[str, Any] = {
+            "what": timing.what,
+            "count": timing.count,
+            "seconds": list(timing.seconds),
+            "median_seconds": timing.median_seconds,
+            "median_tokens_per_second": timing.count / timing.median_seconds,
+            "floor_seconds": floor,
+            "floor_fraction": None if floor is None else floor / timing.median_seconds,
+        }
+        if profile:
+            fields["stages"] = [
+                {**asdict(stage), "floor_seconds": result.limits.stage_floor(stage)}
+                for stage in timing.stages
+            ]
+        return fields
 
-def _as_json(result: Result) -> dict[str, Any]:
-    fields = asdict(result)
-    for name in ("image", "prefill", "decode"):
-        spread = getattr(result, name)
-        if spread is not None:
-            fields[name]["median_seconds"] = median(spread.seconds)
-            fields[name]["median_tokens_per_second"] = median(spread.rates)
-    return fields
+    m = result.measured
+    return {
+        "model": result.settings.model,
+        "isa": m.isa,
+        "n_threads": m.n_threads,
+        "precision": m.precision,
+        "file_bytes": result.file_bytes,
+        "load_seconds": m.load_seconds,
+        "start_seconds": m.start_seconds,
+        **{name: [timing_dict(timing) for timing in part] for name, part in result.parts.items()},
+        "peak_memory_bytes": m.peak_memory_bytes,
+        "limits_before": asdict(result.before),
+        "limits_after": asdict(result.after),
+    }

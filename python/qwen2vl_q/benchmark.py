@@ -1,0 +1,252 @@
+"""Measures one model in this process: images, prefill, decoding, questions about a photo, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import perf_counter, time
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2vl_q.image_processor import ImageInput
+from qwen2vl_q.limits import Stage, mean_stages
+from qwen2vl_q.model import Qwen2VL
+from qwen2vl_q.stats import peak_memory_bytes
+
+Part = Literal["image", "prefill", "decode", "question"]
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. Sizes are (width, height); `depth` counts the tokens before the first one decoded."""
+
+    model: str
+    mmproj: str | None = None
+    image: str | None = None
+    image_size: tuple[tuple[int, int], ...] = ((1024, 683),)
+    prompt_tokens: tuple[int, ...] = (512,)
+    depth: tuple[int, ...] = (0,)
+    decode_tokens: int = 64
+    repeat: int = 3
+    threads: int | None = None
+    precision: Literal["fast", "exact"] = "fast"
+    only: tuple[Part, ...] = ()  # empty: everything
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of equal runs, the tokens that each went through, and the stages of one (a mean)."""
+
+    what: str
+    count: int
+    seconds: tuple[float, ...]
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def median_seconds(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second."""
+        return [self.count / seconds for seconds in self.seconds]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one model. Lists are empty for what was not asked for or, without a vision tower, cannot be."""
+
+    isa: str
+    n_threads: int
+    precision: str
+    load_seconds: float
+    start_seconds: float  # from the request for a process to the first token of a prompt of one
+    image: list[Timing] = field(default_factory=list)
+    question: list[Timing] = field(default_factory=list)  # first tokens
+    prefill: list[Timing] = field(default_factory=list)
+    decode: list[Timing] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+
+
+def measure(settings: Settings, requested_at: float) -> Measured:
+    """Loads the model and takes every time `settings.repeat` times. `requested_at`: time.time() before the
+    process was started."""
+    started = perf_counter()
+    model = Qwen2VL.from_gguf(
+        settings.model, settings.threads, precision=settings.precision, mmproj=settings.mmproj
+    )
+    load_seconds = perf_counter() - started
+    bench = Benchmark(model, settings)
+    bench.tokens_after(bench.prompt(1), 1)
+    start_seconds = time() - requested_at
+    wanted = settings.only or ("image", "question", "prefill", "decode")
+    sees = model.config.vision_config is not None
+    return Measured(
+        isa=model.isa,
+        n_threads=model.n_threads,
+        precision=model.precision,
+        load_seconds=load_seconds,
+        start_seconds=start_seconds,
+        image=bench.images() if sees and "image" in wanted else [],
+        question=bench.questions() if sees and "question" in wanted else [],
+        prefill=[bench.prefill(n) for n in settings.prompt_tokens] if "prefill" in wanted else [],
+        decode=[bench.decode(n) for n in settings.depth] if "decode" in wanted else [],
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+class Benchmark:
+    """The measurements of one loaded model, each from a state that it sets up itself."""
+
+    def __init__(self, model: Qwen2VL, settings: Settings) -> None:
+        self._model = model
+        self._settings = settings
+        special = list(model.tokenizer.special_tokens.values())
+        self._words = np.setdiff1d(np.arange(len(model.tokenizer)), special)
+
+    def prompt(self, n: int, seed: int = _SEED) -> list[int]:
+        """Random tokens, none of them special."""
+        tokens: list[int] = np.random.default_rng(seed).choice(self._words, n).tolist()
+        return tokens
+
+    def tokens_after(self, prompt: Sequence[int], n: int, images: Sequence[ImageInput] = ()) -> list[int]:
+        tokens = list(self._model.generate(prompt, images, max_new_tokens=n, ignore_eos=True))
+        if len(tokens) != n:
+            raise ValueError(f"{self._settings.model}: the context ended after {len(tokens)} of {n} tokens")
+        return tokens
+
+    def _timing(self, what: str, count: int, run: Callable[[], float]) -> Timing:
+        """`run` returns its seconds."""
+        seconds, profiles = [], []
+        for _ in range(self._settings.repeat):
+            with self._model.profile() as stages:
+                seconds.append(run())
+            profiles.append(stages)
+        return Timing(what, count, tuple(seconds), mean_stages(profiles))
+
+    # --- the vision tower ---
+
+    def images(self) -> list[Timing]:
+        """Of the vision tower alone: the pictures have been read and resized before."""
+        return [self._image(picture) for picture in self._pictures()]
+
+    def _pictures(self) -> list[ImageInput]:
+        if self._settings.image is not None:
+            return [self._settings.image]
+        return [drawn_picture(size) for size in self._settings.image_size]
+
+    def _image(self, picture: ImageInput) -> Timing:
+        image = self._model.load_image(picture)
+
+        def run() -> float:
+            self._model.reset()
+            started = perf_counter()
+            embeddings = self._model.encode_image(image)
+            taken = perf_counter() - started
+            if not np.isfinite(embeddings).all():
+                raise ValueError(
+                    f"{self._settings.model}: the embeddings are not finite: the weights are damaged"
+                )
+            return taken
+
+        t, rows, columns = image.grid_thw
+        patch, merge = self._model.image_processor.patch_size, self._model.image_processor.merge_size
+        what = f"image {columns * patch} x {rows * patch}"
+        return self._timing(what, t * rows * columns // merge**2, run)
+
+    # --- the language model ---
+
+    def prefill(self, n: int) -> Timing:
+        """From an empty cache to the first token's logits."""
+        prompt = self.prompt(n)
+
+        def run() -> float:
+            self._model.reset()
+            self.tokens_after(prompt, 1)
+            return self._model.last_stats.prefill_seconds
+
+        return self._timing(f"prefill {n}", n, run)
+
+    def decode(self, depth: int) -> Timing:
+        """Tokens one by one, drawing included, after `depth` others (one where it is 0)."""
+        model, n = self._model, self._settings.decode_tokens
+        prompt = self.prompt(max(depth, 1))
+        seconds, profiles = [], []
+        for _ in range(self._settings.repeat):
+            tokens = model.generate(prompt, max_new_tokens=n + 1, ignore_eos=True)
+            next(tokens)  # what the first one takes is the prompt's
+            with model.profile() as stages:
+                if sum(1 for _ in tokens) != n:
+                    raise ValueError(f"{self._settings.model}: the context ends before {depth} + {n} tokens")
+            profiles.append(stages)
+            seconds.append(model.last_stats.decode_seconds)
+        return Timing(f"decode at {depth}", n, tuple(seconds), mean_stages(profiles))
+
+    # --- a conversation ---
+
+    def questions(self) -> list[Timing]:
+        """First tokens: of a question about a photo, of the next one, and of a text turn of that length.
+
+        The picture is in memory as pixels; resizing it and tokenizing count.
+        """
+        picture = self._pictures()[0]
+        first: dict[str, Any] = {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": picture},
+                {"type": "text", "text": "What is on the left?"},
+            ],
+        }
+        answer = {"role": "assistant", "content": "A hill in the evening sun."}
+        second = {"role": "user", "content": "And what is on the right of it?"}
+        photo, again, text, counts = [], [], [], (0, 0)
+        for run in range(self._settings.repeat):
+            self._model.reset()
+            seconds, n_first, _ = self._first_token([first])
+            photo.append(seconds)
+            seconds, n_second, new = self._first_token([first, answer, second])
+            again.append(seconds)
+            counts = n_first, new
+            self._model.reset()
+            before = self.prompt(n_second - new, seed=run)
+            self.tokens_after(before, 1)
+            started = perf_counter()
+            self.tokens_after(before + self.prompt(new, seed=run + self._settings.repeat), 1)
+            text.append(perf_counter() - started)
+        return [
+            Timing("first token, photo", counts[0], tuple(photo)),
+            Timing("first token, second question", counts[1], tuple(again)),
+            Timing("first token, text of that length", counts[1], tuple(text)),
+        ]
+
+    def _first_token(self, messages: list[dict[str, Any]]) -> tuple[float, int, int]:
+        """(seconds, tokens of the prompt, those of them that were not in the cache)."""
+        started = perf_counter()
+        ids, images = self._model.encode_chat(messages)
+        self.tokens_after(ids, 1, images)
+        taken = perf_counter() - started
+        return taken, len(ids), len(ids) - self._model.last_stats.reused_tokens
+
+
+def drawn_picture(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Soft colours, edges and grain, as a photo has them: (width, height) -> uint8 [height, width, 3]."""
+    width, height = size
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    u, v = x * (1024 / width), y * (683 / height)
+    sky = np.stack([90 + v / 8, 120 + u / 16, 200 - v / 6], axis=-1)
+    disc = (u - 700) ** 2 + (v - 250) ** 2 < 160**2
+    stripes = (np.sin(x / 9 + y / 23) > 0.6) & (v > 400)
+    sky[disc] = (230, 180, 60)
+    sky[stripes] *= 0.5
+    grain = np.random.default_rng(_SEED).normal(0, 6, sky.shape)
+    return np.clip(sky + grain, 0, 255).astype(np.uint8)
+
+
+def file_bytes(settings: Settings) -> int:
+    """Of the model and the vision tower's own file, where there is one."""
+    return sum(Path(name).stat().st_size for name in (settings.model, settings.mmproj) if name is not None)

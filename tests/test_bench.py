@@ -1,0 +1,184 @@
+"""The machine's limits, the floors that follow from them, and the command that prints both."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen2vl_q import Qwen2VL, _native
+from qwen2vl_q.benchmark import Measured, Settings, Timing, drawn_picture
+from qwen2vl_q.cli.bench import Result, as_dict, profile_table, summary_table
+from qwen2vl_q.cli.main import main
+from qwen2vl_q.errors import UnsupportedError
+from qwen2vl_q.limits import Limits, Stage, mean_stages
+
+QUICK = 0.005  # seconds a loop: enough to run it, not to measure
+RATES = ("int8_ops_per_s", "float_ops_per_s", "fp32_ops_per_s", "read_bytes_per_s")
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
+def test_limits_of_every_instruction_set(isa: str) -> None:
+    rates = _native.measure_limits(isa, 1, QUICK)
+    assert tuple(rates) == RATES
+    assert all(math.isfinite(rate) and rate > 0 for rate in rates.values())
+    if isa != "avx512_bf16":
+        assert rates["float_ops_per_s"] == rates["fp32_ops_per_s"]
+
+
+def test_limits_of_several_threads() -> None:
+    limits = Limits.measure("generic", 2, QUICK)
+    assert (limits.isa, limits.n_threads) == ("generic", 2)
+    assert all(getattr(limits, name) > 0 for name in RATES)
+    assert Limits.measure(seconds=QUICK).isa == _native.supported_isas()[0]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"n_threads": -1},
+        {"n_threads": 1025},
+        *({"seconds": x} for x in (0.0, -1.0, 61.0, math.nan, math.inf)),
+    ],
+)
+def test_limits_refuse_arguments_out_of_range(argument: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(argument))}: expected .*, found "):
+        _native.measure_limits(**argument)
+
+
+def test_limits_refuse_an_unknown_instruction_set() -> None:
+    with pytest.raises(UnsupportedError, match='instruction set "abacus"'):
+        _native.measure_limits("abacus")
+
+
+# --- floors ---
+
+LIMITS = Limits("x", 2, int8_ops_per_s=1000, float_ops_per_s=400, fp32_ops_per_s=200, read_bytes_per_s=50)
+LINEAR = Stage("text down_proj", 2, 3.0, int8_ops=1000, float_ops=0, bytes=100)
+ATTENTION = Stage("text attention", 2, 2.0, int8_ops=0, float_ops=800, bytes=10)
+NORM = Stage("text norm", 4, 0.5, int8_ops=0, float_ops=0, bytes=0)
+STAGES = (LINEAR, ATTENTION, NORM)
+
+
+def test_floors_of_a_profile() -> None:
+    assert LIMITS.image_floor(STAGES) == pytest.approx(1000 / 1000 + 800 / 400)
+    assert LIMITS.prefill_floor(STAGES) == pytest.approx(1000 / 1000)
+    assert LIMITS.decode_floor(STAGES) == pytest.approx(110 / 50)
+    assert [LIMITS.stage_floor(stage) for stage in STAGES] == pytest.approx([100 / 50, 800 / 400, 0])
+
+
+def test_exact_is_measured_against_float32() -> None:
+    assert LIMITS.for_precision("fast") == LIMITS
+    assert LIMITS.for_precision("exact").image_floor(STAGES) == pytest.approx(1000 / 1000 + 800 / 200)
+
+
+def test_better_limits_take_each_rate_from_where_it_is_higher() -> None:
+    other = Limits("x", 2, int8_ops_per_s=900, float_ops_per_s=450, fp32_ops_per_s=200, read_bytes_per_s=60)
+    assert LIMITS.better(other) == Limits("x", 2, 1000, 450, 200, 60)
+
+
+def test_mean_stages() -> None:
+    second = Stage("text norm", 4, 1.5, 2, 4, 6)
+    assert mean_stages([[NORM, LINEAR], [second, LINEAR]]) == (Stage("text norm", 4, 1.0, 1, 2, 3), LINEAR)
+
+
+def hand_made_result() -> Result:
+    timings = {
+        "image": [Timing("image 28 x 28", 10, (4.0, 6.0, 5.0), STAGES)],
+        "prefill": [Timing("prefill 10", 10, (4.0,), STAGES)],
+        "decode": [Timing("decode at 0", 10, (4.4,), STAGES)],
+        "question": [Timing("first token, photo", 20, (7.0,))],
+    }
+    measured = Measured("x", 2, "fast", 0.5, 0.75, peak_memory_bytes=2_000_000_000, **timings)
+    slower = Limits("x", 2, *([1.0] * 4))
+    return Result(Settings("m.gguf"), 1000, measured, slower, LIMITS)
+
+
+def test_fractions_of_the_floor() -> None:
+    printed = as_dict(hand_made_result(), profile=True)
+    assert printed["image"][0]["floor_fraction"] == pytest.approx(3 / 5)
+    assert printed["prefill"][0]["floor_fraction"] == pytest.approx(1 / 4)
+    assert printed["decode"][0]["floor_fraction"] == pytest.approx(2.2 / 4.4)
+    assert printed["question"][0]["floor_fraction"] is None
+    assert [stage["floor_seconds"] for stage in printed["decode"][0]["stages"]] == pytest.approx([2, 2, 0])
+
+
+def test_tables() -> None:
+    summary = summary_table([hand_made_result()]).splitlines()
+    assert "|  | image 28 x 28 (10 tokens) | 5.00 (4.00 to 6.00) | 2.0 (1.7 to 2.5) | 60 % |" in summary
+    assert "|  | first token, photo (20 tokens) | 7.00 (7.00 to 7.00) |  |  |" in summary
+    profile = profile_table(hand_made_result()).splitlines()
+    assert "| decode at 0 | text down_proj | 2 | 3000.0 | 68.2 % | 0.0 GB/s | 67 % |" in profile
+    assert "| decode at 0 | text norm | 4 | 500.0 | 11.4 % |  |  |" in profile
+    assert len({line.count("|") for line in profile}) == 1
+
+
+# --- the command ---
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_bench(run: Run, tiny_gguf: Path) -> None:
+    options = ["--image-size", "84x56", "--prompt-tokens", "20,8", "--depth", "0,30", "--decode-tokens", 5]
+    options += ["--repeat", 2, "-t", 1]
+    code, out, err = run("bench", "-m", tiny_gguf, "-m", tiny_gguf, *options, "--profile", "--json")
+    assert code == 0, err
+    assert err.count("measuring") == 2
+    first, second = json.loads(out)
+    assert first["model"] == second["model"] == str(tiny_gguf)
+    assert set(first) == {
+        *("model", "isa", "n_threads", "precision", "file_bytes", "load_seconds", "start_seconds"),
+        *("image", "question", "prefill", "decode", "peak_memory_bytes", "limits_before", "limits_after"),
+    }
+    assert [t["what"] for t in first["image"]] == ["image 84 x 56"]
+    assert [(t["what"], t["count"]) for t in first["prefill"]] == [("prefill 20", 20), ("prefill 8", 8)]
+    assert [(t["what"], t["count"]) for t in first["decode"]] == [("decode at 0", 5), ("decode at 30", 5)]
+    assert len(first["question"]) == 3 and first["start_seconds"] > first["load_seconds"] > 0
+    for timing in (t for part in ("image", "question", "prefill", "decode") for t in first[part]):
+        assert len(timing["seconds"]) == 2 and min(timing["seconds"]) > 0
+        assert timing["median_tokens_per_second"] > 0
+    for timing in (t for part in ("image", "prefill", "decode") for t in first[part]):
+        prefix = "image" if timing["what"].startswith("image") else "text"
+        assert timing["stages"] and all(stage["name"].startswith(prefix) for stage in timing["stages"])
+        assert timing["floor_seconds"] > 0
+        assert timing["floor_fraction"] == timing["floor_seconds"] / timing["median_seconds"]
+
+
+def test_bench_prints_a_part(run: Run, tiny_gguf: Path) -> None:
+    code, out, _ = run("bench", "-m", tiny_gguf, "--only", "decode", "--repeat", 1, "-t", 1)
+    assert code == 0
+    assert "| decode at 0 (64 tokens)" in out.replace("|  |", "|") and "prefill" not in out
+    assert "Limits of " in out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--prompt-tokens", "5,x"), ("--prompt-tokens", "1"), ("--image-size", "10x"), ("--depth", "1,-1")],
+)
+def test_bench_refuses_lists_that_it_cannot_read(run: Run, tiny_gguf: Path, option: str, value: str) -> None:
+    code, _, err = run("bench", "-m", tiny_gguf, option, value)
+    assert code != 0 and "expected" in err
+
+
+def test_profile_of_a_model(tiny: Qwen2VL) -> None:
+    with tiny.profile() as stages:
+        tiny.encode_image(drawn_picture((84, 56)))
+    assert {"image qkv", "image attention", "image merger"} <= {stage.name for stage in stages}
+    assert all(stage.calls > 0 and stage.seconds >= 0 for stage in stages)
+    before = list(stages)
+    list(tiny.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True))
+    assert stages == before
