@@ -18,6 +18,7 @@ class FullAttention {
  public:
   FullAttention(int64_t num_heads, int64_t head_dim) : num_heads_(num_heads), head_dim_(head_dim) {}
   void operator()(Context& ctx, float* qkv, int64_t rows);
+  void release_buffers() { packed_.release(); }
 
  private:
   template <typename T>

@@ -23,6 +23,7 @@ class FloatBuffer {
     return data();
   }
   float* data() const { return buffer_.as<float>(); }
+  void release() { buffer_ = AlignedBuffer(); }
 
  private:
   AlignedBuffer buffer_;

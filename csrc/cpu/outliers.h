@@ -12,8 +12,8 @@ namespace qwen2vl::cpu {
 /// float32 (LLM.int8(), arXiv 2208.07339).
 ///
 /// Finds the outliers of x [rows, cols] (row stride x_stride): columns whose largest magnitude is more than
-/// kOutlierRatio times the mean of the other columns' largest ones, the largest first, at most one in 32 (of
-/// few rows, where a column costs as much as a row: 8).
+/// kOutlierRatio times the mean of all columns' (each counted up to that limit), the largest first, at most
+/// one in 32 (of few rows, where a column costs as much as a row: 8).
 std::vector<int32_t> find_outliers(Context& ctx, const float* x, int64_t rows, int64_t cols,
                                    int64_t x_stride);
 

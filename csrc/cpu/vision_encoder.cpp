@@ -100,6 +100,10 @@ void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const Gr
     });
   }
   merge(ctx, x, rows, out);
+  // A tenth of a gigabyte for a photo, needed again when the next one comes: the cache of a long context can
+  // have it.
+  for (FloatBuffer* buffer : {&x_, &qkv_, &normed_, &wide_}) buffer->release();
+  attention_.release_buffers();
   progress(config_.depth, config_.depth);
 }
 

@@ -1,5 +1,11 @@
 #include "engine/model.h"
 
+#include <memory>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "cpu/backend.h"
 
 namespace qwen2vl {
@@ -20,6 +26,9 @@ Model::Model(const std::string& path, const ModelOptions& options, const Progres
                                      if (done == of) before += of;
                                    });
   files_.clear();  // everything has been repacked
+#ifdef __GLIBC__
+  malloc_trim(0);  // what reading the vocabulary has left behind
+#endif
 }
 
 }  // namespace qwen2vl

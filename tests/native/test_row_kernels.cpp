@@ -223,6 +223,29 @@ TEST_CASE("softmax of masked scores gives zeros and no NaN") {
   });
 }
 
+TEST_CASE("column_maxima and sum_capped") {
+  for_each_length([](const KernelTable& kernels, int64_t n) {
+    constexpr int64_t kRows = 5;
+    const int64_t stride = n + 3;
+    const Floats x = random_floats(kRows, stride, 81, true);
+    std::vector<double> expected(n, 0.0);
+    double largest = 0.0, capped = 0.0, magnitude = 0.0;
+    for (int64_t c = 0; c < n; ++c) {
+      for (int64_t r = 0; r < kRows; ++r)
+        expected[c] = std::max(expected[c], std::fabs(double{x[r * stride + c]}));
+      largest = std::max(largest, expected[c]);
+      capped += std::min(double{x[c]}, 0.5);
+      magnitude += std::fabs(std::min(double{x[c]}, 0.5));
+    }
+    Poisoned maxima(n);
+    CHECK_EQ(kernels.column_maxima(x.data(), stride, kRows, n, maxima.data()), static_cast<float>(largest));
+    CHECK(maxima.untouched_outside(0, 1, n, n));
+    CHECK_EQ(worst_mismatch(n, maxima, expected), "");
+    CHECK(std::fabs(kernels.sum_capped(x.data(), 0.5f, n) - capped) <=
+          static_cast<double>(n) * kEpsilon * magnitude);
+  });
+}
+
 TEST_CASE("float32 to f16 rounds to nearest even") {
   Floats x = {0.0f,          -0.0f,         1.0f,           65504.0f, 65519.9f,       65520.0f,       -1e30f,
               5.9604645e-8f, 2.9802322e-8f, 2.98023259e-8f, 6.1e-5f,  1.00048828125f, 1.00146484375f, kInf,

@@ -69,6 +69,22 @@ float softmax_step(float* scores, int64_t n, float scale, float* maximum, float*
   return rescale;
 }
 
+float column_maxima(const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* maxima) {
+  float largest = 0;
+  for (int64_t c = 0; c < cols; ++c) {
+    maxima[c] = 0;
+    for (int64_t r = 0; r < rows; ++r) maxima[c] = std::max(maxima[c], std::fabs(x[r * x_stride + c]));
+    largest = std::max(largest, maxima[c]);
+  }
+  return largest;
+}
+
+float sum_capped(const float* x, float cap, int64_t n) {
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += std::min(x[i], cap);
+  return sum;
+}
+
 void scale_row(float* x, float factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
@@ -91,6 +107,8 @@ void add_rows(KernelTable& table) {
   table.gelu = gelu;
   table.rope = rope;
   table.softmax_step = softmax_step;
+  table.column_maxima = column_maxima;
+  table.sum_capped = sum_capped;
   table.scale_row = scale_row;
   table.add_row = add_row;
   table.convert_f32_to_f16 = convert_f32_to_f16;

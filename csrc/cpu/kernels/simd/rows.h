@@ -111,6 +111,27 @@ inline float softmax_step(float* scores, int64_t n, float scale, float* maximum,
   return rescale;
 }
 
+inline float column_maxima(const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* maxima) {
+  const Vec zero = set1(0.0f);
+  for_each_vector(cols, [&](int64_t c, auto lanes) { lanes.store(maxima + c, zero); });
+  Vec largest = zero;
+  for (int64_t r = 0; r < rows; ++r)
+    for_each_vector(cols, [&](int64_t c, auto lanes) {
+      const Vec v = lanes.load(x + r * x_stride + c, zero);
+      const Vec m = max(max(v, sub(zero, v)), lanes.load(maxima + c, zero));
+      lanes.store(maxima + c, m);
+      largest = max(m, largest);
+    });
+  return reduce_max(largest);
+}
+
+inline float sum_capped(const float* x, float cap, int64_t n) {
+  const Vec limit = set1(cap), zero = set1(0.0f);
+  Vec sum = zero;
+  for_each_vector(n, [&](int64_t i, auto lanes) { sum = add(sum, min(lanes.load(x + i, zero), limit)); });
+  return reduce_add(sum);
+}
+
 inline void scale_row(float* x, float factor, int64_t n) {
   for_each_vector(n, [&](int64_t i, auto lanes) {
     lanes.store(x + i, mul(lanes.load(x + i, set1(0.0f)), set1(factor)));
@@ -136,6 +157,8 @@ inline void set_row_kernels(KernelTable& table) {
   table.quick_gelu = quick_gelu;
   table.rope = rope;
   table.softmax_step = softmax_step;
+  table.column_maxima = column_maxima;
+  table.sum_capped = sum_capped;
   table.scale_row = scale_row;
   table.add_row = add_row;
   table.convert_f32_to_f16 = convert_f32_to_f16;
