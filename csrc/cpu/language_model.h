@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "cpu/attention.h"
+#include "cpu/causal_attention.h"
 #include "cpu/linear.h"
 #include "model/weights.h"
 

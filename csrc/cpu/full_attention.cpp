@@ -1,0 +1,178 @@
+#include "cpu/full_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/attention_tile.h"
+
+namespace qwen2vl::cpu {
+namespace {
+
+// ------------------------------------------------------------------------------------------
+
+// 96 rows use each key and value that is loaded 96 times. Tiles of 96 x 512 scores in float32 and as
+// probabilities in bf16 (290 KB), with 512 keys and values of head_dim 80 in bf16 (160 KB), stay in a
+// second-level cache of 512 KB; in float32 half as many keys do.
+constexpr int64_t kTileRows = 96;
+
+/// Keys and values of one head in panels, as float32 or as pairs of bf16 (see KernelTable).
+template <typename T>
+struct HeadPanels {
+  static constexpr bool kBf16 = std::is_same_v<T, uint16_t>;
+  static constexpr int64_t kTileKeys = kBf16 ? 512 : 256;
+
+  T* keys = nullptr;    // [ceil(rows / 16)] panels of head_dim x 16 keys
+  T* values = nullptr;  // [ceil(head_dim / 16)] panels of (rows, made even) x 16 dims
+
+  static int64_t even(int64_t n) { return n + n % 2; }
+  static int64_t key_elements(int64_t rows, int64_t head_dim) { return panels(rows) * kPanelRows * head_dim; }
+  static int64_t value_elements(int64_t rows, int64_t head_dim) {
+    return panels(head_dim) * kPanelRows * even(rows);
+  }
+};
+
+void pack_head(const KernelTable&, const float* k, const float* v, int64_t stride, int64_t rows,
+               int64_t head_dim, const HeadPanels<float>& out) {
+  const int64_t value_panel = HeadPanels<float>::even(rows) * kPanelRows;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* key = out.keys + r / kPanelRows * head_dim * kPanelRows + r % kPanelRows;
+    for (int64_t d = 0; d < head_dim; ++d) key[d * kPanelRows] = k[r * stride + d];
+    for (int64_t d = 0; d < head_dim; d += kPanelRows)
+      std::memcpy(out.values + d / kPanelRows * value_panel + r * kPanelRows, v + r * stride + d,
+                  std::min(kPanelRows, head_dim - d) * sizeof(float));
+  }
+}
+
+void pack_head(const KernelTable& kernels, const float* k, const float* v, int64_t stride, int64_t rows,
+               int64_t head_dim, const HeadPanels<uint16_t>& out) {
+  const int64_t value_panel = HeadPanels<uint16_t>::even(rows) * kPanelRows;
+  std::vector<uint16_t> row(head_dim);
+  for (int64_t r = 0; r < rows; ++r) {
+    kernels.convert_f32_to_bf16(k + r * stride, row.data(), head_dim);
+    uint16_t* key = out.keys + r / kPanelRows * head_dim * kPanelRows + r % kPanelRows * 2;
+    for (int64_t d = 0; d < head_dim; d += 2) std::memcpy(key + d * kPanelRows, row.data() + d, 4);
+    kernels.convert_f32_to_bf16(v + r * stride, row.data(), head_dim);
+    uint16_t* value = out.values + r / 2 * 2 * kPanelRows + r % 2;
+    for (int64_t d = 0; d < head_dim; ++d) value[d / kPanelRows * value_panel + d % kPanelRows * 2] = row[d];
+  }
+}
+
+/// Queries [rows] of one head against all of its keys; the result replaces them.
+template <typename T>
+class FullTile {
+ public:
+  static size_t scratch_bytes(int64_t head_dim) {
+    return Tile::bytes(kTileRows, HeadPanels<T>::kTileKeys, head_dim) +
+           kTileRows * (HeadPanels<T>::kTileKeys + head_dim) * sizeof(uint16_t);
+  }
+
+  FullTile(const KernelTable& kernels, int64_t head_dim, std::byte* scratch)
+      : kernels_(kernels), head_dim_(head_dim), tile_(scratch, kTileRows, kKeys, head_dim) {
+    probabilities_ = reinterpret_cast<uint16_t*>(scratch + Tile::bytes(kTileRows, kKeys, head_dim));
+    queries_ = probabilities_ + kTileRows * kKeys;
+  }
+
+  void operator()(float* queries, int64_t stride, int64_t rows, int64_t n_keys, const HeadPanels<T>& head) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
+    tile_.start(rows, head_dim_);
+    if constexpr (kBf16)
+      for (int64_t r = 0; r < rows; ++r)
+        kernels_.convert_f32_to_bf16(queries + r * stride, queries_ + r * head_dim_, head_dim_);
+    for (int64_t key = 0; key < n_keys; key += kKeys) {
+      const int64_t n = std::min(kKeys, n_keys - key);
+      multiply_keys(queries, stride, rows, n, head.keys + key * head_dim_);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* scores = tile_.scores + r * kKeys;
+        const float factor = kernels_.softmax_step(scores, n, scale, tile_.maximum + r, tile_.sum + r);
+        if (factor != 1.0f) kernels_.scale_row(tile_.output + r * head_dim_, factor, head_dim_);
+        if constexpr (kBf16) {
+          kernels_.convert_f32_to_bf16(scores, probabilities_ + r * kKeys, n);
+          if (n % 2 != 0) probabilities_[r * kKeys + n] = 0;
+        }
+      }
+      multiply_values(rows, n, head.values + key * kPanelRows, HeadPanels<T>::even(n_keys) * kPanelRows);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels_.scale_row(tile_.output + r * head_dim_, 1.0f / tile_.sum[r], head_dim_);
+      std::memcpy(queries + r * stride, tile_.output + r * head_dim_, head_dim_ * sizeof(float));
+    }
+  }
+
+ private:
+  static constexpr bool kBf16 = HeadPanels<T>::kBf16;
+  static constexpr int64_t kKeys = HeadPanels<T>::kTileKeys;
+
+  void multiply_keys(const float* queries, int64_t stride, int64_t rows, int64_t n, const T* keys) {
+    const MatmulOutput out{tile_.scores, kKeys, nullptr, Store::Overwrite};
+    if constexpr (kBf16)
+      kernels_.gemm_bf16_pairs(queries_, head_dim_, keys, head_dim_ * kPanelRows, rows, n, head_dim_, out);
+    else
+      kernels_.gemm_f32(queries, stride, keys, head_dim_ * kPanelRows, rows, n, head_dim_, out);
+  }
+
+  void multiply_values(int64_t rows, int64_t n, const T* values, int64_t value_panel) {
+    const MatmulOutput out{tile_.output, head_dim_, nullptr, Store::Accumulate};
+    if constexpr (kBf16)
+      kernels_.gemm_bf16_pairs(probabilities_, kKeys, values, value_panel, rows, head_dim_,
+                               HeadPanels<T>::even(n), out);
+    else
+      kernels_.gemm_f32(tile_.scores, kKeys, values, value_panel, rows, head_dim_, n, out);
+  }
+
+  const KernelTable& kernels_;
+  int64_t head_dim_;
+  Tile tile_;
+  uint16_t* probabilities_;  // [rows][keys]
+  uint16_t* queries_;        // [rows][head_dim]
+};
+
+}  // namespace
+
+void FullAttention::operator()(Context& ctx, float* qkv, int64_t rows) {
+  const double products = 4.0 * static_cast<double>(rows * rows * num_heads_ * head_dim_);
+  const auto stage = ctx.profile.stage("image attention", {0, products, 0});
+  if (ctx.precision == Precision::Fast && ctx.kernels.has_bf16_dot)
+    run<uint16_t>(ctx, qkv, rows);
+  else
+    run<float>(ctx, qkv, rows);
+}
+
+template <typename T>
+void FullAttention::run(Context& ctx, float* qkv, int64_t rows) {
+  const int64_t width = num_heads_ * head_dim_, stride = 3 * width;
+  const int64_t key_size = HeadPanels<T>::key_elements(rows, head_dim_);
+  const int64_t value_size = HeadPanels<T>::value_elements(rows, head_dim_);
+  const int64_t heads_at_once = std::min<int64_t>(num_heads_, ctx.pool.size());
+  const int64_t elements = (key_size + value_size) * heads_at_once;
+  T* packed = reinterpret_cast<T*>(packed_.resize((elements * static_cast<int64_t>(sizeof(T)) + 3) / 4));
+  std::memset(packed, 0, elements * sizeof(T));  // what fills up the last panels
+  ctx.reserve_scratch(FullTile<T>::scratch_bytes(head_dim_));
+  const auto panels_of = [&](int64_t h) {
+    T* keys = packed + h * (key_size + value_size);
+    return HeadPanels<T>{keys, keys + key_size};
+  };
+
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t first = 0; first < num_heads_; first += heads_at_once) {
+    const int64_t heads = std::min(heads_at_once, num_heads_ - first);
+    ctx.pool.parallel_for(heads, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t h = begin; h < end; ++h) {
+        const float* k = qkv + width + (first + h) * head_dim_;
+        pack_head(ctx.kernels, k, k + width, stride, rows, head_dim_, panels_of(h));
+      }
+    });
+    ctx.pool.parallel_for(heads * tiles, 1, [&](int64_t begin, int64_t end, int thread) {
+      FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch(thread));
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t h = t / tiles, row = t % tiles * kTileRows;
+        tile(qkv + row * stride + (first + h) * head_dim_, stride, std::min(kTileRows, rows - row), rows,
+             panels_of(h));
+      }
+    });
+  }
+}
+
+}  // namespace qwen2vl::cpu
