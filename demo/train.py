@@ -1,7 +1,9 @@
 """Trains the demo model: `python -m demo.train --minutes 80 --run RUN` (again after a kill: it resumes).
 
 First the vision tower alone on the dense helper losses, then everything together. The schedule follows the
-time that was spent, so the same command fits a slow and a fast machine.
+time that was spent, so the same command fits a slow and a fast machine. On a CPU that others use as well, one
+process a core wastes least: set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun does,
+and give --threads 1 --workers 0.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from demo import data
 from demo.batches import IGNORE, TASK_ID, Assembler, Batch, Batches, Stage
@@ -37,8 +41,9 @@ LONGEST_STEP = 20.0  # seconds: a longer one was a stopped process
 def stage(progress: float, vision_share: float, tokens: int) -> Stage:
     """The curriculum: small pictures and short texts first; then everything."""
     sides: tuple[int, ...] = (84, 112, 140, 168, 196, 224)
-    sides = (84, 112) if progress < 0.12 else (84, 112, 140) if progress < 0.4 else sides
-    if progress > 0.55:
+    if progress < 0.8:  # small ones are cheaper, and teach the same
+        sides = (84, 112) if progress < 0.12 else (*(84, 112, 140) * 3, 168, 196, 224)
+    if progress > 0.9:
         sides = (*sides * 3, 252, 280, 308, 336)
     length = (1, 2) if progress < 0.05 else (1, 4) if progress < 0.15 else (1, 6)
     most = 4 if progress < 0.1 else 6
@@ -93,6 +98,8 @@ class Trainer:
         self.steps = self.pictures = self.since_start = 0
         self.seconds = 0.0
         self.vision_only = True
+        self.asked_to_stop = self.stopping = False
+        self.unshared_seconds = 0.0  # of this process, since the last step
         self.file = args.run / "state.pt"
         self.tokenizer = build()
         if self.file.exists():
@@ -119,6 +126,19 @@ class Trainer:
     def rate(self) -> float:
         cosine = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * self.progress))
         return float(self.args.rate) * cosine * min(1.0, (self.since_start + 1) / WARM_UP)
+
+    def average(self) -> None:
+        """Over the processes: gradients, and what steers the loop, so that all go and stop together."""
+        parameters = list(self.model.parameters())
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        state = torch.tensor([self.unshared_seconds, float(self.asked_to_stop)], device=self.device)
+        flat = torch.cat([*(g.flatten() for g in grads), state])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        *parts, state = flat.split([*(p.numel() for p in parameters), 2])
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad = part.view_as(p)
+        self.unshared_seconds, self.stopping = float(state[0]), bool(state[1] > 0)
 
     def step(self, batch: Batch) -> tuple[dict[str, float], dict[str, list[float]]]:
         vision_only = self.progress < self.args.vision_share
@@ -152,13 +172,19 @@ class Trainer:
                 loss = loss + self.args.language * language
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if dist.is_initialized():
+            self.average()
+        else:
+            self.stopping = self.asked_to_stop
+        self.seconds, self.unshared_seconds = self.seconds + self.unshared_seconds, 0.0
         seen["norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         if math.isfinite(seen["norm"]):
             self.optimizer.step()
         self.steps, self.since_start = self.steps + 1, self.since_start + 1
-        self.pictures += len(batch.input_ids) * max(1, len(batch.pixels))
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        self.pictures += processes * len(batch.input_ids) * max(1, len(batch.pixels))
         return seen, exact
 
 
@@ -198,38 +224,41 @@ def batches(trainer: Trainer, progress: Tensor) -> Iterator[Batch]:
     args = trainer.args
     source = Batches(
         Assembler(trainer.tokenizer), lambda: stage(float(progress), args.vision_share, args.tokens),
-        args.seed + trainer.steps,
+        args.seed + trainer.steps + 1_000_000 * args.rank,
     )  # fmt: skip
-    return iter(DataLoader(source, batch_size=None, num_workers=args.workers, prefetch_factor=2))
+    return iter(
+        DataLoader(
+            source, batch_size=None, num_workers=args.workers, prefetch_factor=2 if args.workers else None
+        )
+    )
 
 
 def train(args: argparse.Namespace) -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     trainer, log = Trainer(args), Log(args.run)
     progress = torch.tensor(trainer.progress).share_memory_()
-    stopped = False
 
     def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
+        trainer.asked_to_stop = True
 
     source = batches(trainer, progress)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     last = saved = logged = time.monotonic()
-    while trainer.progress < 1 and not stopped:
+    while trainer.progress < 1 and not trainer.stopping:
         log.add(*trainer.step(next(source)))
         now = time.monotonic()
-        trainer.seconds += min(now - last, LONGEST_STEP)
+        trainer.unshared_seconds = min(now - last, LONGEST_STEP)
         last = now
         progress.fill_(trainer.progress)
-        if now - logged > LOG_SECONDS:
+        if args.rank == 0 and now - logged > LOG_SECONDS:
             log.write(trainer)
             logged = now
-        if now - saved > SAVE_SECONDS:
+        if args.rank == 0 and now - saved > SAVE_SECONDS:
             trainer.save()
             saved = now
-    trainer.save()
+    if args.rank == 0:
+        trainer.save()
 
 
 def main() -> None:
@@ -259,7 +288,12 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    args.rank = int(os.environ.get("RANK", "0"))
     torch.set_num_threads(args.threads)
+    if "RANK" in os.environ:  # torchrun
+        if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
     with contextlib.suppress(KeyboardInterrupt):
         train(args)
 
