@@ -41,16 +41,31 @@ void gemm_tile(const GemmProblem<Element>& t, int64_t m, int64_t panel) {
     QWEN2VL_UNROLL
     for (int v = 0; v < V; ++v) sums[r][v] = set1(0.0f);
   }
+  const auto weights = [&](int64_t k, int v) {
+    return Element::load(b + v / kVectorsPerPanel * t.panel_stride + k * kPanelRows +
+                         v % kVectorsPerPanel * kLanes);
+  };
   for (int64_t k = 0; k < t.depth; ++k) {
-    Vec x[R];
-    QWEN2VL_UNROLL
-    for (int r = 0; r < R; ++r) x[r] = set1(a[r * t.a_stride + k]);
-    QWEN2VL_UNROLL
-    for (int v = 0; v < V; ++v) {
-      const Vec w = Element::load(b + v / kVectorsPerPanel * t.panel_stride + k * kPanelRows +
-                                  v % kVectorsPerPanel * kLanes);
+    if constexpr (R > V) {  // the fewer of both stay in registers, the others pass through one
+      Vec w[V];
       QWEN2VL_UNROLL
-      for (int r = 0; r < R; ++r) sums[r][v] = fma(w, x[r], sums[r][v]);
+      for (int v = 0; v < V; ++v) w[v] = weights(k, v);
+      QWEN2VL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Vec x = set1(a[r * t.a_stride + k]);
+        QWEN2VL_UNROLL
+        for (int v = 0; v < V; ++v) sums[r][v] = fma(w[v], x, sums[r][v]);
+      }
+    } else {
+      Vec x[R];
+      QWEN2VL_UNROLL
+      for (int r = 0; r < R; ++r) x[r] = set1(a[r * t.a_stride + k]);
+      QWEN2VL_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const Vec w = weights(k, v);
+        QWEN2VL_UNROLL
+        for (int r = 0; r < R; ++r) sums[r][v] = fma(w, x[r], sums[r][v]);
+      }
     }
   }
   QWEN2VL_UNROLL
