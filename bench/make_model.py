@@ -10,16 +10,19 @@ import json
 import math
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
+from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from qwen2vl_q._native import quantize
 from qwen2vl_q.convert.config import read_config
-from qwen2vl_q.convert.metadata import metadata
+from qwen2vl_q.convert.metadata import ARCHITECTURE, Entry, metadata
 from qwen2vl_q.convert.recipe import FILE_TYPES, FileType, Recipe, type_for_row
 from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
@@ -119,39 +122,82 @@ def write_checkpoint_files(folder: Path, shape: dict[str, object]) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\nt h\n", encoding="utf-8")
 
 
-def random_rows(tensor: MappedTensor, type: str, rng: np.random.Generator) -> Iterator[NDArray[np.uint8]]:
-    """The tensor's bytes: normal values of variance 1 / fan-in; norm weights near 1, biases near 0."""
-    shape = tensor.target_shape
+def random_rows(tensor: MappedTensor, output: OutputTensor) -> Iterator[NDArray[np.uint8]]:
+    """The tensor's bytes: normal values of variance 1 / fan-in; norm weights near 1, biases near 0.
+
+    They depend on the name alone: every file and type has the same weights.
+    """
+    rng = np.random.default_rng(zlib.crc32(output.name.encode()))
+    shape = output.shape
     rows, cols = (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
     if tensor.role is Role.VECTOR:
-        offset = 1.0 if tensor.targets[0].endswith("weight") else 0.0
+        offset = 1.0 if output.name.endswith("weight") else 0.0
         values = rng.normal(offset, 0.02, (rows, cols)).astype(np.float32)
-        yield quantize(values, type)
+        yield quantize(values, output.type)
         return
     values = rng.normal(0, 1 / math.sqrt(cols), (min(rows, _TILE_ROWS), cols)).astype(np.float32)
-    tile = quantize(values, type)
+    tile = quantize(values, output.type)
     for start in range(0, rows, len(tile)):
         yield np.ascontiguousarray(tile[: rows - start])
 
 
-def make_model(out: Path, size: str, recipe: Recipe, overwrite: bool = True) -> int:
-    """Writes the model and returns its size in bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint_files(Path(folder), SHAPES[size])
-        config = read_config(Path(folder))
-        tokenizer = read_tokenizer(Path(folder), config)
-        plan: dict[str, tuple[MappedTensor, OutputTensor]] = {}
-        for mapped in map_tensors(config):
-            shape = mapped.target_shape
-            type = type_for_row(recipe.wanted(mapped.role), shape[-1])
-            plan |= {name: (mapped, OutputTensor(name, type, shape)) for name in mapped.targets}
-        n_parameters = sum(output.n_elements for _, output in plan.values())
-        entries = metadata(f"Qwen2-VL {size} shape, random weights", config, recipe, tokenizer, n_parameters)
-    rng = np.random.default_rng(0)
-    outputs = [output for _, output in plan.values()]
-    return write_gguf(
-        out, entries, outputs, lambda o: random_rows(plan[o.name][0], o.type, rng), overwrite, lambda _: None
-    )
+@dataclass(frozen=True)
+class RandomModel:
+    """A model of a shape before it is written."""
+
+    entries: list[Entry]
+    tensors: dict[str, tuple[MappedTensor, OutputTensor]]
+
+    @classmethod
+    def of(cls, size: str, recipe: Recipe) -> RandomModel:
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint_files(Path(folder), SHAPES[size])
+            config = read_config(Path(folder))
+            tokenizer = read_tokenizer(Path(folder), config)
+            tensors: dict[str, tuple[MappedTensor, OutputTensor]] = {}
+            for mapped in map_tensors(config):
+                shape = mapped.target_shape
+                type = type_for_row(recipe.wanted(mapped.role), shape[-1])
+                tensors |= {name: (mapped, OutputTensor(name, type, shape)) for name in mapped.targets}
+            n_parameters = sum(output.n_elements for _, output in tensors.values())
+            name = f"Qwen2-VL {size} shape, random weights"
+            return cls(metadata(name, config, recipe, tokenizer, n_parameters), tensors)
+
+    def write(self, out: Path, architecture: str = ARCHITECTURE) -> int:
+        """Returns the file's size in bytes."""
+        outputs = [output for _, output in self.tensors.values()]
+        return write_gguf(
+            out,
+            self.entries,
+            outputs,
+            lambda output: random_rows(self.tensors[output.name][0], output),
+            True,
+            lambda _: None,
+            architecture,
+        )
+
+    def language_model(self) -> RandomModel:
+        """The half that llama.cpp's main loader reads: it refuses tensors that it does not know."""
+        return RandomModel(
+            [entry for entry in self.entries if not entry.key.startswith("clip.")],
+            {name: tensor for name, tensor in self.tensors.items() if not _is_vision(name)},
+        )
+
+    def vision_tower(self) -> RandomModel:
+        """The half that llama.cpp calls mmproj; its architecture is "clip"."""
+        kept = ("clip.", "general.name", "general.file_type", "general.quantization_version")
+        entries = [Entry("general.type", "mmproj", GGUFValueType.STRING)]
+        entries += [
+            entry
+            for entry in self.entries
+            if entry.key.startswith(kept) and not entry.key.endswith("_pixels")  # not in the hub's files
+        ]
+        tensors = {name: tensor for name, tensor in self.tensors.items() if _is_vision(name)}
+        return RandomModel(entries, tensors)
+
+
+def _is_vision(name: str) -> bool:
+    return name.startswith(("v.", "mm."))
 
 
 @click.command(help=__doc__)
@@ -162,7 +208,7 @@ def make_model(out: Path, size: str, recipe: Recipe, overwrite: bool = True) -> 
     "--vision-type", type=click.Choice(FILE_TYPES), help="Of the vision tower, where it should differ."
 )
 def main(out: Path, size: str, type_: FileType, vision_type: FileType | None) -> None:
-    n_bytes = make_model(out, size, Recipe(type_, vision_type))
+    n_bytes = RandomModel.of(size, Recipe(type_, vision_type)).write(out)
     print(f"{out}: {n_bytes / 1e9:.2f} GB", file=sys.stderr)
 
 

@@ -47,6 +47,7 @@ def write_gguf(
     chunks: Chunks,
     overwrite: bool,
     progress: Callable[[int], None],
+    architecture: str = ARCHITECTURE,
 ) -> int:
     """Writes `out` whole or not at all and returns its size in bytes.
 
@@ -54,7 +55,7 @@ def write_gguf(
     FileExistsError where `out` exists and `overwrite` is false, OSError where the disk does not take it.
     """
     with _whole_or_not_at_all(out, overwrite) as part:
-        _write_head(part, entries, tensors)
+        _write_head(part, architecture, entries, tensors)
         data_bytes = sum(_padded(t.n_bytes) for t in tensors)
         free = shutil.disk_usage(part.parent).free
         if data_bytes > free:
@@ -75,8 +76,10 @@ def write_gguf(
     return size
 
 
-def _write_head(part: Path, entries: Sequence[Entry], tensors: Sequence[OutputTensor]) -> None:
-    writer = GGUFWriter(part, ARCHITECTURE)
+def _write_head(
+    part: Path, architecture: str, entries: Sequence[Entry], tensors: Sequence[OutputTensor]
+) -> None:
+    writer = GGUFWriter(part, architecture)
     try:
         for entry in entries:
             writer.add_key_value(entry.key, entry.value, entry.type)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from qwen2vl_q.cli.main import main
 from qwen2vl_q.errors import UnsupportedError
 from qwen2vl_q.limits import Limits, Stage, mean_stages
 
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = 0.005  # seconds a loop: enough to run it, not to measure
 RATES = ("int8_ops_per_s", "float_ops_per_s", "fp32_ops_per_s", "read_bytes_per_s")
 
@@ -182,3 +185,32 @@ def test_profile_of_a_model(tiny: Qwen2VL) -> None:
     before = list(stages)
     list(tiny.generate([1, 2, 3], max_new_tokens=2, ignore_eos=True))
     assert stages == before
+
+
+# --- the scripts ---
+
+
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
+def test_halves_of_a_random_model_are_named_as_llama_cpp_does() -> None:
+    sys.path.insert(0, str(ROOT / "bench"))
+    from make_model import RandomModel
+    from qwen2vl_q.convert import Recipe
+
+    golden = json.loads((ROOT / "tests" / "data" / "llama_cpp_names.json").read_text())
+    model = RandomModel.of("2b", Recipe("q4_0"))
+    for half, name in ((model.language_model(), "language"), (model.vision_tower(), "vision")):
+        tensors = {re.sub(r"\d+", "N", tensor) for tensor in golden[name]["tensors"]}
+        assert {re.sub(r"\d+", "N", tensor) for tensor in half.tensors} == tensors
+        # The writer itself adds the architecture; random weights have no labels and no template; of keys that
+        # it does not know llama.cpp says nothing.
+        differing = "|".join(
+            (
+                r"general\.(architecture|sampling\..*|size_label)",
+                r"tokenizer\..*(_id|template|add_bos_token)",
+                r"clip\.vision\.spatial_merge_size",
+            )
+        )
+        found = {entry.key for entry in half.entries}
+        keys = set(golden[name]["keys"])
+        assert {k for k in keys ^ found if not re.fullmatch(differing, k)} == set()
+    assert len(model.tensors) == len(model.language_model().tensors) + len(model.vision_tower().tensors)
