@@ -28,6 +28,7 @@ from demo.batches import IGNORE, TASK_ID, Assembler, Batch, Batches, Stage
 from demo.dense import dense_loss
 from demo.model import DemoModel
 from demo.vocabulary import build
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -55,11 +56,15 @@ def stage(progress: float, vision_share: float, tokens: int) -> Stage:
 
 
 def answer_loss(model: DemoModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, dict[str, list[float]]]:
-    """Cross entropy over answer tokens; per task, which answers greedy decoding would give in full."""
+    """Cross entropy over answer tokens; per task, which answers greedy decoding would give in full.
+
+    A token weighs 1 / sqrt(length of its answer): else the digits of boxes drown the answers of one word.
+    """
     at = batch.labels != IGNORE
     target, answer = batch.labels[at], batch.answers[at]
     logits = model.logits(hidden[at]).float()
-    loss = F.cross_entropy(logits, target)
+    weight = torch.bincount(answer).float().rsqrt()[answer]
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
     right = torch.ones(len(batch.tasks), device=logits.device)
     right = right.scatter_reduce(0, answer, (logits.argmax(-1) == target).float(), "amin")
     exact: dict[str, list[float]] = defaultdict(list)
@@ -102,6 +107,14 @@ class Trainer:
         self.unshared_seconds = 0.0  # of this process, since the last step
         self.file = args.run / "state.pt"
         self.tokenizer = build()
+        if not self.file.exists() and args.start is not None:
+            weights = load_file(args.start / "model.safetensors", device=args.device)
+            missing = self.model.load_state_dict(weights, strict=False)
+            wrong = [n for n in missing.missing_keys if "_heads." not in n] + missing.unexpected_keys
+            if wrong:
+                raise ValueError(
+                    f"{args.start}: expected this model's tensors; missing or unexpected: {wrong}"
+                )
         if self.file.exists():
             state = torch.load(self.file, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
@@ -266,6 +279,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the resumable state and the log")
+    parser.add_argument("--start", type=Path, help="an exported checkpoint to go on from, in a new RUN")
     parser.add_argument("--minutes", type=float, default=80, help="of training in all, resumed ones included")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, default=min(cores, 16))
