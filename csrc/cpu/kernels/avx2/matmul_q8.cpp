@@ -29,14 +29,6 @@ inline __m256i load_group(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-/// Keeps the sums a chain: GCC would make a tree of them, whose leaves do not fit 16 registers.
-inline __m256i chained(__m256i acc) {
-#if defined(__GNUC__)
-  __asm__("" : "+x"(acc));
-#endif
-  return acc;
-}
-
 /// Sums of pairs of 16-bit lanes.
 inline __m256i add_pairs(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1)); }
 

@@ -88,6 +88,13 @@ inline IntVec bit_xor(IntVec a, IntVec b) { return _mm256_xor_si256(a, b); }
 inline IntVec shift_left(IntVec a, int n) { return _mm256_slli_epi32(a, n); }
 inline IntVec shift_right(IntVec a, int n) { return _mm256_srli_epi32(a, n); }
 inline IntVec shift_right_signed(IntVec a, int n) { return _mm256_srai_epi32(a, n); }
+/// Keeps integer sums a chain: GCC would make a tree of them, whose leaves do not fit 16 registers.
+inline IntVec chained(IntVec acc) {
+#if defined(__GNUC__)
+  __asm__("" : "+x"(acc));
+#endif
+  return acc;
+}
 inline Vec to_float(IntVec a) { return _mm256_cvtepi32_ps(a); }
 inline IntVec to_int(Vec a) { return _mm256_cvtps_epi32(a); }
 inline Vec as_float(IntVec a) { return _mm256_castsi256_ps(a); }
