@@ -65,7 +65,8 @@ class LlamaCpp:
         """The most likely token after them."""
         for begin in range(0, len(tokens), self._n_batch):
             part = tokens[begin : begin + self._n_batch]
-            batch = llama.llama_batch_get_one((llama.llama_token * len(part))(*part), len(part))
+            held = (llama.llama_token * len(part))(*part)  # the batch points into it
+            batch = llama.llama_batch_get_one(held, len(part))
             _done("decoding", llama.llama_decode(self._context, batch))
         return self.best_token()
 
