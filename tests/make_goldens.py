@@ -20,7 +20,8 @@ from shapes import SHAPES
 
 GOLDENS = Path(__file__).parent / "data" / "goldens.npz"
 CHECKPOINT_SEED = 11
-CONVERSATION = (12, (5, (90, 130), 7, (56, 84), 9))  # seed, parts
+# Seed and parts. Sizes that need no resizing: Pillow 13 rounds it otherwise than 12 does.
+CONVERSATION = (12, (5, (84, 140), 7, (56, 84), 9))
 
 
 def main() -> None:
