@@ -22,7 +22,7 @@ def picture(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
     """An image as a file of that format."""
     file = io.BytesIO()
-    image.save(file, format, **options)  # type: ignore[arg-type]
+    image.save(file, format, **options)
     return file.getvalue()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -195,7 +195,7 @@ def preprocess(
     return processor.patchify(processed), processed.grid_thw
 
 
-def _decode(file: io.BufferedIOBase, name: str) -> Image.Image:
+def _decode(file: IO[bytes], name: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
         try:
