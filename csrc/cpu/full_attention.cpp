@@ -85,13 +85,8 @@ class FullTile {
       const int64_t n = std::min(kKeys, n_keys - key);
       multiply_keys(queries, stride, rows, n, head.keys + key * head_dim_);
       for (int64_t r = 0; r < rows; ++r) {
-        float* scores = tile_.scores + r * kKeys;
-        const float factor = kernels_.softmax_step(scores, n, scale, tile_.maximum + r, tile_.sum + r);
+        const float factor = softmax(r, n, scale);
         if (factor != 1.0f) kernels_.scale_row(tile_.output + r * head_dim_, factor, head_dim_);
-        if constexpr (kBf16) {
-          kernels_.convert_f32_to_bf16(scores, probabilities_ + r * kKeys, n);
-          if (n % 2 != 0) probabilities_[r * kKeys + n] = 0;
-        }
       }
       multiply_values(rows, n, head.values + key * kPanelRows, HeadPanels<T>::even(n_keys) * kPanelRows);
     }
@@ -111,6 +106,18 @@ class FullTile {
       kernels_.gemm_bf16_pairs(queries_, head_dim_, keys, head_dim_ * kPanelRows, rows, n, head_dim_, out);
     else
       kernels_.gemm_f32(queries, stride, keys, head_dim_ * kPanelRows, rows, n, head_dim_, out);
+  }
+
+  float softmax(int64_t row, int64_t n, float scale) {
+    float* scores = tile_.scores + row * kKeys;
+    if constexpr (kBf16) {
+      uint16_t* probabilities = probabilities_ + row * kKeys;
+      if (n % 2 != 0) probabilities[n] = 0;
+      return kernels_.softmax_step_bf16(scores, n, scale, tile_.maximum + row, tile_.sum + row,
+                                        probabilities);
+    } else {
+      return kernels_.softmax_step(scores, n, scale, tile_.maximum + row, tile_.sum + row);
+    }
   }
 
   void multiply_values(int64_t rows, int64_t n, const T* values, int64_t value_panel) {

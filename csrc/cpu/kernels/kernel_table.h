@@ -83,6 +83,11 @@ struct KernelTable {
   /// two consecutive k side by side. depth and a_stride are even, `a` is aligned to 4 bytes.
   void (*gemm_bf16_pairs)(const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride,
                           int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out);
+  /// softmax_step (below) with the exponentials to `out` in bf16 instead of back to the scores. They are
+  /// within 2^-13 of the exact ones before that rounding, which is 2^-8 at most. scale > 0, scores are
+  /// finite.
+  float (*softmax_step_bf16)(const float* scores, int64_t n, float scale, float* maximum, float* sum,
+                             uint16_t* out);
   /// Rounds to nearest even.
   void (*convert_f32_to_bf16)(const float* x, uint16_t* out, int64_t n);
 
