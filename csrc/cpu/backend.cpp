@@ -9,7 +9,7 @@
 namespace qwen2vl::cpu {
 namespace {
 
-// Enough rows that unpacking a panel costs little beside using it; the widest buffer, gate | up of the 2B
+// Enough rows that loading a panel costs little beside using it; the widest buffer, gate | up of the 2B
 // shape, then takes 37 MB.
 constexpr int64_t kMaxBatchRows = 512;
 

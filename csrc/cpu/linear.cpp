@@ -11,7 +11,7 @@ namespace {
 bool is_quantized(DType type) { return type != DType::F32 && type != DType::F16 && type != DType::BF16; }
 
 // Rows that one task multiplies with its panels: 512 rows of 1280 int8 activations are 640 KiB, most of a
-// second-level cache of 1 MiB, and each panel unpacked is used 512 times.
+// second-level cache of 1 MiB, and each panel that is loaded is used 512 times.
 constexpr int64_t kRowsPerTask = 512;
 // Panels per task: an even number, since kernels take two at a time.
 constexpr int64_t kPanelsPerTask = 4;

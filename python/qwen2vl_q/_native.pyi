@@ -195,8 +195,8 @@ class SequenceState:
         """A token from `logits`; the sequence's own tokens count for the repetition penalty."""
 
 class Sampler:
-    """temperature 0 is greedy (the first of equal logits). Order: repetition penalty, top_k, softmax with
-    temperature, top_p, min_p, draw."""
+    """temperature 0 is greedy (the first of equal logits). Order: repetition penalty, temperature,
+    top_k, top_p, min_p, draw."""
 
     def __init__(
         self,

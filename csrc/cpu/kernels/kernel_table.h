@@ -55,7 +55,7 @@ struct KernelTable {
 
   /// out[m][n] for m in [row_begin, row_end) and n of panels [panel_begin, panel_end), with int8 activations.
   /// w.type: Q8_0, Q4_0, Q6_K. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's
-  /// thread's own. Only columns below w.rows are written.
+  /// thread's own (only the plain kernels use it). Only columns below w.rows are written.
   void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
                     int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
 
