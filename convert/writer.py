@@ -1,10 +1,8 @@
-"""Writes a GGUF file tensor by tensor, under a temporary name until it is whole."""
+"""Writes a GGUF file tensor by tensor."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
 from qwen2vl_q._native import block_layout
+from qwen2vl_q.atomic_file import whole_or_not_at_all
 from qwen2vl_q.convert.metadata import ARCHITECTURE, Entry
 
 _ALIGNMENT = 32  # GGUF's default
@@ -54,7 +53,7 @@ def write_gguf(
     `chunks` yields a tensor's bytes in order; `progress` is told how many were written after each. Raises
     FileExistsError where `out` exists and `overwrite` is false, OSError where the disk does not take it.
     """
-    with _whole_or_not_at_all(out, overwrite) as part:
+    with whole_or_not_at_all(out, overwrite) as part:
         _write_head(part, architecture, entries, tensors)
         data_bytes = sum(_padded(t.n_bytes) for t in tensors)
         free = shutil.disk_usage(part.parent).free
@@ -97,38 +96,6 @@ def _write_head(
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-
-
-@contextlib.contextmanager
-def _whole_or_not_at_all(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a new file's path beside `out`; it becomes `out` at the end, or vanishes on any exception."""
-
-    def refuse_existing() -> None:
-        if out.exists() and not overwrite:
-            raise FileExistsError(f"{out} exists")
-
-    refuse_existing()
-    part = out.with_name(
-        f"{out.name}.{secrets.token_hex(4)}.part"
-    )  # beside it: a rename must not cross disks
-    try:
-        part.touch(exist_ok=False)
-        yield part
-        refuse_existing()
-        part.replace(out)
-        _sync_folder(out.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself last through a power failure, where the system can (Windows cannot)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _padded(n: int) -> int:

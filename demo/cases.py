@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from PIL import Image
+
 from demo import data, questions
 from demo.data import Picture
 from demo.questions import Turn
-from PIL import Image
 
 TASKS = (
     "what",

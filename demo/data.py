@@ -1,9 +1,5 @@
-"""Draws pictures with ground truth.
-
-Everything follows from a seed: shapes, colours, Pillow's own font; no file is read. A picture is a light,
-grey or dark card with a thin frame: the vision tower has relative positions only, so that without anything at
-the border an empty card looks the same everywhere.
-"""
+"""Draws pictures with ground truth, all from a seed: cards of shapes (`qwen2vl_q.cards`), or of one line of
+text in Pillow's own font."""
 
 from __future__ import annotations
 
@@ -16,37 +12,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from qwen2vl_q import cards
+from qwen2vl_q.cards import COLOURS as COLOURS
+from qwen2vl_q.cards import MIN_CONTRAST as MIN_CONTRAST
+from qwen2vl_q.cards import SHAPES as SHAPES
+from qwen2vl_q.cards import Thing as Thing
+from qwen2vl_q.cards import Wanted, jitter, visible_colours
+from qwen2vl_q.cards import choose_few as choose_few
+
 Array = npt.NDArray[np.uint8]
 
 CELL = 28  # pixels a side of one token of the language model: 2x2 patches of 14
-SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
-COLOURS = {
-    "red": (215, 35, 35),
-    "green": (40, 155, 60),
-    "blue": (40, 80, 215),
-    "yellow": (240, 215, 40),
-    "orange": (245, 135, 25),
-    "purple": (135, 50, 165),
-    "black": (20, 20, 20),
-    "white": (250, 250, 250),
-}
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-MIN_CONTRAST = 120  # sum of the absolute differences of the three channels, object against background
 MIN_FONT_SIZE = 19
 MAX_TEXT = 6
-
-
-@dataclass(frozen=True)
-class Thing:
-    """A shape or a character; `box` is x0, y0, x1, y1 in pixels of the picture (x1, y1 exclusive)."""
-
-    name: str
-    colour: str
-    box: tuple[float, float, float, float]
-
-    @property
-    def full_name(self) -> str:
-        return f"{self.colour} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -87,117 +66,12 @@ class Level:
     max_things: int = 6
 
 
-def _jitter(rng: random.Random, colour: Sequence[int], amount: int) -> tuple[int, int, int]:
-    r, g, b = (min(255, max(0, c + rng.randint(-amount, amount))) for c in colour)
-    return r, g, b
-
-
-def _background(rng: random.Random) -> tuple[int, int, int]:
-    low, high = rng.choice(((225, 255), (225, 255), (95, 160), (0, 55)))
-    grey = rng.randint(low, high)
-    return _jitter(rng, (grey, grey, grey), 12)
-
-
-def _contrast(a: Sequence[int], b: Sequence[int]) -> int:
-    return sum(abs(x - y) for x, y in zip(a, b, strict=True))
-
-
-def visible_colours(background: Sequence[int]) -> list[str]:
-    return [name for name, rgb in COLOURS.items() if _contrast(rgb, background) >= MIN_CONTRAST]
-
-
-def _card(rng: random.Random, width: int, height: int) -> tuple[Image.Image, tuple[int, int, int]]:
-    background = _background(rng)
-    card = Image.new("RGB", (width, height), background)
-    dark = sum(background) < 330
-    frame = _jitter(rng, (190, 190, 190) if dark else (70, 70, 70), 30)
-    ImageDraw.Draw(card).rectangle((0, 0, width - 1, height - 1), outline=frame, width=2)
-    return card, background
-
-
-_STAR = [
-    (
-        (1.0 if k % 2 == 0 else 0.42) * np.sin(np.pi * k / 5),
-        -(1.0 if k % 2 == 0 else 0.42) * np.cos(np.pi * k / 5),
-    )
-    for k in range(10)
-]
-_CROSS = [
-    (-1, -3),
-    (1, -3),
-    (1, -1),
-    (3, -1),
-    (3, 1),
-    (1, 1),
-    (1, 3),
-    (-1, 3),
-    (-1, 1),
-    (-3, 1),
-    (-3, -1),
-    (-1, -1),
-]
-_OUTLINES: dict[str, list[tuple[float, float]]] = {
-    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
-    "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
-    "diamond": [(0, -1), (0.8, 0), (0, 1), (-0.8, 0)],
-    "star": [(float(x), float(y)) for x, y in _STAR],
-    "cross": [(x / 3, y / 3) for x, y in _CROSS],
-}
-
-
-def _draw_shape(
-    draws: Sequence[tuple[ImageDraw.ImageDraw, int | tuple[int, int, int]]],
-    name: str,
-    centre: tuple[float, float],
-    radius: float,
-) -> tuple[float, float, float, float]:
-    x, y = centre
-    if name == "circle":
-        box = (x - radius, y - radius, x + radius, y + radius)
-        for draw, fill in draws:
-            draw.ellipse(box, fill=fill)
-        return box
-    points = [(x + radius * px, y + radius * py) for px, py in _OUTLINES[name]]
-    for draw, fill in draws:
-        draw.polygon(points, fill=fill)
-    xs, ys = zip(*points, strict=True)
-    return min(xs), min(ys), max(xs), max(ys)
-
-
-def _places(rng: random.Random, width: int, height: int, count: int) -> list[tuple[float, float, float]]:
-    """Non-overlapping circles x, y, radius; the radius shrinks until they fit."""
-    largest = min(min(width, height) * 0.42, 0.62 * (width * height / count) ** 0.5, 60.0)
-    scale = 1.0
-    while True:
-        places: list[tuple[float, float, float]] = []
-        for _ in range(count * 8):
-            radius = max(8.5, rng.uniform(0.45, 1.0) * largest * scale)
-            x = rng.uniform(radius + 3, width - radius - 4)
-            y = rng.uniform(radius + 3, height - radius - 4)
-            if all(max(abs(x - u), abs(y - v)) > radius + r + 1.5 for u, v, r in places):
-                places.append((x, y, radius))
-                if len(places) == count:
-                    return places
-        scale *= 0.85
-
-
-Wanted = Sequence[tuple[str, str]]  # colour, shape
-
-
 def draw_shapes(
     rng: random.Random, width: int, height: int, choose: Callable[[random.Random, list[str]], Wanted]
 ) -> Picture:
     """`choose` names the things, given the colours that can be told from the background."""
-    card, background = _card(rng, width, height)
-    wanted = choose(rng, visible_colours(background))
-    ids = Image.new("L", (width, height))
-    draw, draw_id = ImageDraw.Draw(card), ImageDraw.Draw(ids)
-    things = []
-    places = sorted(_places(rng, width, height, len(wanted)))
-    for k, ((colour, shape), (x, y, radius)) in enumerate(zip(wanted, places, strict=True), 1):
-        fill = _jitter(rng, COLOURS[colour], 12)
-        things.append(Thing(shape, colour, _draw_shape(((draw, fill), (draw_id, k)), shape, (x, y), radius)))
-    return Picture(np.asarray(card), np.asarray(ids), tuple(things))
+    card, ids, things = cards.draw_shapes(rng, width, height, choose)
+    return Picture(np.asarray(card), np.asarray(ids), things)
 
 
 @functools.cache
@@ -212,7 +86,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def draw_text(rng: random.Random, width: int, height: int, level: Level) -> Picture:
     """One line of capitals and digits; `things` are the characters, left to right."""
-    card, background = _card(rng, width, height)
+    card, background = cards.blank(rng, width, height)
     length = rng.randint(*level.text_length)
     text = "".join(rng.choices(CHARACTERS, k=length))
     room = width - 10
@@ -227,7 +101,7 @@ def draw_text(rng: random.Random, width: int, height: int, level: Level) -> Pict
     y = rng.uniform(4 - top, max(4 - top, height - 4 - bottom))
     colour = rng.choice(visible_colours(background))
     x, y = int(x), int(y)
-    ImageDraw.Draw(card).text((x, y), text, font=font, fill=_jitter(rng, COLOURS[colour], 12))
+    ImageDraw.Draw(card).text((x, y), text, font=font, fill=jitter(rng, COLOURS[colour], 12))
     ids = np.zeros((height, width), np.uint8)
     things = []
     for k, character in enumerate(text):
@@ -235,16 +109,6 @@ def draw_text(rng: random.Random, width: int, height: int, level: Level) -> Pict
         ids[int(y + top) : int(y + bottom), round(x0) : round(x1)] = k + 1
         things.append(Thing(character, colour, (x0, y + top, x1, y + bottom)))
     return Picture(np.asarray(card), ids, tuple(things), text)
-
-
-def choose_few(low: int, high: int) -> Callable[[random.Random, list[str]], Wanted]:
-    """Between `low` and `high` things, each with its own pair of colour and shape."""
-
-    def choose(rng: random.Random, colours: list[str]) -> Wanted:
-        pairs = [(c, s) for c in colours for s in SHAPES]
-        return rng.sample(pairs, rng.randint(low, high))
-
-    return choose
 
 
 def choose_counted(max_things: int) -> Callable[[random.Random, list[str]], Wanted]:

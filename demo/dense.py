@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from demo.batches import IGNORE, LABELS
 from demo.model import DenseHeads
-from torch import Tensor
 
 WEIGHTS = {
     "kind": 1.0,

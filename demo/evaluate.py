@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from demo import cases
 from demo.cases import Case
-from PIL import Image
 
 MAX_NEW_TOKENS = 48
 FIRST_SEED = 1_000_000

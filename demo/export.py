@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+
 from demo.model import IMAGE_MEAN, IMAGE_STD, DemoModel, Sizes
 from demo.vocabulary import TOKEN_ID, VOCAB_SIZE, build, save
-from safetensors.torch import save_file
 
 MIN_PIXELS, MAX_PIXELS = 3136, 12845056  # of the released checkpoints
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from demo.batches import LABELS
 from demo.data import CELL, CHARACTERS, MAX_TEXT
 from demo.vocabulary import TOKEN_ID, VOCAB_SIZE
-from torch import Tensor, nn
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from demo.data import COLOURS, SHAPES, Picture, Thing
+from qwen2vl_q.cards import article as article
+from qwen2vl_q.cards import listing
 
 TASKS = ("what", "colour", "shape", "read", "count", "box", "present", "absent", "which", "differ")
 
@@ -113,14 +115,6 @@ CHAT: tuple[tuple[tuple[str, ...], str], ...] = (
 PLURAL = {s: s + ("es" if s.endswith("s") else "s") for s in (*SHAPES, "shape")}
 
 
-def article(name: str) -> str:
-    return ("an " if name[0] in "aeiou" else "a ") + name
-
-
-def _listing(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-
-
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
@@ -139,7 +133,7 @@ def what(rng: random.Random, picture: Picture) -> Turn:
         return Turn("what", rng.choice(WHAT), f'The text "{picture.text}".')
     if len(picture.things) > 3:
         return Turn("what", rng.choice(WHAT), f"{len(picture.things)} shapes.")
-    return Turn("what", rng.choice(WHAT), _sentence(_listing([article(t.full_name) for t in picture.things])))
+    return Turn("what", rng.choice(WHAT), _sentence(listing([article(t.full_name) for t in picture.things])))
 
 
 def read(rng: random.Random, picture: Picture) -> Turn:

@@ -9,10 +9,11 @@ import json
 import random
 from pathlib import Path
 
-from demo import data, questions
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+
+from demo import data, questions
 
 BASE_SIZE = 896
 VOCAB_SIZE = 1024  # rows of the embedding: base, specials, padding

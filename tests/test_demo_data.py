@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import io
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from demo import cases, data, questions  # noqa: E402
+from demo import cases, data, questions
 
 SEEDS = range(40)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from PIL import Image  # noqa: E402
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 from demo import data, export, vocabulary  # noqa: E402
 from demo.batches import Assembler, Stage, assemble, cell_labels, make_batch  # noqa: E402
 from demo.model import DemoModel  # noqa: E402
 from demo.questions import Turn  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 pytestmark = pytest.mark.parity
 TURNS = [Turn("differ", "What differs?", "The first has."), Turn("read", "Read it.", 'It says "K7".')]
