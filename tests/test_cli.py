@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from pictures import encoded, picture
-from qwen2vl_q import Qwen2VL, _native
+from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native, cards
 from qwen2vl_q.cli import repl
 from qwen2vl_q.cli.conversation import Conversation
 from qwen2vl_q.cli.main import COMMANDS, main
@@ -135,7 +136,12 @@ def test_prompt_from_stdin(tiny_gguf: Path) -> None:
         ),
         (["chat", "-m", "{model}", "-p", " "], 2, "error: the prompt is empty .*"),
         (["chat", "-m", "{model}", "-p", "a", "-n", "0"], 2, "error: .*max-new-tokens.*"),
-        (["chat", "-p", "a"], 2, r"error: Missing option '-m'.*see qwen2vl-q chat --help\)"),
+        (["chat", "--mmproj", "{text}", "-p", "a"], 2, r"error: --mmproj .*-m .*see qwen2vl-q chat --help\)"),
+        (["chat", "-m", "./demo", "-p", "a"], 1, r"error: demo: No such file or directory"),
+        (["inspect", "./demo"], 1, r"error: .*\./demo.*No such file or directory.*"),
+        (["demo", "-o", "{text}"], 2, r"error: .*notes\.txt' does not end in \.png.*"),
+        (["demo", "-o", "{missing}/card.png"], 2, r"error: there is no folder '.*missing'.*"),
+        (["demo", "-o", "{long}"], 2, r"error: .*long\.png exists: pass --force to overwrite it .*"),
         (["chat", "-m", "{model}", "--frobnicate"], 2, "error: No such option.*--frobnicate.*"),
         (["frobnicate"], 2, "error: No such command 'frobnicate'.*"),
         (["bench", "-m", "{text}"], 1, r"(measuring .*\n)error: .*notes\.txt: .*"),
@@ -143,8 +149,15 @@ def test_prompt_from_stdin(tiny_gguf: Path) -> None:
     ],
 )
 def test_errors_are_one_line(
-    run: Run, arguments: list[str], code: int, message: str, tiny_gguf: Path, tmp_path: Path
+    run: Run,
+    arguments: list[str],
+    code: int,
+    message: str,
+    tiny_gguf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("neither a picture nor a model")
     (tmp_path / "long.png").write_bytes(encoded(Image.new("RGB", (4020, 20))))
     names = {
@@ -156,6 +169,76 @@ def test_errors_are_one_line(
     found, out, err = run(*(argument.format(**names) for argument in arguments))
     assert (found, out) == (code, "")
     assert re.fullmatch(message + "\n", err), err
+
+
+# --- the packaged model ---
+
+
+def test_naming_the_packaged_model_loads_nothing() -> None:
+    code = (
+        "import sys; from qwen2vl_q import DEMO_MODEL;"
+        "sys.exit(bool({'numpy', 'tokenizers', 'PIL', 'qwen2vl_q._native'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_chat_without_a_model_asks_the_packaged_one_and_says_so(run: Run) -> None:
+    model = Qwen2VL.from_gguf(DEMO_MODEL)
+    expected = model.chat([{"role": "user", "content": "Who are you?"}], stream=False, temperature=0)
+    code, out, err = run("chat", "-p", "Who are you?")
+    assert (code, out) == (0, expected + "\n")
+    assert re.fullmatch("note: .*demo model.*drawn cards.*-m M.gguf.*\n", err), err
+    assert run("chat", "-m", "demo", "-p", "Who are you?") == (0, out, "")
+
+
+def test_demo_names_the_packaged_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run("inspect", "demo", "--json")
+    assert code == 0 and json.loads(out)["metadata"]["general.name"] == "Qwen2VL demo"
+    measured: list[str] = []
+    monkeypatch.setattr("qwen2vl_q.cli.bench.run", lambda settings: measured.append(settings.model))
+    monkeypatch.setattr("qwen2vl_q.cli.bench.as_dict", lambda *_: {})
+    assert run("bench", "-m", "demo", "--json")[0] == 0
+    assert measured == [str(DEMO_MODEL)]
+
+
+def test_demo_draws_asks_and_tells_times(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("demo", "--seed", 3, "-t", 1)
+    assert code == 0
+    card, things = cards.example(3)
+    with Image.open("card-3.png") as saved:
+        assert np.array_equal(np.asarray(saved), np.asarray(card))
+    assert out.startswith(
+        f"card-3.png: {card.width} x {card.height} pixels\n\nWhat is in the picture?\n  answer  "
+    )
+    assert all(thing.full_name in out for thing in things)
+    assert len(re.findall(r"^  answer  \S.*\n  truth   \S", out, re.MULTILINE)) == 3
+    assert re.search(
+        r"First token [\d.]+ ms .*\(\d+ tokens\), [\d.]+ ms .* \d+ tokens/s \(\w+, 1 threads\)", err
+    )
+    assert run("demo", "--seed", 3, "-t", 1)[:2] == (code, out)  # the same card may stay
+    assert [path.name for path in tmp_path.iterdir()] == ["card-3.png"]
+
+
+def test_demo_keeps_what_it_did_not_write(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "mine.PNG"
+    out.write_bytes(b"precious")
+    code, _, err = run("demo", "-o", out)
+    assert code == 2 and "pass --force" in err
+    assert out.read_bytes() == b"precious"
+    assert run("demo", "-o", out, "--force")[0] == 0
+    with Image.open(out) as saved:
+        assert saved.size == cards.example(0)[0].size
+
+
+def test_ctrl_c_ends_the_demo_s_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chat(*_: object, **__: object) -> Iterator[str]:
+        yield "A red"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Qwen2VL, "chat", chat)
+    code, out, err = run("demo", "-o", tmp_path / "card.png")
+    assert (code, err) == (130, "") and out.endswith("\n  answer  A red\n")
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from qwen2vl_q.errors import UnsupportedError as UnsupportedError
     from qwen2vl_q.model import Qwen2VL as Qwen2VL
 
+DEMO_MODEL: Path = Path(__file__).with_name("data") / "demo.gguf"
+"""A small model that comes with the package (9 MB, Q8_0). It knows nothing but cards as `qwen2vl-q demo`
+draws them, and short texts on such cards."""
+
 # Resolved on first use: the command line's --help and the converter need neither the tokenizer nor Pillow.
 _HOME = {
     "FormatError": "errors",
@@ -19,7 +24,15 @@ _HOME = {
     "Qwen2VLError": "errors",
     "UnsupportedError": "errors",
 }
-__all__ = ["FormatError", "Qwen2VL", "Qwen2VLConfig", "Qwen2VLError", "UnsupportedError", "__version__"]
+__all__ = [
+    "DEMO_MODEL",
+    "FormatError",
+    "Qwen2VL",
+    "Qwen2VLConfig",
+    "Qwen2VLError",
+    "UnsupportedError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -146,6 +146,18 @@ def choose_few(low: int, high: int) -> Callable[[random.Random, list[str]], Want
     return choose
 
 
+def example(seed: int) -> tuple[Image.Image, tuple[Thing, ...]]:
+    """The `seed`-th card of the demo command: two or three things of different shapes, left to right."""
+    rng = random.Random(f"example/{seed}")
+    width, height, count = rng.randint(140, 224), rng.randint(140, 224), rng.randint(2, 3)
+
+    def choose(rng: random.Random, colours: list[str]) -> Wanted:
+        return list(zip(rng.sample(colours, count), rng.sample(SHAPES, count), strict=True))
+
+    card, _, things = draw_shapes(rng, width, height, choose)
+    return card, things
+
+
 def article(name: str) -> str:
     return ("an " if name[0] in "aeiou" else "a ") + name
 

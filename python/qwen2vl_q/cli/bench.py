@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen2vl_q.cli.model_file import model_file
+
 if TYPE_CHECKING:
     from qwen2vl_q.benchmark import Measured, Settings, Timing
     from qwen2vl_q.limits import Limits, Stage
@@ -75,7 +77,14 @@ class Result:
 
 @click.command(short_help="Measure image encoding, prefill and decoding.")
 @click.option(
-    "-m", "--model", "models", multiple=True, required=True, metavar="M.gguf", help="May be repeated."
+    "-m",
+    "--model",
+    "models",
+    type=model_file,
+    multiple=True,
+    required=True,
+    metavar="M.gguf",
+    help="May be repeated; demo: the packaged model.",
 )
 @click.option("--mmproj", metavar="FILE", help="The vision tower, where the models' files do not hold it.")
 @click.option("--image", metavar="FILE", help="A picture.  [default: a drawn one]")
@@ -115,6 +124,12 @@ def bench(models: Sequence[str], as_json: bool, profile: bool, **settings: Any) 
     8-bit and floating-point dot products (images, prefill) or memory (decode), measured before and after.
     Every model runs in a process of its own, so that its peak memory is its own. Machines drift: compare
     models within one run.
+
+    \b
+    Examples:
+      qwen2vl-q bench -m m.gguf
+      qwen2vl-q bench -m q4.gguf -m q8.gguf --prompt-tokens 512,2048 --depth 0,4096
+      qwen2vl-q bench -m demo --image-size 336x224
     """
     from qwen2vl_q.benchmark import Settings
 

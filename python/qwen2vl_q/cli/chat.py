@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen2vl_q.cli.model_file import model_file
+
 if TYPE_CHECKING:
     from qwen2vl_q.cli.conversation import Conversation
 
+_DEMO_NOTE = (
+    "note: this is the packaged demo model, which knows nothing but drawn cards (qwen2vl-q demo draws one); "
+    "-m M.gguf asks another (qwen2vl-q convert makes the file)"
+)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 @click.command(short_help="Ask a model about pictures: one question, or a conversation.")
-@click.option("-m", "--model", required=True, metavar="M.gguf", help="The model.")
+@click.option(
+    "-m",
+    "--model",
+    type=model_file,
+    metavar="M.gguf",
+    help="The model; demo: the packaged one, which knows drawn cards alone.  [default: demo]",
+)
 @click.option("--mmproj", metavar="FILE", help="The vision tower, where the model's file does not hold it.")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="A picture. May be repeated.")
 @click.option("-p", "--prompt", help="Ask this, print the answer and exit; - reads it from stdin.")
@@ -95,6 +107,7 @@ def chat(**options: Any) -> None:
 
     \b
     Examples:
+      qwen2vl-q chat --image card-0.png -p "What is in the picture?"      # the packaged model
       qwen2vl-q chat -m m.gguf --image photo.jpg -p "What is in this picture?"
       qwen2vl-q chat -m m.gguf --image page1.png --image page2.png --stats
       cat question.txt | qwen2vl-q chat -m m.gguf -p -
@@ -104,6 +117,8 @@ def chat(**options: Any) -> None:
         question = sys.stdin.read().rstrip("\n")
     if question is not None and not question.strip():
         raise click.UsageError("the prompt is empty")
+    if options["mmproj"] and not options["model"]:
+        raise click.UsageError("--mmproj is half of a model: name the other with -m")
     conversation = _start(options)
     if question is None:
         from qwen2vl_q.cli.repl import converse
@@ -116,14 +131,14 @@ def chat(**options: Any) -> None:
         click.echo(conversation.stats(), err=True)
 
 
-def answer(conversation: Conversation, question: str) -> None:
+def answer(conversation: Conversation, question: str, prefix: str = "") -> None:
     """Streams an answer to stdout. Ctrl-C raises KeyboardInterrupt, after the line has been ended."""
     written = False
     try:
         with closing(conversation.ask(question)) as pieces:
             for piece in pieces:
+                sys.stdout.write(piece if written else prefix + piece)
                 written = True
-                sys.stdout.write(piece)
                 sys.stdout.flush()
     finally:
         if written:
@@ -140,9 +155,13 @@ def _start(options: dict[str, Any]) -> Conversation:
     for path in (options["model"], options["mmproj"], *options["images"]):
         if path is not None:  # before a minute of loading, not after
             Path(path).stat()
+    file = options["model"]
+    if file is None:
+        click.echo(_DEMO_NOTE, err=True)
+        file = model_file("demo")
     with StageBars() as bars:
         model = Qwen2VL.from_gguf(
-            options["model"],
+            file,
             options["threads"],
             options["ctx"],
             options["precision"],
@@ -152,7 +171,7 @@ def _start(options: dict[str, Any]) -> Conversation:
             progress=bars,
         )
     if options["verbose"]:
-        click.echo(f"{options['model']}: {model!r}, weights {model.weight_bytes / 1e9:.2f} GB", err=True)
+        click.echo(f"{file}: {model!r}, weights {model.weight_bytes / 1e9:.2f} GB", err=True)
     settings = {name: options[name] for name in ("max_new_tokens", *_SAMPLING)}
     conversation = Conversation(model, options["system"], settings)
     for path in options["images"]:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qwen2vl_q._native import GgufFile, TensorInfo
+from qwen2vl_q.cli.model_file import model_file
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 
 _TOKEN_TYPES = {1: "normal", 2: "unknown", 3: "control", 4: "user defined", 5: "unused", 6: "byte"}
@@ -22,19 +23,20 @@ _SHOWN_CHARACTERS = 100  # of a long string
 
 
 @click.command(short_help="Show what a GGUF file holds.")
-@click.argument("model", metavar="M", type=click.Path())
+@click.argument("model", metavar="M", type=model_file)
 @click.option("--tensors", "list_tensors", is_flag=True, help="List every tensor.")
 @click.option("--template", "whole_template", is_flag=True, help="Print the chat template, and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(model: str, list_tensors: bool, whole_template: bool, as_json: bool) -> None:
     """Show what a GGUF file holds: architecture, sizes, types, tokenizer, template, limits and defaults.
 
-    Any GGUF file will do: a whole model, a language model or a vision tower alone, a vocabulary.
+    Any GGUF file will do: a whole model, a language model or a vision tower alone, a vocabulary. "demo" names
+    the packaged model.
 
     \b
     Examples:
       qwen2vl-q inspect m.gguf
-      qwen2vl-q inspect m.gguf --tensors
+      qwen2vl-q inspect demo --tensors
       qwen2vl-q inspect m.gguf --json | jq '.metadata["qwen2vl.block_count"]'
     """
     file = GgufFile(model)

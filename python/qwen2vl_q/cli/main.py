@@ -13,6 +13,7 @@ import click
 
 # name -> (module, help). Loaded when used: a command must not wait for the imports of another.
 COMMANDS = {
+    "demo": ("qwen2vl_q.cli.demo", "Draw a card and ask the packaged model about it."),
     "chat": ("qwen2vl_q.cli.chat", "Ask a model about pictures: one question, or a conversation."),
     "convert": ("qwen2vl_q.cli.convert", "Convert a Hugging Face checkpoint to one GGUF file."),
     "inspect": ("qwen2vl_q.cli.inspect", "Show what a GGUF file holds."),
