@@ -214,7 +214,7 @@ def test_demo_draws_asks_and_tells_times(run: Run, tmp_path: Path, monkeypatch: 
     assert all(thing.full_name in out for thing in things)
     assert len(re.findall(r"^  answer  \S.*\n  truth   \S", out, re.MULTILINE)) == 3
     assert re.search(
-        r"First token [\d.]+ ms .*\(\d+ tokens\), [\d.]+ ms .* \d+ tokens/s \(\w+, 1 threads\)", err
+        r"First token: [\d.]+ ms .*\(\d+ tokens\), [\d.]+ ms .*; \d+ tokens/s \(\w+, 1 threads\)", err
     )
     assert run("demo", "--seed", 3, "-t", 1)[:2] == (code, out)  # the same card may stay
     assert [path.name for path in tmp_path.iterdir()] == ["card-3.png"]

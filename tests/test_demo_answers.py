@@ -19,7 +19,6 @@ from qwen2vl_q.cli.main import main
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint
 
 ROOT = Path(__file__).parents[1]
-CARD = ROOT / "demo" / "card.png"
 FIRST_SEED = 500_000  # neither training nor the accuracies in demo/README.md use these
 PER_TASK = 60
 SPARE = 3  # of 60: what another instruction set, or a Pillow that draws edges otherwise, may cost
@@ -111,12 +110,6 @@ def test_instruction_sets_agree(isa: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(differing) <= 0.02 * len(questions), differing
 
 
-def test_the_readme_s_card(demo: Qwen2VL) -> None:
-    content = [{"type": "image", "image": CARD}, {"type": "text", "text": "What is in the picture?"}]
-    answer = demo.chat([{"role": "user", "content": content}], stream=False, temperature=0)
-    assert answer == "A red star and a black circle."
-
-
 def test_says_who_it_is(demo: Qwen2VL) -> None:
     assert "small demo model" in demo.chat(
         [{"role": "user", "content": "Who are you?"}], False, temperature=0
@@ -124,21 +117,31 @@ def test_says_who_it_is(demo: Qwen2VL) -> None:
 
 
 def test_a_second_question_needs_no_second_look(demo: Qwen2VL) -> None:
-    content = [{"type": "image", "image": CARD}, {"type": "text", "text": "What is in the picture?"}]
+    card, things = cards.example(0)
+    content = [{"type": "image", "image": card}, {"type": "text", "text": "What is in the picture?"}]
     messages: list[dict[str, object]] = [{"role": "user", "content": content}]
     answer = demo.chat(messages, stream=False, temperature=0)
     messages.append({"role": "assistant", "content": answer})
     messages.append({"role": "user", "content": "How many shapes are there?"})
-    assert demo.chat(messages, stream=False, temperature=0) == "2 shapes."
+    assert demo.chat(messages, stream=False, temperature=0) == f"{len(things)} shapes."
     stats = demo.last_stats
     assert stats.image_tokens == 0
     assert stats.prompt_tokens - stats.reused_tokens < 30
 
 
-def test_the_demo_command_is_mostly_right(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_readme_shows_what_the_demo_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo"]) == 0
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_demo_command_is_mostly_right(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = []
     for seed in range(20):
         assert main(["demo", "--seed", str(seed)]) == 0
@@ -149,7 +152,7 @@ def test_the_demo_command_is_mostly_right(
         for thing in cards.example(seed)[1]:
             assert thing.full_name in truth[0]
         wrong += [(seed, a, t) for a, t in zip(found, truth, strict=True) if a != t]
-    assert len(wrong) <= 12, wrong
+    assert len(wrong) <= 10, wrong
 
 
 def print_floors() -> None:

@@ -69,7 +69,7 @@ def demo(output: Path | None, seed: int, threads: int | None, force: bool) -> No
             answer(conversation, question, prefix="  answer  ")
             click.echo(f"  truth   {truth}")
             taken.append(model.last_stats)
-    click.echo(f"\n{_describe(taken)} ({model.isa}, {model.n_threads} threads).", err=True)
+    click.echo(f"\n{_describe(taken)} ({model.isa}, {model.n_threads} threads)", err=True)
 
 
 def _talks(things: Sequence[Thing]) -> list[list[tuple[str, str]]]:
@@ -109,6 +109,6 @@ def _describe(taken: Sequence[GenerationStats]) -> str:
     tokens = sum(stats.generated_tokens - 1 for stats in taken)
     rate = tokens / sum(stats.decode_seconds for stats in taken)
     return (
-        f"First token {first * 1e3:.1f} ms after the question with the card ({looking.image_tokens} tokens), "
-        f"{again * 1e3:.1f} ms after the others, which find it in the cache; then {rate:.0f} tokens/s"
+        f"First token: {first * 1e3:.1f} ms with the card ({looking.image_tokens} tokens), "
+        f"{again * 1e3:.1f} ms once it is in the cache; {rate:.0f} tokens/s"
     )
