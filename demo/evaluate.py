@@ -1,7 +1,7 @@
 """Accuracy per task on unseen pictures, greedy, with standard errors.
 
 python -m demo.evaluate --via transformers demo/checkpoint
-python -m demo.evaluate --via gguf demo.gguf --per-task 1000
+python -m demo.evaluate --via gguf python/qwen2vl_q/data/demo.gguf --per-task 1000
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -73,10 +74,10 @@ def with_transformers(folder: str) -> Answer:
     return answer
 
 
-def with_gguf(file: str) -> Answer:
+def with_gguf(file: str, precision: Literal["fast", "exact"] = "fast") -> Answer:
     from qwen2vl_q import Qwen2VL
 
-    model = Qwen2VL.from_gguf(file)
+    model = Qwen2VL.from_gguf(file, precision=precision)
 
     def answer(batch: Sequence[tuple[Case, Sequence[str]]]) -> list[str]:
         return [
@@ -99,6 +100,24 @@ def run(cases: Sequence[Case], answer: Answer, batch_size: int) -> list[str]:
     return [texts[-1] for texts in given]
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    right: int
+    questions: int
+
+    @classmethod
+    def of(cls, asked: Sequence[Case], answers: Sequence[str]) -> Accuracy:
+        return cls(sum(cases.right(c.turns[-1], a) for c, a in zip(asked, answers, strict=True)), len(asked))
+
+    @property
+    def value(self) -> float:
+        return self.right / self.questions
+
+    @property
+    def standard_error(self) -> float:
+        return math.sqrt(self.value * (1 - self.value) / self.questions)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,21 +137,19 @@ def main() -> None:
         start = time.monotonic()
         asked = [cases.case(task, FIRST_SEED + k) for k in range(args.per_task)]
         answers = run(asked, answer, args.batch_size)
-        results = [cases.right(c.turns[-1], a) for c, a in zip(asked, answers, strict=True)]
-        wrong = [(c, a) for c, a, ok in zip(asked, answers, results, strict=True) if not ok]
+        wrong = [(c, a) for c, a in zip(asked, answers, strict=True) if not cases.right(c.turns[-1], a)]
         for c, a in wrong[: args.show]:
             print(
                 f"{task}: {c.turns[-1].question} expected {c.turns[-1].answer!r}, got {a!r}", file=sys.stderr
             )
-        p, n = sum(results) / len(results), len(results)
-        error = math.sqrt(p * (1 - p) / n)
+        found = Accuracy.of(asked, answers)
         figures[task] = {
-            "accuracy": p,
-            "standard_error": error,
-            "questions": n,
+            "accuracy": found.value,
+            "standard_error": found.standard_error,
+            "questions": found.questions,
             "seconds": time.monotonic() - start,
         }
-        print(f"| {task} | {p:.3f} | {error:.3f} | {n} |", flush=True)
+        print(f"| {task} | {found.value:.3f} | {found.standard_error:.3f} | {found.questions} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
