@@ -22,6 +22,7 @@ from shapes import SHAPES
 GOLDENS = Path(__file__).parent / "data" / "goldens.npz"
 GOLDEN_SEED, GOLDEN_CONVERSATION = 11, (12, (5, (84, 140), 7, (56, 84), 9))  # as in make_goldens.py
 INTEROP = Path(__file__).resolve().parents[2] / "shared" / "interop"
+MOSTLY_Q4_0 = 2  # general.file_type
 FloatArray = NDArray[np.float32]
 Precision = Literal["fast", "exact"]
 
@@ -51,6 +52,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Qwen2VL:
 def exact_model(tmp_path_factory: pytest.TempPathFactory) -> Qwen2VL:
     """In the fast precision the rows that go through together decide which channels are outliers."""
     return Qwen2VL.from_gguf(make_model(tmp_path_factory.mktemp("exact"), WIDE, "q8_0"), precision="exact")
+
+
+def cosines(values: FloatArray, reference: FloatArray) -> FloatArray:
+    """Per row."""
+    products = (values * reference).sum(-1)
+    return np.asarray(products / np.linalg.norm(values, axis=-1) / np.linalg.norm(reference, axis=-1))
 
 
 def nmse(values: FloatArray, reference: FloatArray) -> float:
@@ -95,18 +102,32 @@ def test_instruction_sets_agree(wide_model: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_fast_stays_near_exact(wide_model: Path) -> None:
-    """Activations of 8 bits and a cache in f16 against float32 throughout, on the same weights."""
+    """Activations of 8 bits and a cache in f16 against float32 throughout, on the same weights.
+
+    4-bit weights may lose a little more: they are requantized where many rows share them, which is less than
+    a twentieth of what their 4 bits have lost (test_quantizing_loses_more).
+    """
     c = conversation(4, [6, (120, 90), 20, (60, 200), 3])
     fast, exact = Qwen2VL.from_gguf(wide_model), Qwen2VL.from_gguf(wide_model, precision="exact")
-    assert nmse(fast.encode_image(c.images[0]), exact.encode_image(c.images[0])) < 1e-3
-    assert nmse(fast.logits(c.token_ids, c.images), exact.logits(c.token_ids, c.images)) < 1e-3
+    assert cosines(fast.encode_image(c.images[0]), exact.encode_image(c.images[0])).min() > 0.999
+    bound = 2e-3 if _native.GgufFile(str(wide_model)).metadata["general.file_type"] == MOSTLY_Q4_0 else 1e-3
+    assert nmse(fast.logits(c.token_ids, c.images), exact.logits(c.token_ids, c.images)) < bound
+
+
+def test_quantizing_loses_more(tmp_path: Path) -> None:
+    c = conversation(4, [6, (120, 90), 20, (60, 200), 3])
+    q4_0, f32 = (
+        Qwen2VL.from_gguf(make_model(tmp_path / type, WIDE, type), precision="exact")
+        for type in ("q4_0", "f32")
+    )
+    assert nmse(q4_0.logits(c.token_ids, c.images), f32.logits(c.token_ids, c.images)) > 20 * 2e-3
 
 
 def test_fast_stays_near_exact_with_outlier_channels(tmp_path: Path) -> None:
     path = make_model(tmp_path, replace(WIDE, outlier_channels=4), "q8_0")
     c = conversation(5, [6, (120, 90), 20])
     fast, exact = Qwen2VL.from_gguf(path), Qwen2VL.from_gguf(path, precision="exact")
-    assert nmse(fast.encode_image(c.images[0]), exact.encode_image(c.images[0])) < 0.02
+    assert cosines(fast.encode_image(c.images[0]), exact.encode_image(c.images[0])).min() > 0.999
     assert nmse(fast.logits(c.token_ids, c.images), exact.logits(c.token_ids, c.images)) < 0.02
 
 

@@ -55,8 +55,10 @@ class Bench {
     measure_peaks();
     for (const auto& s : {LinearShape{DType::Q8_0, 3840, 1280}, LinearShape{DType::Q8_0, 1280, 5120},
                           LinearShape{DType::Q4_0, 8960, 1536}, LinearShape{DType::Q4_0, 1536, 8960},
-                          LinearShape{DType::Q6_K, 8960, 1536}})
+                          LinearShape{DType::Q6_K, 8960, 1536}}) {
       matmul_many_rows(s);
+      matmul_groups(s);
+    }
     for (const DType type : {DType::Q4_0, DType::Q8_0, DType::Q6_K})
       for (const int64_t rows : {1, 2, 4, 8}) matmul_few_rows(type, rows);
     gemm();
@@ -188,6 +190,47 @@ class Bench {
     report(name, 2.0 * rows * s.n * s.cols, "Gop/s", peaks_.int8_ops, time_matmul(w.panels, x.rows, 4, 512));
   }
 
+  void matmul_groups(const LinearShape& s) {
+    const int64_t rows = 1024;
+    const std::string name = std::string("matmul_groups ") + std::string(dtype_traits(s.type).name) + " M " +
+                             std::to_string(rows) + " N " + std::to_string(s.n) + " K " +
+                             std::to_string(s.cols);
+    if (!wanted(name) || !kernels_.has_grouped_matmul) return;
+    const Matrix w = matrix(s);
+    GroupedRows x;
+    x.rows = rows;
+    x.cols = s.cols;
+    AlignedBuffer values(x.groups() * rows * kGroupColumns);
+    std::vector<float> scales(x.groups() * rows), out(s.n * rows);
+    std::vector<int32_t> corrections(scales.size());
+    x.values = values.as<int8_t>();
+    x.scales = scales.data();
+    x.corrections = corrections.data();
+    kernels_.quantize_groups(normal(rows * s.cols).data(), s.cols, rows, x, 0);
+    std::vector<AlignedBuffer> scratch;
+    for (int i = 0; i < pool_.size(); ++i) scratch.emplace_back(matmul_scratch_bytes(s.cols));
+    const int64_t panels = w.panels.panel_count();
+    const auto run = [&](const KernelTable& kernels, int64_t first, int64_t n, int64_t m, int64_t end,
+                         float* to, int thread) {
+      kernels.matmul_groups(w.panels, first, std::min(first + n, panels), x, m, end,
+                            {to, s.n, nullptr, Store::Overwrite}, scratch[thread].as<std::byte>());
+    };
+    const Timing t = time_of([&] {
+      for (int64_t m = 0; m < rows; m += kMaxGroupedRows)
+        pool_.parallel_for((panels + 3) / 4, 1, [&](int64_t begin, int64_t end, int thread) {
+          for (int64_t i = begin; i < end; ++i)
+            run(kernels_, i * 4, 4, m, std::min(m + kMaxGroupedRows, rows), out.data(), thread);
+        });
+    });
+    std::vector<float> expected(out.size());
+    run(select_kernels("generic"), 0, panels, rows - 1, rows, expected.data(), 0);
+    if (std::memcmp(out.data() + (rows - 1) * s.n, expected.data() + (rows - 1) * s.n, s.n * 4) != 0) {
+      std::fprintf(stderr, "%s differs from the generic one\n", name.c_str());
+      std::exit(1);
+    }
+    report(name, 2.0 * static_cast<double>(rows * s.n * s.cols), "Gop/s", peaks_.int8_ops, t);
+  }
+
   void matmul_few_rows(DType type, int64_t rows) {
     const int64_t cols = 1536, n = (600 << 20) / panel_parts(type, cols).bytes * kPanelRows;
     const std::string name = "matmul_q8 " + std::string(dtype_traits(type).name) + " M " +
@@ -203,27 +246,36 @@ class Bench {
     struct Shape {
       const char* name;
       int64_t rows, n, depth, repeat;
-      bool f16;
+      DType type;  // of the panels; BF16: both sides, in pairs
     };
     // repeat: so many such products a timing, each thread on its own data
-    const Shape shapes[] = {{"gemm_f32 ViT scores 96 x 512, depth 80", 96, 512, 80, 400, false},
-                            {"gemm_f32 ViT values 96 x 80, depth 512", 96, 80, 512, 400, false},
-                            {"gemm_f32 ViT values 96 x 80, depth 128", 96, 80, 128, 1600, false},
-                            {"gemm_f32 ViT scores 64 x 64, depth 80", 64, 64, 80, 4800, false},
-                            {"gemm_f32 linear 256 x 16, depth 1280", 256, 16, 1280, 400, false},
-                            {"gemm_f16 linear 256 x 64, depth 1280", 256, 64, 1280, 100, true},
-                            {"gemm_f16 prefill scores 96 x 64, depth 128", 96, 64, 128, 1600, true},
-                            {"gemm_f16 decode scores 6 x 64, depth 128", 6, 64, 128, 20000, true},
-                            {"gemm_f16 decode values 6 x 128, depth 64", 6, 128, 64, 20000, true}};
+    const Shape shapes[] = {
+        {"gemm_f32 ViT scores 96 x 512, depth 80", 96, 512, 80, 400, DType::F32},
+        {"gemm_f32 ViT values 96 x 80, depth 512", 96, 80, 512, 400, DType::F32},
+        {"gemm_f32 ViT values 96 x 80, depth 128", 96, 80, 128, 1600, DType::F32},
+        {"gemm_f32 ViT scores 64 x 64, depth 80", 64, 64, 80, 4800, DType::F32},
+        {"gemm_f32 linear 256 x 16, depth 1280", 256, 16, 1280, 400, DType::F32},
+        {"gemm_f16 linear 256 x 64, depth 1280", 256, 64, 1280, 100, DType::F16},
+        {"gemm_f16 prefill scores 96 x 64, depth 128", 96, 64, 128, 1600, DType::F16},
+        {"gemm_f16 decode scores 6 x 64, depth 128", 6, 64, 128, 20000, DType::F16},
+        {"gemm_f16 decode values 6 x 128, depth 64", 6, 128, 64, 20000, DType::F16},
+        {"gemm_bf16_pairs ViT scores 96 x 512, depth 80", 96, 512, 80, 800, DType::BF16},
+        {"gemm_bf16_pairs ViT values 96 x 80, depth 512", 96, 80, 512, 800, DType::BF16},
+        {"gemm_bf16_pairs ViT values 96 x 80, depth 128", 96, 80, 128, 3200, DType::BF16}};
     for (const Shape& s : shapes) {
-      if (!wanted(s.name)) continue;
+      const bool pairs = s.type == DType::BF16;
+      if (!wanted(s.name) || (pairs && !kernels_.has_bf16_dot)) continue;
       const int64_t panels = (s.n + 15) / 16;
       const std::vector<float> a = normal(s.rows * s.depth), b = normal(panels * 16 * s.depth);
-      std::vector<uint16_t> b16;
-      for (const float value : b) b16.push_back(f32_to_f16(value));
+      std::vector<uint16_t> a16, b16;
+      for (const float value : a) a16.push_back(f32_to_bf16(value));
+      for (const float value : b) b16.push_back(pairs ? f32_to_bf16(value) : f32_to_f16(value));
       const auto call = [&](const KernelTable& kernels, float* out) {
         const MatmulOutput output{out, panels * 16, nullptr, Store::Overwrite};
-        if (s.f16)
+        if (pairs)
+          kernels.gemm_bf16_pairs(a16.data(), s.depth, b16.data(), 16 * s.depth, s.rows, s.n, s.depth,
+                                  output);
+        else if (s.type == DType::F16)
           kernels.gemm_f16(a.data(), s.depth, b16.data(), 16 * s.depth, s.rows, s.n, s.depth, output);
         else
           kernels.gemm_f32(a.data(), s.depth, b.data(), 16 * s.depth, s.rows, s.n, s.depth, output);
@@ -242,7 +294,8 @@ class Bench {
           std::exit(1);
         }
       }
-      report(s.name, 2.0 * s.rows * s.n * s.depth * s.repeat * pool_.size(), "GFLOP/s", peaks_.fp32_ops, t);
+      report(s.name, 2.0 * s.rows * s.n * s.depth * s.repeat * pool_.size(), "GFLOP/s",
+             pairs ? peaks_.float_ops : peaks_.fp32_ops, t);
     }
   }
 
@@ -266,6 +319,11 @@ class Bench {
     time_rows("softmax_step of 512", 512, [&](float* p) {
       float maximum = -INFINITY, sum = 0.0f;
       kernels_.softmax_step(p, 512, 0.1f, &maximum, &sum);
+    });
+    std::vector<uint16_t> probabilities(512);
+    time_rows("softmax_step_bf16 of 512", 512, [&](float* p) {
+      float maximum = -INFINITY, sum = 0.0f;
+      kernels_.softmax_step_bf16(p, 512, 0.1f, &maximum, &sum, probabilities.data());
     });
     time_rows("quick_gelu of 5120", n, [&](float* p) { kernels_.quick_gelu(p, n); });
     time_rows("silu_mul of 5120", n, [&](float* p) { kernels_.silu_mul(p, y.data(), n); });

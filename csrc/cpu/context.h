@@ -45,6 +45,7 @@ struct Context {
 
   /// Room for `rows` x `cols` quantized activations; valid until the next call.
   QuantizedRows quantized(int64_t rows, int64_t cols);
+  GroupedRows grouped(int64_t rows, int64_t cols);
   /// Room for the rows' outliers (outliers.h), and for one row of `cols` a thread; likewise.
   float* outlier_values(int64_t elements) { return outliers_.resize(elements); }
   float* row(int thread, int64_t cols) { return rows_[thread].resize(cols); }
@@ -68,6 +69,8 @@ struct Context {
   }
 
  private:
+  uint8_t* quantized_bytes(int64_t bytes);
+
   std::vector<AlignedBuffer> scratch_;
   AlignedBuffer quantized_;
   FloatBuffer outliers_;

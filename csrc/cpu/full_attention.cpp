@@ -13,10 +13,14 @@ namespace {
 
 // ------------------------------------------------------------------------------------------
 
-// 96 rows use each key and value that is loaded 96 times. Tiles of 96 x 512 scores in float32 and as
-// probabilities in bf16 (290 KB), with 512 keys and values of head_dim 80 in bf16 (160 KB), stay in a
-// second-level cache of 512 KB; in float32 half as many keys do.
-constexpr int64_t kTileRows = 96;
+// 100 rows use each key and value that is loaded 100 times. Their probabilities (100 KB for 512 keys in
+// bf16), with 512 keys and values of head_dim 80 in bf16 (160 KB), stay in a second-level cache of 512 KB; in
+// float32 half as many keys do.
+constexpr int64_t kTileRows = 100;
+// Values of so many keys (20 KB with head_dim 80) stay in a first-level cache while all rows pass.
+constexpr int64_t kNearKeys = 128;
+// The scores of so many rows (20 KB) stay there until they are probabilities.
+constexpr int64_t kNearRows = 10;
 
 /// Keys and values of one head in panels, as float32 or as pairs of bf16 (see KernelTable).
 template <typename T>
@@ -34,30 +38,47 @@ struct HeadPanels {
   }
 };
 
-void pack_head(const KernelTable&, const float* k, const float* v, int64_t stride, int64_t rows,
-               int64_t head_dim, const HeadPanels<float>& out) {
+/// Rows [begin, begin + n) of one head, n <= 16 and begin a multiple of it, to its panels. What fills up the
+/// last panels is zero.
+void pack_rows(const KernelTable&, const float* k, const float* v, int64_t stride, int64_t begin, int64_t n,
+               int64_t rows, int64_t head_dim, const HeadPanels<float>& out) {
+  float* key = out.keys + begin * head_dim;
+  for (int64_t d = 0; d < head_dim; ++d)
+    for (int64_t r = 0; r < kPanelRows; ++r) key[d * kPanelRows + r] = r < n ? k[r * stride + d] : 0.0f;
   const int64_t value_panel = HeadPanels<float>::even(rows) * kPanelRows;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* key = out.keys + r / kPanelRows * head_dim * kPanelRows + r % kPanelRows;
-    for (int64_t d = 0; d < head_dim; ++d) key[d * kPanelRows] = k[r * stride + d];
-    for (int64_t d = 0; d < head_dim; d += kPanelRows)
-      std::memcpy(out.values + d / kPanelRows * value_panel + r * kPanelRows, v + r * stride + d,
-                  std::min(kPanelRows, head_dim - d) * sizeof(float));
+  for (int64_t d = 0; d < head_dim; d += kPanelRows) {
+    const int64_t dims = std::min(kPanelRows, head_dim - d);
+    float* value = out.values + d / kPanelRows * value_panel + begin * kPanelRows;
+    std::memset(value, 0, HeadPanels<float>::even(n) * kPanelRows * sizeof(float));
+    for (int64_t r = 0; r < n; ++r)
+      std::memcpy(value + r * kPanelRows, v + r * stride + d, dims * sizeof(float));
   }
 }
 
-void pack_head(const KernelTable& kernels, const float* k, const float* v, int64_t stride, int64_t rows,
-               int64_t head_dim, const HeadPanels<uint16_t>& out) {
+void pack_rows(const KernelTable& kernels, const float* k, const float* v, int64_t stride, int64_t begin,
+               int64_t n, int64_t rows, int64_t head_dim, const HeadPanels<uint16_t>& out) {
+  const int64_t width = panels(head_dim) * kPanelRows;
+  std::vector<uint16_t> rounded(kPanelRows * width);
+  const auto round_rows = [&](const float* x) {
+    for (int64_t r = 0; r < n; ++r)
+      kernels.convert_f32_to_bf16(x + r * stride, rounded.data() + r * width, head_dim);
+  };
+  round_rows(k);
+  uint16_t* key = out.keys + begin * head_dim;
+  for (int64_t d = 0; d < head_dim; d += 2)
+    for (int64_t r = 0; r < kPanelRows; ++r)
+      std::memcpy(key + (d / 2 * kPanelRows + r) * 2, rounded.data() + r * width + d, 4);
+  round_rows(v);
   const int64_t value_panel = HeadPanels<uint16_t>::even(rows) * kPanelRows;
-  std::vector<uint16_t> row(head_dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    kernels.convert_f32_to_bf16(k + r * stride, row.data(), head_dim);
-    uint16_t* key = out.keys + r / kPanelRows * head_dim * kPanelRows + r % kPanelRows * 2;
-    for (int64_t d = 0; d < head_dim; d += 2) std::memcpy(key + d * kPanelRows, row.data() + d, 4);
-    kernels.convert_f32_to_bf16(v + r * stride, row.data(), head_dim);
-    uint16_t* value = out.values + r / 2 * 2 * kPanelRows + r % 2;
-    for (int64_t d = 0; d < head_dim; ++d) value[d / kPanelRows * value_panel + d % kPanelRows * 2] = row[d];
-  }
+  for (int64_t d = 0; d < head_dim; d += kPanelRows)
+    for (int64_t r = 0; r < n; r += 2) {
+      const uint16_t* pair = rounded.data() + r * width + d;
+      uint16_t* value = out.values + d / kPanelRows * value_panel + (begin + r) * kPanelRows;
+      for (int64_t i = 0; i < kPanelRows; ++i) {
+        value[2 * i] = pair[i];
+        value[2 * i + 1] = pair[width + i];
+      }
+    }
 }
 
 /// Queries [rows] of one head against all of its keys; the result replaces them.
@@ -83,10 +104,13 @@ class FullTile {
         kernels_.convert_f32_to_bf16(queries + r * stride, queries_ + r * head_dim_, head_dim_);
     for (int64_t key = 0; key < n_keys; key += kKeys) {
       const int64_t n = std::min(kKeys, n_keys - key);
-      multiply_keys(queries, stride, rows, n, head.keys + key * head_dim_);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float factor = softmax(r, n, scale);
-        if (factor != 1.0f) kernels_.scale_row(tile_.output + r * head_dim_, factor, head_dim_);
+      for (int64_t begin = 0; begin < rows; begin += kNearRows) {
+        const int64_t end = std::min(begin + kNearRows, rows);
+        multiply_keys(queries, stride, begin, end, n, head.keys + key * head_dim_);
+        for (int64_t r = begin; r < end; ++r) {
+          const float factor = softmax(r, n, scale);
+          if (factor != 1.0f) kernels_.scale_row(tile_.output + r * head_dim_, factor, head_dim_);
+        }
       }
       multiply_values(rows, n, head.values + key * kPanelRows, HeadPanels<T>::even(n_keys) * kPanelRows);
     }
@@ -100,16 +124,22 @@ class FullTile {
   static constexpr bool kBf16 = HeadPanels<T>::kBf16;
   static constexpr int64_t kKeys = HeadPanels<T>::kTileKeys;
 
-  void multiply_keys(const float* queries, int64_t stride, int64_t rows, int64_t n, const T* keys) {
-    const MatmulOutput out{tile_.scores, kKeys, nullptr, Store::Overwrite};
+  /// In bf16 a row's scores are not needed any more when its probabilities are there.
+  float* scores(int64_t row) const { return tile_.scores + (kBf16 ? row % kNearRows : row) * kKeys; }
+
+  void multiply_keys(const float* queries, int64_t stride, int64_t begin, int64_t end, int64_t n,
+                     const T* keys) {
+    const MatmulOutput out{scores(begin), kKeys, nullptr, Store::Overwrite};
     if constexpr (kBf16)
-      kernels_.gemm_bf16_pairs(queries_, head_dim_, keys, head_dim_ * kPanelRows, rows, n, head_dim_, out);
+      kernels_.gemm_bf16_pairs(queries_ + begin * head_dim_, head_dim_, keys, head_dim_ * kPanelRows,
+                               end - begin, n, head_dim_, out);
     else
-      kernels_.gemm_f32(queries, stride, keys, head_dim_ * kPanelRows, rows, n, head_dim_, out);
+      kernels_.gemm_f32(queries + begin * stride, stride, keys, head_dim_ * kPanelRows, end - begin, n,
+                        head_dim_, out);
   }
 
   float softmax(int64_t row, int64_t n, float scale) {
-    float* scores = tile_.scores + row * kKeys;
+    float* scores = this->scores(row);
     if constexpr (kBf16) {
       uint16_t* probabilities = probabilities_ + row * kKeys;
       if (n % 2 != 0) probabilities[n] = 0;
@@ -123,8 +153,9 @@ class FullTile {
   void multiply_values(int64_t rows, int64_t n, const T* values, int64_t value_panel) {
     const MatmulOutput out{tile_.output, head_dim_, nullptr, Store::Accumulate};
     if constexpr (kBf16)
-      kernels_.gemm_bf16_pairs(probabilities_, kKeys, values, value_panel, rows, head_dim_,
-                               HeadPanels<T>::even(n), out);
+      for (int64_t key = 0; key < HeadPanels<T>::even(n); key += kNearKeys)
+        kernels_.gemm_bf16_pairs(probabilities_ + key, kKeys, values + key * kPanelRows, value_panel, rows,
+                                 head_dim_, std::min(kNearKeys, HeadPanels<T>::even(n) - key), out);
     else
       kernels_.gemm_f32(tile_.scores, kKeys, values, value_panel, rows, head_dim_, n, out);
   }
@@ -152,34 +183,32 @@ void FullAttention::run(Context& ctx, float* qkv, int64_t rows) {
   const int64_t width = num_heads_ * head_dim_, stride = 3 * width;
   const int64_t key_size = HeadPanels<T>::key_elements(rows, head_dim_);
   const int64_t value_size = HeadPanels<T>::value_elements(rows, head_dim_);
-  const int64_t heads_at_once = std::min<int64_t>(num_heads_, ctx.pool.size());
-  const int64_t elements = (key_size + value_size) * heads_at_once;
-  T* packed = reinterpret_cast<T*>(packed_.resize((elements * static_cast<int64_t>(sizeof(T)) + 3) / 4));
-  std::memset(packed, 0, elements * sizeof(T));  // what fills up the last panels
+  T* packed = reinterpret_cast<T*>(
+      packed_.resize(((key_size + value_size) * num_heads_ * static_cast<int64_t>(sizeof(T)) + 3) / 4));
   ctx.reserve_scratch(FullTile<T>::scratch_bytes(head_dim_));
   const auto panels_of = [&](int64_t h) {
     T* keys = packed + h * (key_size + value_size);
     return HeadPanels<T>{keys, keys + key_size};
   };
 
+  // All heads of a row before the next row: rows are long, and a head's share of one is a few cache lines.
+  ctx.pool.parallel_for(panels(rows), 4, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t row = p * kPanelRows;
+      const float* k = qkv + row * stride + width;
+      for (int64_t h = 0; h < num_heads_; ++h, k += head_dim_)
+        pack_rows(ctx.kernels, k, k + width, stride, row, std::min(kPanelRows, rows - row), rows, head_dim_,
+                  panels_of(h));
+    }
+  });
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t first = 0; first < num_heads_; first += heads_at_once) {
-    const int64_t heads = std::min(heads_at_once, num_heads_ - first);
-    ctx.pool.parallel_for(heads, 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t h = begin; h < end; ++h) {
-        const float* k = qkv + width + (first + h) * head_dim_;
-        pack_head(ctx.kernels, k, k + width, stride, rows, head_dim_, panels_of(h));
-      }
-    });
-    ctx.pool.parallel_for(heads * tiles, 1, [&](int64_t begin, int64_t end, int thread) {
-      FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch(thread));
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t h = t / tiles, row = t % tiles * kTileRows;
-        tile(qkv + row * stride + (first + h) * head_dim_, stride, std::min(kTileRows, rows - row), rows,
-             panels_of(h));
-      }
-    });
-  }
+  ctx.pool.parallel_for(num_heads_ * tiles, 1, [&](int64_t begin, int64_t end, int thread) {
+    FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch(thread));
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t h = t / tiles, row = t % tiles * kTileRows;
+      tile(qkv + row * stride + h * head_dim_, stride, std::min(kTileRows, rows - row), rows, panels_of(h));
+    }
+  });
 }
 
 }  // namespace qwen2vl::cpu

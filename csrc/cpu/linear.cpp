@@ -12,7 +12,9 @@ bool is_quantized(DType type) { return type != DType::F32 && type != DType::F16 
 
 // Rows that one task multiplies with its panels: 512 rows of 1280 int8 activations are 640 KiB, most of a
 // second-level cache of 1 MiB, and each panel that is loaded is used 512 times.
-constexpr int64_t kRowsPerTask = 512;
+constexpr int64_t kRowsPerTask = kMaxGroupedRows;
+// From here on requantizing the weights costs less than it saves.
+constexpr int64_t kManyRows = 48;
 // Panels per task: an even number, since kernels take two at a time.
 constexpr int64_t kPanelsPerTask = 4;
 
@@ -35,13 +37,19 @@ PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& 
 /// What the quantized parts of a layer multiply: the rows in 8 bits, less their outlier columns, and these.
 struct QuantizedInput {
   QuantizedRows rows;
+  GroupedRows grouped;  ///< instead, where these have rows
   std::vector<int32_t> outliers;
   const float* outlier_values = nullptr;  ///< [rows][outliers.size()]
 };
 
-QuantizedInput quantize_input(Context& ctx, const Rows& x, int64_t cols) {
+QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& layer) {
+  const int64_t cols = layer.in_features;
   QuantizedInput input;
-  input.rows = ctx.quantized(x.rows, cols);
+  const bool grouped = ctx.kernels.has_grouped_matmul && layer.requantize && x.rows >= kManyRows;
+  if (grouped)
+    input.grouped = ctx.grouped(x.rows, cols);
+  else
+    input.rows = ctx.quantized(x.rows, cols);
   input.outliers = find_outliers(ctx, x.data, x.rows, cols, x.stride);
   const int64_t n = static_cast<int64_t>(input.outliers.size());
   float* values = ctx.outlier_values(x.rows * n);
@@ -57,7 +65,10 @@ QuantizedInput quantize_input(Context& ctx, const Rows& x, int64_t cols) {
       }
       row = rest;
     }
-    ctx.kernels.quantize_rows(row, cols, 1, input.rows, r);
+    if (grouped)
+      ctx.kernels.quantize_groups(row, cols, 1, input.grouped, r);
+    else
+      ctx.kernels.quantize_rows(row, cols, 1, input.rows, r);
   });
   return input;
 }
@@ -81,8 +92,12 @@ struct Task {
 
 void quantized_task(const KernelTable& kernels, const PackedLinear::Part& part, const QuantizedInput& x,
                     const Task& task, const MatmulOutput& out, std::byte* scratch) {
-  kernels.matmul_q8(part.matrix, task.panel_begin, task.panel_end, x.rows, task.row_begin, task.row_end, out,
-                    scratch);
+  if (x.grouped.rows > 0)
+    kernels.matmul_groups(part.matrix, task.panel_begin, task.panel_end, x.grouped, task.row_begin,
+                          task.row_end, out, scratch);
+  else
+    kernels.matmul_q8(part.matrix, task.panel_begin, task.panel_end, x.rows, task.row_begin, task.row_end,
+                      out, scratch);
   const int64_t n = static_cast<int64_t>(x.outliers.size());
   if (n == 0) return;
   float* columns = reinterpret_cast<float*>(scratch);  // [n][16]
@@ -167,7 +182,7 @@ void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, 
   const bool quantize = fast && std::any_of(layer.parts.begin(), layer.parts.end(),
                                             [](const auto& part) { return is_quantized(part.matrix.type); });
   QuantizedInput input;
-  if (quantize) input = quantize_input(ctx, x, layer.in_features);
+  if (quantize) input = quantize_input(ctx, x, layer);
 
   // Tasks: row block by row block, and within one all panels, so that the activations stay in cache.
   std::vector<int64_t> first_task;  // per part, within a row block

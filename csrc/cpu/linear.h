@@ -22,6 +22,8 @@ struct PackedLinear {
   int64_t in_features = 0;
   int64_t out_features = 0;
   Vector bias;  ///< [out_features], or empty
+  /// Whether many rows may go through KernelTable::matmul_groups: faster, and less exact.
+  bool requantize = true;
 
   int64_t weight_bytes() const;
 };

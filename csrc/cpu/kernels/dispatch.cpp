@@ -87,6 +87,7 @@ struct Registry {
     generic.isa = "generic";
     generic::add_quantize_rows(generic);
     generic::add_matmul_q8(generic);
+    generic::add_grouped_matmul(generic);
     generic::add_gemm(generic);
     generic::add_bf16_dot(generic);
     generic::add_rows(generic);
@@ -112,6 +113,7 @@ struct Registry {
       avx512.isa = "avx512";
       avx512::add_quantize_rows(avx512);
       avx512::add_matmul_q8(avx512);
+      avx512::add_grouped_matmul(avx512);
       avx512::add_gemm(avx512);
       avx512::add_rows(avx512);
       avx512::add_peaks(avx512);
@@ -134,7 +136,10 @@ struct Registry {
 }  // namespace
 
 size_t matmul_scratch_bytes(int64_t cols) {
-  return static_cast<size_t>(cols) * kPanelRows * sizeof(float);  // one panel as float32: the larger need
+  const int64_t panel = cols * kPanelRows * static_cast<int64_t>(sizeof(float));
+  // Four panels: a group of their columns and its scales, and the sums of all rows.
+  const int64_t grouped = 4 * kPanelRows * (kGroupColumns + 4 * (1 + kMaxGroupedRows));
+  return static_cast<size_t>(panel > grouped ? panel : grouped);
 }
 
 std::span<const KernelTable* const> supported_kernels() {

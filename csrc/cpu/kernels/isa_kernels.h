@@ -11,6 +11,7 @@ namespace qwen2vl::cpu {
 namespace generic {
 void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);
+void add_grouped_matmul(KernelTable& table);
 void add_gemm(KernelTable& table);  ///< unpack_panel and gemm_*
 void add_bf16_dot(KernelTable& table);
 void add_rows(KernelTable& table);  ///< everything from rms_norm on
@@ -28,6 +29,7 @@ void add_peaks(KernelTable& table);
 namespace avx512 {
 void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);
+void add_grouped_matmul(KernelTable& table);
 void add_gemm(KernelTable& table);
 void add_rows(KernelTable& table);
 void add_peaks(KernelTable& table);

@@ -21,6 +21,32 @@ struct QuantizedRows {
   int32_t* corrections16 = nullptr;  ///< [rows][cols / 16]: the same per half block (for Q6_K sub-blocks)
 };
 
+/// Columns that share a scale in GroupedRows.
+inline constexpr int64_t kGroupColumns = 256;
+inline constexpr int64_t kGroupBlocks = kGroupColumns / kBlock32;
+/// Rows of one call of matmul_groups, at most.
+inline constexpr int64_t kMaxGroupedRows = 512;
+
+/// Many rows' activations, quantized to 8 bits as QuantizedRows are but per row and group of 256 columns, and
+/// stored group by group.
+struct GroupedRows {
+  int64_t rows = 0;
+  int64_t cols = 0;                ///< a multiple of 32; the last group may be shorter
+  int8_t* values = nullptr;        ///< [groups][rows][256], 64-byte aligned
+  float* scales = nullptr;         ///< [groups][rows]
+  int32_t* corrections = nullptr;  ///< [groups][rows]: -128 * sum of the group's values
+
+  int64_t groups() const { return (cols + kGroupColumns - 1) / kGroupColumns; }
+  /// Of group g.
+  int64_t columns(int64_t g) const {
+    const int64_t left = cols - g * kGroupColumns;
+    return left < kGroupColumns ? left : kGroupColumns;
+  }
+};
+
+/// matmul_groups' largest multiplier: 2^15 * 127 / 128, so that -128 times it is still above -2^7 2^15.
+inline constexpr float kGroupMultiplier = 32511;
+
 enum class Store { Overwrite, Accumulate };
 
 /// Where a matmul puts its result: data[m * stride + n] (=, +=) sum + bias[n].
@@ -58,6 +84,22 @@ struct KernelTable {
   /// thread's own (only the plain kernels use it). Only columns below w.rows are written.
   void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
                     int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
+
+  // --- quantized matmul of many rows --------------------------------------------------------------------
+
+  /// Whether matmul_groups is faster than matmul_q8 for many rows here.
+  bool has_grouped_matmul = false;
+  /// As quantize_rows.
+  void (*quantize_groups)(const float* x, int64_t x_stride, int64_t rows, const GroupedRows& out,
+                          int64_t row_begin);
+  /// As matmul_q8, with the weights requantized on the way: a group of 256 columns of a row gets one scale,
+  ///   largest |scale| in it * 128 / 127 / 2^s,   s = 0 (Q8_0), 4 (Q4_0), 2 (Q6_K),
+  /// and the values (q * 2^s * m + 2^14) >> 15 with m = round(scale * kGroupMultiplier / largest), where
+  /// x = scale * q. Products within a group are then exact integers and only groups cost float arithmetic;
+  /// they are added as fma(sum, w_scale * x_scale, total), in order: the same bits on every set.
+  /// `scratch`: matmul_scratch_bytes. row_end - row_begin is at most kMaxGroupedRows.
+  void (*matmul_groups)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
+                        int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
 
   // --- float32 matmul ---------------------------------------------------------------------------------
 
@@ -132,7 +174,7 @@ struct KernelTable {
   PeakLoops peaks;
 };
 
-/// Scratch of matmul_q8 and of unpack_panel for matrices of up to `cols` columns.
+/// Scratch of matmul_q8, matmul_groups and unpack_panel for matrices of up to `cols` columns.
 size_t matmul_scratch_bytes(int64_t cols);
 
 /// The instruction sets that are built in and that this processor runs, best first. Never empty: "generic"
