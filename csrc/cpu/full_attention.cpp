@@ -64,10 +64,18 @@ void pack_rows(const KernelTable& kernels, const float* k, const float* v, int64
       kernels.convert_f32_to_bf16(x + r * stride, rounded.data() + r * width, head_dim);
   };
   round_rows(k);
+  // Four pairs of every row at a time: 16 bytes are one load.
   uint16_t* key = out.keys + begin * head_dim;
-  for (int64_t d = 0; d < head_dim; d += 2)
-    for (int64_t r = 0; r < kPanelRows; ++r)
-      std::memcpy(key + (d / 2 * kPanelRows + r) * 2, rounded.data() + r * width + d, 4);
+  for (int64_t d = 0; d < head_dim; d += 8) {
+    const int64_t pairs = std::min<int64_t>(4, (head_dim - d) / 2);
+    uint32_t block[4][kPanelRows];
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      uint32_t row[4];
+      std::memcpy(row, rounded.data() + r * width + d, sizeof row);
+      for (int64_t i = 0; i < 4; ++i) block[i][r] = row[i];
+    }
+    std::memcpy(key + d * kPanelRows, block, pairs * sizeof block[0]);
+  }
   round_rows(v);
   const int64_t value_panel = HeadPanels<uint16_t>::even(rows) * kPanelRows;
   for (int64_t d = 0; d < head_dim; d += kPanelRows)

@@ -83,6 +83,7 @@ void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const Gr
   float* qkv = qkv_.resize(rows * 3 * width);
   float* normed = normed_.resize(std::min(kRows, rows) * width);
 
+  const Rotation turned = rotation(grid);
   linear(ctx, patch_embed_, {pixel_values, rows, config_.patch_dim()}, x, width, Store::Overwrite);
   for (size_t i = 0; i < blocks_.size(); ++i) {
     progress(static_cast<int64_t>(i), config_.depth);
@@ -91,7 +92,7 @@ void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const Gr
       layer_norm_rows(ctx, block.norm1, config_.layer_norm_eps, x + row * width, n, width, normed);
       linear(ctx, block.qkv, {normed, n, width}, qkv + row * 3 * width, 3 * width, Store::Overwrite);
     });
-    rotate(ctx, qkv, grid);
+    rotate(ctx, qkv, grid, turned);
     for (int64_t t = 0; t < grid.t; ++t) attention_(ctx, qkv + t * step_rows * 3 * width, step_rows);
     for_chunks(rows, [&](int64_t row, int64_t n) {
       linear(ctx, block.proj, {qkv + row * 3 * width, n, 3 * width}, x + row * width, width,
@@ -107,28 +108,34 @@ void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const Gr
   progress(config_.depth, config_.depth);
 }
 
-// apply_rotary_pos_emb_vision: head_dim / 4 frequencies turn with the row, the same with the column.
-void VisionEncoder::rotate(Context& ctx, float* qkv, const GridTHW& grid) const {
-  const auto stage = ctx.profile.stage("image rope");
-  const int64_t half = config_.head_dim / 2, quarter = config_.head_dim / 4, width = config_.embed_dim;
+// VisionRotaryEmbedding: head_dim / 4 frequencies turn with the row, the same with the column.
+VisionEncoder::Rotation VisionEncoder::rotation(const GridTHW& grid) const {
+  const int64_t half = config_.head_dim / 2, quarter = config_.head_dim / 4;
   const auto positions = patch_positions(grid, config_.spatial_merge_size);
   std::vector<float> inv_freq(quarter);
   for (int64_t i = 0; i < quarter; ++i)
     inv_freq[i] =
         static_cast<float>(1.0 / std::pow(10000.0, static_cast<double>(2 * i) / static_cast<double>(half)));
   const int64_t step_rows = grid.h * grid.w;
-  std::vector<float> cos(step_rows * half), sin(step_rows * half);
+  Rotation rotation{std::vector<float>(step_rows * half), std::vector<float>(step_rows * half)};
   for (int64_t r = 0; r < step_rows; ++r)
     for (int64_t i = 0; i < half; ++i) {
       const float angle = static_cast<float>(positions[r][i / quarter]) * inv_freq[i % quarter];
-      cos[r * half + i] = std::cos(angle);
-      sin[r * half + i] = std::sin(angle);
+      rotation.cos[r * half + i] = std::cos(angle);
+      rotation.sin[r * half + i] = std::sin(angle);
     }
+  return rotation;
+}
+
+// apply_rotary_pos_emb_vision
+void VisionEncoder::rotate(Context& ctx, float* qkv, const GridTHW& grid, const Rotation& rotation) const {
+  const auto stage = ctx.profile.stage("image rope");
+  const int64_t half = config_.head_dim / 2, width = config_.embed_dim, step_rows = grid.h * grid.w;
   ctx.for_rows(grid.t * step_rows, [&](int64_t r) {
     const int64_t table = r % step_rows * half;
     for (int64_t head = 0; head < 2 * config_.num_heads; ++head)  // queries, then keys
-      ctx.kernels.rope(qkv + r * 3 * width + head * config_.head_dim, cos.data() + table, sin.data() + table,
-                       half);
+      ctx.kernels.rope(qkv + r * 3 * width + head * config_.head_dim, rotation.cos.data() + table,
+                       rotation.sin.data() + table, half);
   });
 }
 

@@ -26,7 +26,13 @@ class VisionEncoder {
     PackedLinear qkv, proj, fc1, fc2;
   };
 
-  void rotate(Context& ctx, float* qkv, const GridTHW& grid) const;
+  /// Of every patch of a time step: [patches][head_dim / 2].
+  struct Rotation {
+    std::vector<float> cos, sin;
+  };
+
+  Rotation rotation(const GridTHW& grid) const;
+  void rotate(Context& ctx, float* qkv, const GridTHW& grid, const Rotation& rotation) const;
   void mlp(Context& ctx, const Block& block, float* x, int64_t rows);
   void merge(Context& ctx, const float* x, int64_t rows, float* out);
 
