@@ -1,11 +1,17 @@
 #include "cpu/kv_cache.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
-#include "base/half.h"
-
 namespace qwen2vl::cpu {
+namespace {
+
+// Eight pages in the 2B shape: seven huge pages of 2 MiB to the byte.
+constexpr int64_t kSlabBytes = int64_t{16} << 20;
+constexpr int64_t kMostSlabPages = 8;
+
+}  // namespace
 
 PagedKvCache::PagedKvCache(const TextConfig& config, Precision precision)
     : heads_(config.num_key_value_heads),
@@ -16,6 +22,7 @@ PagedKvCache::PagedKvCache(const TextConfig& config, Precision precision)
   head_bytes_ = key_bytes_ + kPageCells * value_panels * kPanelRows * element_bytes_;
   layer_bytes_ = heads_ * head_bytes_;
   page_bytes_ = config.num_hidden_layers * layer_bytes_;
+  slab_pages_ = std::clamp<int64_t>(kSlabBytes / page_bytes_, 1, kMostSlabPages);
 }
 
 void PagedKvCache::truncate(int64_t size) {
@@ -23,43 +30,65 @@ void PagedKvCache::truncate(int64_t size) {
     throw std::invalid_argument("cannot truncate a cache to more cells than it has");
   size_ = size;
   pages_.resize((size + kPageCells - 1) / kPageCells);
+  slabs_.resize((static_cast<int64_t>(pages_.size()) + slab_pages_ - 1) / slab_pages_);
 }
 
 void PagedKvCache::reserve(int64_t cells) {
   const size_t pages = static_cast<size_t>((size_ + cells + kPageCells - 1) / kPageCells);
   while (pages_.size() < pages) {
-    AlignedBuffer page(page_bytes_);
-    std::memset(page.data(), 0, page_bytes_);  // kernels read whole panels; what they read must be a number
-    pages_.push_back(std::move(page));
+    const int64_t index = static_cast<int64_t>(pages_.size());
+    if (index == static_cast<int64_t>(slabs_.size()) * slab_pages_)
+      slabs_.emplace_back(slab_pages_ * page_bytes_);  // the system gives memory to what is written to alone
+    uint8_t* page = slabs_.back().data() + index % slab_pages_ * page_bytes_;
+    std::memset(page, 0, page_bytes_);  // kernels read whole panels; what they read must be a number
+    pages_.push_back(page);
   }
 }
 
 const uint8_t* PagedKvCache::keys(int64_t page, int64_t layer, int64_t head) const {
-  return pages_[page].data() + layer * layer_bytes_ + head * head_bytes_;
+  return pages_[page] + layer * layer_bytes_ + head * head_bytes_;
 }
 
 const uint8_t* PagedKvCache::values(int64_t page, int64_t layer, int64_t head) const {
   return keys(page, layer, head) + key_bytes_;
 }
 
-void PagedKvCache::write(int64_t layer, int64_t cell, const float* k, const float* v) {
+void PagedKvCache::write(const KernelTable& kernels, int64_t layer, int64_t cell, const float* k,
+                         const float* v) {
+  constexpr int64_t kPart = 8 * kPanelRows;  // dims converted at a time
+  uint16_t part[kPart];
   const int64_t slot = cell % kPageCells;
-  const auto store = [&](auto* keys, auto* values, auto convert) {
-    keys += (slot / kPanelRows) * key_panel_elements() + slot % kPanelRows;
-    values += slot * kPanelRows;
-    for (int64_t d = 0; d < head_dim_; ++d) {
-      keys[d * kPanelRows] = convert(k[d]);
-      values[(d / kPanelRows) * value_panel_elements() + d % kPanelRows] = convert(v[d]);
-    }
-  };
-  for (int64_t head = 0; head < heads_; ++head, k += head_dim_, v += head_dim_) {
-    uint8_t* keys = pages_[cell / kPageCells].data() + layer * layer_bytes_ + head * head_bytes_;
+  uint8_t* keys = pages_[cell / kPageCells] + layer * layer_bytes_;
+  for (int64_t head = 0; head < heads_; ++head, k += head_dim_, v += head_dim_, keys += head_bytes_) {
     uint8_t* values = keys + key_bytes_;
-    if (half())
-      store(reinterpret_cast<uint16_t*>(keys), reinterpret_cast<uint16_t*>(values), f32_to_f16);
-    else
-      store(reinterpret_cast<float*>(keys), reinterpret_cast<float*>(values), [](float x) { return x; });
+    if (!half()) {
+      store_key(k, 0, head_dim_, slot, reinterpret_cast<float*>(keys));
+      store_value(v, 0, head_dim_, slot, reinterpret_cast<float*>(values));
+      continue;
+    }
+    for (int64_t d = 0; d < head_dim_; d += kPart) {
+      const int64_t n = std::min(kPart, head_dim_ - d);
+      kernels.convert_f32_to_f16(k + d, part, n);
+      store_key(part, d, n, slot, reinterpret_cast<uint16_t*>(keys));
+      kernels.convert_f32_to_f16(v + d, part, n);
+      store_value(part, d, n, slot, reinterpret_cast<uint16_t*>(values));
+    }
   }
+}
+
+/// Dims [begin, begin + n) of one cell's key to its page.
+template <typename T>
+void PagedKvCache::store_key(const T* part, int64_t begin, int64_t n, int64_t slot, T* keys) const {
+  keys += slot / kPanelRows * key_panel_elements() + begin * kPanelRows + slot % kPanelRows;
+  for (int64_t d = 0; d < n; ++d) keys[d * kPanelRows] = part[d];
+}
+
+/// Likewise of its value; `begin` is a multiple of 16.
+template <typename T>
+void PagedKvCache::store_value(const T* part, int64_t begin, int64_t n, int64_t slot, T* values) const {
+  values += begin / kPanelRows * value_panel_elements() + slot * kPanelRows;
+  for (int64_t d = 0; d < n; d += kPanelRows, values += value_panel_elements())
+    std::memcpy(values, part + d, static_cast<size_t>(std::min(kPanelRows, n - d)) * sizeof(T));
 }
 
 }  // namespace qwen2vl::cpu

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "cpu/kernels/kernel_table.h"
 #include "cpu/panel_matrix.h"
 #include "model/backend.h"
 
@@ -10,8 +11,10 @@ namespace qwen2vl::cpu {
 
 inline constexpr int64_t kPageCells = 64;  ///< four key panels; 1.8 MB a page in the 2B shape
 
-/// A paged cache: memory grows with use. Each page holds kPageCells cells of every layer and key-value head,
-/// in the panels that KernelTable::gemm_* reads, f16 (fast) or float32 (exact):
+/// A paged cache: memory grows with use, page by page out of slabs that are large enough for the system's
+/// huge pages (small ones cost a quarter of the speed at which a long context is read). Each page holds
+/// kPageCells cells of every layer and key-value head, in the panels that KernelTable::gemm_* reads, f16
+/// (fast) or float32 (exact):
 ///   keys    [layer][head][cell / 16][head_dim][16 cells]
 ///   values  [layer][head][ceil(head_dim / 16)][kPageCells][16 dims]
 class PagedKvCache final : public KvCache {
@@ -27,7 +30,7 @@ class PagedKvCache final : public KvCache {
   void commit(int64_t cells) { size_ += cells; }
 
   /// Stores keys and values [num_key_value_heads * head_dim] of one cell (below size() + what was reserved).
-  void write(int64_t layer, int64_t cell, const float* k, const float* v);
+  void write(const KernelTable& kernels, int64_t layer, int64_t cell, const float* k, const float* v);
 
   bool half() const { return element_bytes_ == 2; }
   /// Addresses of a page's key and value panels of one layer and head.
@@ -37,10 +40,17 @@ class PagedKvCache final : public KvCache {
   int64_t value_panel_elements() const { return kPageCells * kPanelRows; }
 
  private:
+  template <typename T>
+  void store_key(const T* part, int64_t begin, int64_t n, int64_t slot, T* keys) const;
+  template <typename T>
+  void store_value(const T* part, int64_t begin, int64_t n, int64_t slot, T* values) const;
+
   int64_t heads_, head_dim_, element_bytes_;
   int64_t key_bytes_, head_bytes_, layer_bytes_, page_bytes_;
   int64_t size_ = 0;
-  std::vector<AlignedBuffer> pages_;
+  int64_t slab_pages_;
+  std::vector<AlignedBuffer> slabs_;
+  std::vector<uint8_t*> pages_;
 };
 
 }  // namespace qwen2vl::cpu

@@ -143,7 +143,8 @@ void LanguageModel::rotate_and_store(Context& ctx, int64_t index, std::span<cons
            ++h)  // queries, then keys
         ctx.kernels.rope(q + h * head_dim, cos, cos + half, half);
       const float* k = q + config_.q_size();
-      const_cast<PagedKvCache*>(s.cache)->write(index, s.first_cell + i, k, k + config_.kv_size());
+      const_cast<PagedKvCache*>(s.cache)->write(ctx.kernels, index, s.first_cell + i, k,
+                                                k + config_.kv_size());
     });
 }
 
