@@ -8,12 +8,62 @@
 #include "cpu/attention_tile.h"
 
 namespace qwen2vl::cpu {
-// ----------------------------------------------------------------------------------------
-
 namespace {
 
 // About as many rows as a full-attention tile, whole tokens of all query heads of a key-value head.
 constexpr int64_t kCausalTileRows = 96;
+// Cells between two steps of the softmax, in both arithmetics: 96 x 256 scores and probabilities with their
+// keys and values stay in a second-level cache of 512 KB.
+constexpr int64_t kStepCells = 8 * kPageCells;
+// Cells whose values, 32 KB in bf16 at head_dim 128, stay in the first-level cache for all rows of a tile.
+constexpr int64_t kValueCells = 4 * kPageCells;
+// From so many tokens on, converting the cache to bf16 pairs costs less than they save.
+constexpr int64_t kPairedTokens = 16;
+// Up to so many rows wait for memory, more for arithmetic.
+constexpr int64_t kAheadRows = 16;
+
+/// The cache of one sequence and key-value head as pairs of bf16 (see KernelTable).
+struct PairedCells {
+  uint16_t* keys = nullptr;    ///< [cell / 16][head_dim / 2][16 cells][2]
+  uint16_t* values = nullptr;  ///< [cell / kValueCells][ceil(head_dim / 16)][kValueCells / 2][16 dims][2]
+
+  static constexpr int64_t kValuePanel = kValueCells * kPanelRows;
+  static int64_t blocks(int64_t cells) { return (cells + kValueCells - 1) / kValueCells; }
+  static int64_t key_elements(int64_t cells, int64_t head_dim) {
+    return blocks(cells) * kValueCells * head_dim;
+  }
+  static int64_t elements(int64_t cells, int64_t head_dim) {
+    return key_elements(cells, head_dim) + blocks(cells) * panels(head_dim) * kValuePanel;
+  }
+  PairedCells() = default;
+  PairedCells(uint16_t* data, int64_t cells, int64_t head_dim)
+      : keys(data), values(data + key_elements(cells, head_dim)) {}
+
+  /// Keys of a page whole (what lies beyond the last cell is never looked at), values up to the last cell.
+  void pack_page(const KernelTable& kernels, const CausalRows& sequence, int64_t page, int64_t layer,
+                 int64_t head, int64_t head_dim) const {
+    const PagedKvCache& cache = *sequence.cache;
+    const auto* k = reinterpret_cast<const uint16_t*>(cache.keys(page, layer, head));
+    const auto* v = reinterpret_cast<const uint16_t*>(cache.values(page, layer, head));
+    const int64_t cell = page * kPageCells, n = std::min(kPageCells, sequence.cells() - cell);
+    kernels.pair_f16_panel(k, panels(kPageCells) * head_dim, keys + cell * head_dim);
+    uint16_t* out =
+        values + cell / kValueCells * panels(head_dim) * kValuePanel + cell % kValueCells * kPanelRows;
+    for (int64_t p = 0; p < panels(head_dim); ++p)
+      kernels.pair_f16_panel(v + p * cache.value_panel_elements(), n, out + p * kValuePanel);
+  }
+};
+
+int64_t tile_tokens(const TextConfig& config) {
+  const int64_t group = config.num_attention_heads / config.num_key_value_heads;
+  return std::max<int64_t>(1, kCausalTileRows / group);
+}
+
+int64_t tile_rows(const TextConfig& config) {
+  return tile_tokens(config) * (config.num_attention_heads / config.num_key_value_heads);
+}
+
+}  // namespace
 
 /// Some query tokens of one key-value head against some pages.
 struct CausalTask {
@@ -21,29 +71,50 @@ struct CausalTask {
   int64_t head;                    ///< key-value head
   int64_t token_begin, token_end;  ///< within the sequence's rows
   int64_t page_begin, page_end;
+  PairedCells paired = {};  ///< where the products are of bf16
 };
+
+namespace {
 
 class CausalTile {
  public:
+  static size_t scratch_bytes(int64_t rows, int64_t head_dim) {
+    return Tile::bytes(rows, kStepCells, head_dim) +
+           static_cast<size_t>(rows * (kStepCells + head_dim)) * sizeof(uint16_t);
+  }
+
   CausalTile(const KernelTable& kernels, const TextConfig& config, int64_t layer, const CausalTask& task,
-             const Tile& tile)
+             std::byte* scratch)
       : kernels_(kernels),
         head_dim_(config.head_dim),
         group_(config.num_attention_heads / config.num_key_value_heads),
         layer_(layer),
         task_(task),
-        tile_(tile),
         rows_((task.token_end - task.token_begin) * group_),
+        tile_(scratch, rows_, kStepCells, head_dim_),
+        probabilities_(reinterpret_cast<uint16_t*>(scratch + Tile::bytes(rows_, kStepCells, head_dim_))),
+        paired_queries_(probabilities_ + rows_ * kStepCells),
         scale_(1.0f / std::sqrt(static_cast<float>(config.head_dim))) {}
 
   void gather_queries(const float* qkv, int64_t stride) {
-    for (int64_t r = 0; r < rows_; ++r)
-      std::memcpy(tile_.queries + r * head_dim_, query(qkv, stride, r), head_dim_ * sizeof(float));
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (paired())
+        kernels_.convert_f32_to_bf16(query(qkv, stride, r), paired_queries_ + r * head_dim_, head_dim_);
+      else
+        std::memcpy(tile_.queries + r * head_dim_, query(qkv, stride, r), head_dim_ * sizeof(float));
+    }
   }
 
   void run() {
     tile_.start(rows_, head_dim_);
-    for (int64_t page = task_.page_begin; page < task_.page_end; ++page) step(page);
+    const int64_t end = std::min(task_.page_end * kPageCells, visible(task_.token_end - 1));
+    for (int64_t cell = task_.page_begin * kPageCells; cell < end; cell += kStepCells) {
+      const int64_t n = std::min(kStepCells, end - cell);
+      if (paired())
+        paired_step(cell, n);
+      else
+        step(cell, n);
+    }
   }
 
   /// The normalized result to where the queries stood.
@@ -64,46 +135,103 @@ class CausalTile {
   }
 
  private:
+  bool paired() const { return task_.paired.keys != nullptr; }
+
+  /// How many cells a token sees: those up to its own.
+  int64_t visible(int64_t token) const { return task_.sequence->first_cell + token + 1; }
+
   const float* query(const float* qkv, int64_t stride, int64_t r) const {
     const int64_t row = task_.sequence->first_row + task_.token_begin + r / group_;
     return qkv + row * stride + (task_.head * group_ + r % group_) * head_dim_;
   }
 
-  void gemm(const float* a, int64_t a_stride, const uint8_t* b, int64_t panel, int64_t n_cols, int64_t depth,
-            const MatmulOutput& out) const {
-    if (task_.sequence->cache->half())
-      kernels_.gemm_f16(a, a_stride, reinterpret_cast<const uint16_t*>(b), panel, rows_, n_cols, depth, out);
-    else
-      kernels_.gemm_f32(a, a_stride, reinterpret_cast<const float*>(b), panel, rows_, n_cols, depth, out);
-  }
-
-  void step(int64_t page) {
-    const PagedKvCache& cache = *task_.sequence->cache;
-    // Cells of this page that a token sees: those up to its own.
-    const auto visible = [&](int64_t token) {
-      return std::clamp<int64_t>(task_.sequence->first_cell + token + 1 - page * kPageCells, 0, kPageCells);
-    };
-    const int64_t keys = visible(task_.token_end - 1);
-    gemm(tile_.queries, head_dim_, cache.keys(page, layer_, task_.head), cache.key_panel_elements(), keys,
-         head_dim_, {tile_.scores, kPageCells, nullptr, Store::Overwrite});
+  /// softmax(row, n) for every row and the n of `cells` from `cell` that it sees, if any; then clear(row, n).
+  template <typename Softmax, typename Clear>
+  void for_rows(int64_t cell, int64_t cells, const Softmax& softmax, const Clear& clear) {
     for (int64_t r = 0; r < rows_; ++r) {
-      float* scores = tile_.scores + r * kPageCells;
-      const int64_t n = visible(task_.token_begin + r / group_);
+      const int64_t n = std::clamp<int64_t>(visible(task_.token_begin + r / group_) - cell, 0, cells);
       if (n > 0) {
-        const float factor = kernels_.softmax_step(scores, n, scale_, tile_.maximum + r, tile_.sum + r);
+        const float factor = softmax(r, n);
         if (factor != 1.0f) kernels_.scale_row(tile_.output + r * head_dim_, factor, head_dim_);
       }
-      std::fill(scores + n, scores + keys, 0.0f);
+      clear(r, n);
     }
-    gemm(tile_.scores, kPageCells, cache.values(page, layer_, task_.head), cache.value_panel_elements(),
-         head_dim_, keys, {tile_.output, head_dim_, nullptr, Store::Accumulate});
+  }
+
+  /// Products of bf16 pairs with the n cells from `cell`.
+  void paired_step(int64_t cell, int64_t n) {
+    const int64_t even = n + n % 2;
+    kernels_.gemm_bf16_pairs(paired_queries_, head_dim_, task_.paired.keys + cell * head_dim_,
+                             head_dim_ * kPanelRows, rows_, n, head_dim_,
+                             {tile_.scores, kStepCells, nullptr, Store::Overwrite});
+    for_rows(
+        cell, n,
+        [&](int64_t r, int64_t seen) {
+          return kernels_.softmax_step_bf16(tile_.scores + r * kStepCells, seen, scale_, tile_.maximum + r,
+                                            tile_.sum + r, probabilities_ + r * kStepCells);
+        },
+        [&](int64_t r, int64_t seen) {
+          uint16_t* probabilities = probabilities_ + r * kStepCells;
+          std::fill(probabilities + seen, probabilities + even, uint16_t{0});
+        });
+    for (int64_t at = 0; at < n; at += kValueCells)
+      kernels_.gemm_bf16_pairs(
+          probabilities_ + at, kStepCells,
+          task_.paired.values + (cell + at) / kValueCells * panels(head_dim_) * PairedCells::kValuePanel,
+          PairedCells::kValuePanel, rows_, head_dim_, std::min(kValueCells, even - at),
+          {tile_.output, head_dim_, nullptr, Store::Accumulate});
+  }
+
+  /// float32 products with the n cells from `cell`, page by page as the cache holds them.
+  void step(int64_t cell, int64_t n) {
+    const PagedKvCache& cache = *task_.sequence->cache;
+    const int64_t first = cell / kPageCells, last = (cell + n - 1) / kPageCells;
+    const auto keys = [&](int64_t page) { return cache.keys(page, layer_, task_.head); };
+    const auto values = [&](int64_t page) { return cache.values(page, layer_, task_.head); };
+    const auto cells_of = [&](int64_t page) { return std::min(kPageCells, cell + n - page * kPageCells); };
+
+    for (int64_t page = first; page <= last; ++page)
+      gemm(tile_.queries, head_dim_, keys(page), cache.key_panel_elements(), cells_of(page), head_dim_,
+           {tile_.scores + (page - first) * kPageCells, kStepCells, nullptr, Store::Overwrite},
+           page < last ? keys(page + 1) : values(first));
+    for_rows(
+        cell, n,
+        [&](int64_t r, int64_t seen) {
+          return kernels_.softmax_step(tile_.scores + r * kStepCells, seen, scale_, tile_.maximum + r,
+                                       tile_.sum + r);
+        },
+        [&](int64_t r, int64_t seen) {
+          float* scores = tile_.scores + r * kStepCells;
+          std::fill(scores + seen, scores + n, 0.0f);
+        });
+    for (int64_t page = first; page <= last; ++page)
+      gemm(tile_.scores + (page - first) * kPageCells, kStepCells, values(page), cache.value_panel_elements(),
+           head_dim_, cells_of(page), {tile_.output, head_dim_, nullptr, Store::Accumulate},
+           page < last                 ? values(page + 1)
+           : last + 1 < task_.page_end ? keys(last + 1)
+                                       : values(page));
+  }
+
+  /// `ahead`: the panels of the next call.
+  void gemm(const float* a, int64_t a_stride, const uint8_t* b, int64_t panel, int64_t n_cols, int64_t depth,
+            const MatmulOutput& out, const uint8_t* ahead) const {
+    const auto* b16 = reinterpret_cast<const uint16_t*>(b);
+    if (!task_.sequence->cache->half())
+      kernels_.gemm_f32(a, a_stride, reinterpret_cast<const float*>(b), panel, rows_, n_cols, depth, out);
+    else if (rows_ > kAheadRows)
+      kernels_.gemm_f16(a, a_stride, b16, panel, rows_, n_cols, depth, out);
+    else
+      kernels_.gemm_f16_ahead(a, a_stride, b16, panel, rows_, n_cols, depth, out,
+                              reinterpret_cast<const uint16_t*>(ahead));
   }
 
   const KernelTable& kernels_;
   int64_t head_dim_, group_, layer_;
   const CausalTask& task_;
-  Tile tile_;
   int64_t rows_;
+  Tile tile_;
+  uint16_t* probabilities_;   // [rows][kStepCells], paired only
+  uint16_t* paired_queries_;  // [rows][head_dim], likewise
   float scale_;
 };
 
@@ -135,58 +263,120 @@ void merge_partials(const KernelTable& kernels, float* partials, int64_t splits,
   std::memcpy(out, partials, head_dim * sizeof(float));
 }
 
+/// Tasks of whole tiles for the key-value heads [head_begin, head_end), those with the most cells first so
+/// that the threads end together.
+std::vector<CausalTask> whole_tasks(const TextConfig& config, std::span<const CausalRows> sequences,
+                                    int64_t head_begin, int64_t head_end) {
+  const int64_t tokens = tile_tokens(config);
+  std::vector<CausalTask> tasks;
+  for (const CausalRows& sequence : sequences)
+    for (int64_t token = 0; token < sequence.rows; token += tokens) {
+      const int64_t end = std::min(token + tokens, sequence.rows);
+      const int64_t pages = (sequence.first_cell + end + kPageCells - 1) / kPageCells;
+      for (int64_t head = head_begin; head < head_end; ++head)
+        tasks.push_back({&sequence, head, token, end, 0, pages});
+    }
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const CausalTask& a, const CausalTask& b) { return a.page_end > b.page_end; });
+  return tasks;
+}
+
 }  // namespace
 
 void CausalAttention::operator()(Context& ctx, int64_t layer, std::span<const CausalRows> sequences,
                                  float* qkv, int64_t qkv_stride) {
   const auto stage = ctx.profile.stage("text attention", causal_work(config_, sequences));
-  const int64_t kv_heads = config_.num_key_value_heads, head_dim = config_.head_dim;
-  const int64_t group = config_.num_attention_heads / kv_heads;
-  const int64_t tile_tokens = std::max<int64_t>(1, kCausalTileRows / group);
-  const int64_t tile_rows = tile_tokens * group;
-  ctx.reserve_scratch(Tile::bytes(tile_rows, kPageCells, head_dim));
+  const Rows rows{layer, qkv, qkv_stride};
+  ctx.reserve_scratch(CausalTile::scratch_bytes(tile_rows(config_), config_.head_dim));
+  if (sequences.size() == 1 && sequences[0].rows == 1) return run_token(ctx, rows, sequences[0]);
 
-  // A lone token of one sequence gives only kv_heads tasks: then the pages are split too, and merged after.
-  const bool single = sequences.size() == 1 && sequences[0].rows == 1;
-  const int64_t all_pages = single ? sequences[0].first_cell / kPageCells + 1 : 0;
-  const int64_t threads = ctx.pool.size();
-  const int64_t splits =
-      single && kv_heads % threads != 0
-          ? std::clamp<int64_t>(4 * threads / kv_heads, 1, std::max<int64_t>(1, all_pages / 2))
-          : 1;
+  const bool has_pairs = ctx.precision == Precision::Fast && ctx.kernels.has_bf16_dot;
+  std::vector<CausalRows> many, few;
+  for (const CausalRows& s : sequences) (has_pairs && s.rows >= kPairedTokens ? many : few).push_back(s);
+  if (!many.empty()) run_paired(ctx, rows, many);
+  if (!few.empty()) run_tasks(ctx, rows, whole_tasks(config_, few, 0, config_.num_key_value_heads));
+}
 
-  std::vector<CausalTask> tasks;
-  for (const CausalRows& sequence : sequences)
-    for (int64_t token = 0; token < sequence.rows; token += tile_tokens) {
-      const int64_t end = std::min(token + tile_tokens, sequence.rows);
-      const int64_t pages = (sequence.first_cell + end + kPageCells - 1) / kPageCells;
-      for (int64_t head = 0; head < kv_heads; ++head)
-        for (int64_t s = 0; s < splits; ++s)
-          tasks.push_back({&sequence, head, token, end, pages * s / splits, pages * (s + 1) / splits});
-    }
-  // The last tokens see the most cells: longest tasks first, so that the threads end together.
-  if (splits == 1) std::reverse(tasks.begin(), tasks.end());
-
-  const int64_t partial_row = head_dim + 2, split_stride = group * partial_row;
-  float* partial = splits > 1 ? partial_.resize(static_cast<int64_t>(tasks.size()) * split_stride) : nullptr;
+void CausalAttention::run_tasks(Context& ctx, const Rows& rows, const std::vector<CausalTask>& tasks) {
   ctx.pool.parallel_for(static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t t = begin; t < end; ++t) {
-      CausalTile tile(ctx.kernels, config_, layer, tasks[t],
-                      Tile(ctx.scratch(thread), tile_rows, kPageCells, head_dim));
-      tile.gather_queries(qkv, qkv_stride);
+      CausalTile tile(ctx.kernels, config_, rows.layer, tasks[t], ctx.scratch(thread));
+      tile.gather_queries(rows.qkv, rows.stride);
       tile.run();
-      if (splits == 1)
-        tile.scatter_output(qkv, qkv_stride);
-      else
-        tile.save_partial(partial + t * split_stride);
+      tile.scatter_output(rows.qkv, rows.stride);
     }
   });
-  if (splits == 1) return;
-  float* out = qkv + sequences[0].first_row * qkv_stride;
+}
+
+/// A lone token gives only as many tasks as there are key-value heads: where the threads do not share them
+/// evenly, the pages are split too, and the parts merged.
+void CausalAttention::run_token(Context& ctx, const Rows& rows, const CausalRows& sequence) {
+  const int64_t kv_heads = config_.num_key_value_heads, head_dim = config_.head_dim;
+  const int64_t group = config_.num_attention_heads / kv_heads, threads = ctx.pool.size();
+  const int64_t pages = sequence.first_cell / kPageCells + 1;
+  const int64_t splits = kv_heads % threads == 0 ? 1
+                                                 : std::clamp<int64_t>(4 * threads / kv_heads, 1,
+                                                                       std::max<int64_t>(1, pages / 2));
+  if (splits == 1) return run_tasks(ctx, rows, whole_tasks(config_, {&sequence, 1}, 0, kv_heads));
+
+  const int64_t partial_row = head_dim + 2, split_stride = group * partial_row;
+  float* partial = partial_.resize(kv_heads * splits * split_stride);
+  ctx.pool.parallel_for(kv_heads * splits, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t split = t % splits;
+      const CausalTask task{
+          &sequence, t / splits, 0, 1, pages * split / splits, pages * (split + 1) / splits};
+      CausalTile tile(ctx.kernels, config_, rows.layer, task, ctx.scratch(thread));
+      tile.gather_queries(rows.qkv, rows.stride);
+      tile.run();
+      tile.save_partial(partial + t * split_stride);
+    }
+  });
+  float* out = rows.qkv + sequence.first_row * rows.stride;
   for (int64_t head = 0; head < kv_heads; ++head)
     for (int64_t j = 0; j < group; ++j)
       merge_partials(ctx.kernels, partial + head * splits * split_stride + j * partial_row, splits,
                      split_stride, head_dim, out + (head * group + j) * head_dim);
+}
+
+/// The heads that the threads have in flight together are converted first, then all of their rows go through.
+void CausalAttention::run_paired(Context& ctx, const Rows& rows, std::span<const CausalRows> sequences) {
+  const int64_t kv_heads = config_.num_key_value_heads, head_dim = config_.head_dim;
+  const int64_t heads_at_once = std::min<int64_t>(kv_heads, ctx.pool.size());
+  struct Page {
+    size_t sequence;
+    int64_t index;
+  };
+  std::vector<Page> pages;
+  std::vector<int64_t> offsets;
+  int64_t elements = 0;
+  for (const CausalRows& s : sequences) {
+    for (int64_t page = 0; page * kPageCells < s.cells(); ++page) pages.push_back({offsets.size(), page});
+    offsets.push_back(elements);
+    elements += PairedCells::elements(s.cells(), head_dim);
+  }
+  auto* packed = reinterpret_cast<uint16_t*>(paired_.resize((elements * heads_at_once + 1) / 2));
+  const auto paired = [&](size_t sequence, int64_t head) {
+    uint16_t* data = packed + head % heads_at_once * elements + offsets[sequence];
+    return PairedCells(data, sequences[sequence].cells(), head_dim);
+  };
+
+  const int64_t n_pages = static_cast<int64_t>(pages.size());
+  for (int64_t first = 0; first < kv_heads; first += heads_at_once) {
+    const int64_t heads = std::min(heads_at_once, kv_heads - first);
+    ctx.pool.parallel_for(heads * n_pages, 4, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = first + i / n_pages;
+        const Page page = pages[i % n_pages];
+        paired(page.sequence, head)
+            .pack_page(ctx.kernels, sequences[page.sequence], page.index, rows.layer, head, head_dim);
+      }
+    });
+    std::vector<CausalTask> tasks = whole_tasks(config_, sequences, first, first + heads);
+    for (CausalTask& task : tasks)
+      task.paired = paired(static_cast<size_t>(task.sequence - sequences.data()), task.head);
+    run_tasks(ctx, rows, tasks);
+  }
 }
 
 }  // namespace qwen2vl::cpu

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "cpu/context.h"
 #include "cpu/kv_cache.h"
@@ -15,11 +16,19 @@ struct CausalRows {
   int64_t first_row = 0;
   int64_t rows = 0;
   int64_t first_cell = 0;
+
+  int64_t cells() const { return first_cell + rows; }
 };
+
+struct CausalTask;
 
 /// Causal grouped-query attention over the paged cache. qkv rows hold the rotated queries in their first
 /// num_attention_heads * head_dim columns; the result replaces them. The query heads of one key-value head
 /// are computed together, so each key and value is read once for all of them.
+///
+/// Few tokens read the cache as it is, with float32 products. In the fast precision and where bf16 dot
+/// products are the faster ones, a sequence of many tokens has its cells converted to bf16 first, once a call
+/// and head.
 class CausalAttention {
  public:
   explicit CausalAttention(const TextConfig& config) : config_(config) {}
@@ -27,8 +36,18 @@ class CausalAttention {
                   int64_t qkv_stride);
 
  private:
+  struct Rows {
+    int64_t layer;
+    float* qkv;
+    int64_t stride;
+  };
+  void run_token(Context& ctx, const Rows& rows, const CausalRows& sequence);
+  void run_paired(Context& ctx, const Rows& rows, std::span<const CausalRows> sequences);
+  void run_tasks(Context& ctx, const Rows& rows, const std::vector<CausalTask>& tasks);
+
   TextConfig config_;
-  FloatBuffer partial_;  ///< [task][tile rows][head_dim + 2]: unnormalized output, maximum, sum
+  FloatBuffer paired_;   ///< [head in flight][sequence]: cells as pairs of bf16
+  FloatBuffer partial_;  ///< [head][split][query heads][head_dim + 2]: unnormalized output, maximum, sum
 };
 
 }  // namespace qwen2vl::cpu

@@ -90,6 +90,7 @@ struct Registry {
     generic::add_grouped_matmul(generic);
     generic::add_gemm(generic);
     generic::add_bf16_dot(generic);
+    generic::add_pair_panel(generic);
     generic::add_rows(generic);
     generic::add_peaks(generic);
     supported.push_back(&generic);
@@ -125,6 +126,7 @@ struct Registry {
       avx512_bf16 = avx512;
       avx512_bf16.isa = "avx512_bf16";
       avx512bf16::add_bf16_dot(avx512_bf16);
+      avx512bf16::add_pair_panel(avx512_bf16);
       avx512bf16::add_peaks(avx512_bf16);
       supported.insert(supported.begin(), &avx512_bf16);
     }

@@ -14,6 +14,7 @@ void add_matmul_q8(KernelTable& table);
 void add_grouped_matmul(KernelTable& table);
 void add_gemm(KernelTable& table);  ///< unpack_panel and gemm_*
 void add_bf16_dot(KernelTable& table);
+void add_pair_panel(KernelTable& table);
 void add_rows(KernelTable& table);  ///< everything from rms_norm on
 void add_peaks(KernelTable& table);
 }  // namespace generic
@@ -38,6 +39,7 @@ void add_peaks(KernelTable& table);
 /// On top of avx512's table.
 namespace avx512bf16 {
 void add_bf16_dot(KernelTable& table);
+void add_pair_panel(KernelTable& table);
 void add_peaks(KernelTable& table);  ///< float_dot
 }  // namespace avx512bf16
 

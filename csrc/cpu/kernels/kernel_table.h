@@ -116,6 +116,11 @@ struct KernelTable {
                    int64_t n_cols, int64_t depth, const MatmulOutput& out);
   void (*gemm_bf16)(const float* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride, int64_t rows,
                     int64_t n_cols, int64_t depth, const MatmulOutput& out);
+  /// gemm_f16 that meanwhile fetches into the cache what lies at `ahead` as `b`'s panels lie at `b` (`b`
+  /// itself where nothing follows): for few rows, whose products wait for memory.
+  void (*gemm_f16_ahead)(const float* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride,
+                         int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out,
+                         const uint16_t* ahead);
 
   // --- bf16 matmul ---------------------------------------------------------------------------------------
 
@@ -130,6 +135,9 @@ struct KernelTable {
   /// finite.
   float (*softmax_step_bf16)(const float* scores, int64_t n, float scale, float* maximum, float* sum,
                              uint16_t* out);
+  /// A panel [depth][16] in f16 to pairs [ceil(depth / 2)][16][2] in bf16, rounded to nearest even; an odd
+  /// depth's last pair ends in zeros.
+  void (*pair_f16_panel)(const uint16_t* panel, int64_t depth, uint16_t* out);
   /// Rounds to nearest even.
   void (*convert_f32_to_bf16)(const float* x, uint16_t* out, int64_t n);
 

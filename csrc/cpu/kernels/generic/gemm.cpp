@@ -34,6 +34,11 @@ void gemm(const float* a, int64_t a_stride, const T* b, int64_t panel_stride, in
   }
 }
 
+void gemm_f16_ahead(const float* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride, int64_t rows,
+                    int64_t n_cols, int64_t depth, const MatmulOutput& out, const uint16_t*) {
+  gemm<uint16_t, f16>(a, a_stride, b, panel_stride, rows, n_cols, depth, out);
+}
+
 void unpack_panel(const PanelMatrix& w, int64_t index, float* out) {
   const uint8_t* panel = w.panel(index);
   const int64_t n = w.cols * kPanelRows;
@@ -65,6 +70,7 @@ void add_gemm(KernelTable& table) {
   table.unpack_panel = unpack_panel;
   table.gemm_f32 = gemm<float, to_float>;
   table.gemm_f16 = gemm<uint16_t, f16>;
+  table.gemm_f16_ahead = gemm_f16_ahead;
   table.gemm_bf16 = gemm<uint16_t, bf16>;
 }
 

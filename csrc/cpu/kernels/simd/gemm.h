@@ -9,14 +9,20 @@ namespace {
 
 struct ElementF32 {
   using Type = float;
+  static constexpr bool kAhead = false;
   static Vec load(const float* p) { return cpu::load(p); }
 };
 struct ElementF16 {
   using Type = uint16_t;
+  static constexpr bool kAhead = false;
   static Vec load(const uint16_t* p) { return load_f16(p); }
+};
+struct ElementF16Ahead : ElementF16 {
+  static constexpr bool kAhead = true;
 };
 struct ElementBF16 {
   using Type = uint16_t;
+  static constexpr bool kAhead = false;
   static Vec load(const uint16_t* p) { return load_bf16(p); }
 };
 
@@ -27,6 +33,7 @@ struct GemmProblem {
   const typename Element::Type* b;
   int64_t panel_stride, n_cols, depth;
   const MatmulOutput& out;
+  const typename Element::Type* ahead = nullptr;  ///< fetched at the offsets at which b is read
 };
 
 /// R rows from m, P panels from `panel`.
@@ -42,8 +49,12 @@ void gemm_tile(const GemmProblem<Element>& t, int64_t m, int64_t panel) {
     for (int v = 0; v < V; ++v) sums[r][v] = set1(0.0f);
   }
   const auto weights = [&](int64_t k, int v) {
-    return Element::load(b + v / kVectorsPerPanel * t.panel_stride + k * kPanelRows +
-                         v % kVectorsPerPanel * kLanes);
+    const auto* at =
+        b + v / kVectorsPerPanel * t.panel_stride + k * kPanelRows + v % kVectorsPerPanel * kLanes;
+    if constexpr (Element::kAhead) {  // two k share a cache line
+      if (k % 2 == 0) prefetch(reinterpret_cast<const uint8_t*>(t.ahead + (at - t.b)));
+    }
+    return Element::load(at);
   };
   for (int64_t k = 0; k < t.depth; ++k) {
     if constexpr (R > V) {  // the fewer of both stay in registers, the others pass through one
@@ -95,10 +106,8 @@ void gemm_rows_of(int64_t panels, int64_t rows, const GemmProblem<Element>& t, i
 }
 
 template <typename Element>
-void gemm(const float* a, int64_t a_stride, const typename Element::Type* b, int64_t panel_stride,
-          int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out) {
-  const GemmProblem<Element> t{a, a_stride, b, panel_stride, n_cols, depth, out};
-  const int64_t panels = (n_cols + kPanelRows - 1) / kPanelRows;
+void multiply(int64_t rows, const GemmProblem<Element>& t) {
+  const int64_t panels = (t.n_cols + kPanelRows - 1) / kPanelRows;
   int64_t panel = 0;
   if (rows <= max_tile_rows(kWidestThinTile)) {  // many panels at once, for enough independent sums
     for (; panels - panel >= kWidestThinTile; panel += kWidestThinTile) {
@@ -112,9 +121,22 @@ void gemm(const float* a, int64_t a_stride, const typename Element::Type* b, int
   }
 }
 
+template <typename Element>
+void gemm(const float* a, int64_t a_stride, const typename Element::Type* b, int64_t panel_stride,
+          int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out) {
+  multiply(rows, GemmProblem<Element>{a, a_stride, b, panel_stride, n_cols, depth, out});
+}
+
+inline void gemm_f16_ahead(const float* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride,
+                           int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out,
+                           const uint16_t* ahead) {
+  multiply(rows, GemmProblem<ElementF16Ahead>{a, a_stride, b, panel_stride, n_cols, depth, out, ahead});
+}
+
 inline void set_gemm_kernels(KernelTable& table) {
   table.gemm_f32 = gemm<ElementF32>;
   table.gemm_f16 = gemm<ElementF16>;
+  table.gemm_f16_ahead = gemm_f16_ahead;
   table.gemm_bf16 = gemm<ElementBF16>;
 }
 
