@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
@@ -86,6 +85,8 @@ def read_source(source: Any, where: str = "image") -> ImageInput:
             parts = urlsplit(source)
             if parts.netloc not in ("", "localhost"):
                 raise ValueError(f"{where}: a file:// address of another machine ({parts.netloc})")
+            from urllib.request import url2pathname  # brings ssl in: a fiftieth of a second, 5 MB
+
             return url2pathname(parts.path)
     if isinstance(source, (str, bytes, PathLike, Image.Image, np.ndarray, ProcessedImage)):
         return source

@@ -54,13 +54,13 @@ class Tokenizer:
         """FormatError, beginning with `name`, where the parts do not make a byte-level BPE."""
         if len(token_types) != len(tokens):
             raise FormatError(f"{name}: expected {len(tokens)} token types, found {len(token_types)}")
-        self._tokens = tokens
+        self._size = len(tokens)
         self.special_tokens = {
             text: i
             for i, (text, kind) in enumerate(zip(tokens, token_types, strict=True))
             if text and kind in (_CONTROL, _USER_DEFINED) and not _PADDING.fullmatch(text)
         }
-        self._special_ids = frozenset(self.special_tokens.values())
+        self._special_texts = {i: text for text, i in self.special_tokens.items()}
         vocab: dict[str, int] = {}
         for i, (text, kind) in enumerate(zip(tokens, token_types, strict=True)):
             if kind == _NORMAL:
@@ -69,7 +69,6 @@ class Tokenizer:
                         f"{name}: token {i} ({text!r}) is empty or already token {vocab.get(text)}"
                     )
                 vocab[text] = i
-        self._text_ids = frozenset(vocab.values())
         missing = [symbol for symbol in _BYTE_OF if symbol not in vocab]
         if missing:
             raise FormatError(
@@ -107,7 +106,7 @@ class Tokenizer:
         return cls(parts[0], parts[1], parts[2], f"{path}: tokenizer.ggml")
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return self._size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -139,12 +138,12 @@ class Tokenizer:
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
         """The bytes that a token stands for: none for padding; for a special token its name, or none with
         `skip_special` (but for the markers of found objects)."""
-        if not 0 <= token_id < len(self._tokens):
-            raise ValueError(f"expected a token id in 0..{len(self._tokens) - 1}, found {token_id}")
-        text = self._tokens[token_id]
-        if token_id in self._special_ids:
-            return b"" if skip_special and text not in GROUNDING_TOKENS else text.encode()
-        if token_id not in self._text_ids:
+        if not 0 <= token_id < self._size:
+            raise ValueError(f"expected a token id in 0..{self._size - 1}, found {token_id}")
+        if (special := self._special_texts.get(token_id)) is not None:
+            return b"" if skip_special and special not in GROUNDING_TOKENS else special.encode()
+        text = self._bpe.id_to_token(token_id)
+        if text is None:
             return b""
         if all(symbol in _BYTE_OF for symbol in text):
             return bytes(_BYTE_OF[symbol] for symbol in text)
