@@ -145,12 +145,14 @@ def test_bench(run: Run, tiny_gguf: Path) -> None:
     assert first["model"] == second["model"] == str(tiny_gguf)
     assert set(first) == {
         *("model", "isa", "n_threads", "precision", "file_bytes", "load_seconds", "start_seconds"),
-        *("image", "question", "prefill", "decode", "peak_memory_bytes", "limits_before", "limits_after"),
+        *("vision_load_seconds", "image", "question", "prefill", "decode"),
+        *("peak_memory_bytes", "limits_before", "limits_after"),
     }
     assert [t["what"] for t in first["image"]] == ["image 84 x 56"]
     assert [(t["what"], t["count"]) for t in first["prefill"]] == [("prefill 20", 20), ("prefill 8", 8)]
     assert [(t["what"], t["count"]) for t in first["decode"]] == [("decode at 0", 5), ("decode at 30", 5)]
     assert len(first["question"]) == 3 and first["start_seconds"] > first["load_seconds"] > 0
+    assert first["vision_load_seconds"] >= 0
     for timing in (t for part in ("image", "question", "prefill", "decode") for t in first[part]):
         assert len(timing["seconds"]) == 2 and min(timing["seconds"]) > 0
         assert timing["median_tokens_per_second"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -100,6 +101,26 @@ def test_encode_image(tiny: Qwen2VL, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again, embeddings)
     embeddings[:] = 0  # the caller's own
     np.testing.assert_array_equal(tiny.encode_image(PICTURE), again)
+
+
+def test_the_vision_tower_is_loaded_by_the_first_picture(tiny_gguf: Path) -> None:
+    model = Qwen2VL.from_gguf(tiny_gguf)
+    text_bytes = model.weight_bytes
+    with pytest.raises(InterruptedError):
+        model.encode_image(PICTURE, Stages("image"))
+    expected = model.encode_image(PICTURE)
+    assert model.weight_bytes > text_bytes > 0
+    np.testing.assert_array_equal(model.encode_image(PICTURE), expected)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nobody can write to a file that is open there")
+def test_a_file_that_changes_before_the_first_picture(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_gguf.read_bytes())
+    model = Qwen2VL.from_gguf(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(Qwen2VLError, match=r"m\.gguf: the file has been changed"):
+        model.encode_image(PICTURE)
 
 
 def test_bounds_of_one_image(tiny: Qwen2VL) -> None:

@@ -28,7 +28,7 @@ namespace {
 
 #ifdef _WIN32
 
-MappedFile::MappedFile(const std::string& path) {
+MappedFile::MappedFile(const std::string& path) : path_(path) {
   const int length = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path.c_str(), -1, nullptr, 0);
   if (length == 0) fail(path, "read the path as UTF-8", static_cast<int>(GetLastError()));
   std::wstring wide(static_cast<size_t>(length), L'\0');
@@ -59,6 +59,8 @@ MappedFile::~MappedFile() {
   CloseHandle(file_);
 }
 
+void MappedFile::require_unchanged() const {}  // the system lets nobody write to what we have open
+
 void MappedFile::release(size_t offset, size_t length) const {
   if (offset >= size_) return;
   // Unlocking pages that are not locked takes them out of the working set.
@@ -67,37 +69,53 @@ void MappedFile::release(size_t offset, size_t length) const {
 
 #else
 
-MappedFile::MappedFile(const std::string& path) {
+namespace {
+
+int64_t modified_ns(const struct stat& info) {
+#ifdef __APPLE__
+  const struct timespec& time = info.st_mtimespec;
+#else
+  const struct timespec& time = info.st_mtim;
+#endif
+  return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) : path_(path) {
   // Without O_NONBLOCK the open of a named pipe would wait for its writer.
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) fail(path, "open", errno);
+  file_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (file_ < 0) fail(path, "open", errno);
+  const auto close_and_fail = [&](const char* action, int code) {
+    ::close(file_);
+    fail(path, action, code);
+  };
   struct stat info;
-  int code = ::fstat(fd, &info) == 0 ? 0 : errno;
-  if (code == 0 && S_ISDIR(info.st_mode)) code = EISDIR;
-  if (code != 0 || !S_ISREG(info.st_mode)) {
-    ::close(fd);
-    if (code != 0) fail(path, "read", code);
+  if (::fstat(file_, &info) != 0) close_and_fail("read", errno);
+  if (S_ISDIR(info.st_mode)) close_and_fail("read", EISDIR);
+  if (!S_ISREG(info.st_mode)) {
+    ::close(file_);
     throw Error(path + ": not a regular file");
   }
-  if (static_cast<uint64_t>(info.st_size) > std::numeric_limits<size_t>::max()) {
-    ::close(fd);
-    fail(path, "map", EFBIG);
-  }
+  if (static_cast<uint64_t>(info.st_size) > std::numeric_limits<size_t>::max()) close_and_fail("map", EFBIG);
   size_ = static_cast<size_t>(info.st_size);
-  if (size_ > 0) {  // an empty file cannot be mapped
-    void* data = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (data == MAP_FAILED) {
-      code = errno;
-      ::close(fd);
-      fail(path, "map", code);
-    }
-    data_ = static_cast<const uint8_t*>(data);
-  }
-  ::close(fd);
+  modified_ns_ = modified_ns(info);
+  if (size_ == 0) return;  // an empty file cannot be mapped
+  void* data = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file_, 0);
+  if (data == MAP_FAILED) close_and_fail("map", errno);
+  data_ = static_cast<const uint8_t*>(data);
 }
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<uint8_t*>(data_), size_);
+  ::close(file_);
+}
+
+void MappedFile::require_unchanged() const {
+  struct stat info;
+  if (::fstat(file_, &info) != 0) fail(path_, "read", errno);
+  if (static_cast<uint64_t>(info.st_size) != size_ || modified_ns(info) != modified_ns_)
+    throw Error(path_ + ": the file has been changed since it was opened");
 }
 
 void MappedFile::release(size_t offset, size_t length) const {

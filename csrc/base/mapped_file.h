@@ -18,6 +18,10 @@ class MappedFile {
 
   std::span<const uint8_t> bytes() const { return {data_, size_}; }
 
+  /// Throws Error where the file is no longer as it was opened: what is read of one that has been cut short
+  /// ends the process.
+  void require_unchanged() const;
+
   /// Gives the resident pages of [offset, offset + length) back to the system; a later read maps them in
   /// again. Advice only: a system without it does nothing.
   void release(size_t offset, size_t length) const;
@@ -25,9 +29,13 @@ class MappedFile {
  private:
   const uint8_t* data_ = nullptr;
   size_t size_ = 0;
+  std::string path_;
 #ifdef _WIN32
   void* file_ = nullptr;
   void* mapping_ = nullptr;
+#else
+  int file_ = -1;
+  int64_t modified_ns_ = 0;
 #endif
 };
 

@@ -1,7 +1,9 @@
 #include "cpu/backend.h"
 
+#include <atomic>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "cpu/language_model.h"
 #include "cpu/vision_encoder.h"
@@ -15,13 +17,15 @@ constexpr int64_t kMaxBatchRows = 512;
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(const ModelConfig& config, const Weights& weights, const CpuOptions& options,
-             const Progress& progress)
+  CpuBackend(const ModelConfig& config, Weights weights, const CpuOptions& options, const Progress& progress)
       : config_(config),
         ctx_(select_kernels(options.isa), options.n_threads > 0 ? options.n_threads : default_thread_count(),
              options.precision),
-        language_model_(config.text, weights.text, ctx_, progress) {
-    if (config.vision) vision_encoder_.emplace(*config.vision, *weights.vision, ctx_, progress);
+        language_model_(config.text, weights.text, ctx_, progress),
+        weight_bytes_(language_model_.weight_bytes()) {
+    if (!config.vision) return;
+    weights.text = {};
+    vision_source_ = std::move(weights);
   }
 
   std::unique_ptr<KvCache> new_cache() const override {
@@ -30,8 +34,11 @@ class CpuBackend final : public Backend {
 
   void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
                      const Progress& progress) override {
-    if (!vision_encoder_) throw std::invalid_argument("this model has no vision tower");
-    (*vision_encoder_)(ctx_, pixel_values, grid, out, progress);
+    if (!config_.vision) throw std::invalid_argument("this model has no vision tower");
+    if (vision_encoder_) return (*vision_encoder_)(ctx_, pixel_values, grid, out, progress);
+    load_vision([&](int64_t done, int64_t total) { progress(done, 2 * total); });
+    (*vision_encoder_)(ctx_, pixel_values, grid, out,
+                       [&](int64_t done, int64_t total) { progress(total + done, 2 * total); });
   }
 
   void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) override {
@@ -42,25 +49,32 @@ class CpuBackend final : public Backend {
 
   int64_t max_batch_rows() const override { return kMaxBatchRows; }
 
-  int64_t weight_bytes() const override {
-    return language_model_.weight_bytes() + (vision_encoder_ ? vision_encoder_->weight_bytes() : 0);
-  }
+  int64_t weight_bytes() const override { return weight_bytes_; }
 
   std::string_view isa() const override { return ctx_.kernels.isa; }
   int n_threads() const override { return ctx_.pool.size(); }
 
  private:
+  void load_vision(const Progress& progress) {
+    for (const auto& file : vision_source_->files) file->mapping().require_unchanged();
+    vision_encoder_.emplace(*config_.vision, *vision_source_->vision, ctx_, progress);
+    weight_bytes_ += vision_encoder_->weight_bytes();
+    vision_source_.reset();
+  }
+
   ModelConfig config_;
   Context ctx_;
   LanguageModel language_model_;
+  std::optional<Weights> vision_source_;  // until the first picture
   std::optional<VisionEncoder> vision_encoder_;
+  std::atomic<int64_t> weight_bytes_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> make_cpu_backend(const ModelConfig& config, const Weights& weights,
+std::unique_ptr<Backend> make_cpu_backend(const ModelConfig& config, Weights weights,
                                           const CpuOptions& options, const Progress& progress) {
-  return std::make_unique<CpuBackend>(config, weights, options, progress);
+  return std::make_unique<CpuBackend>(config, std::move(weights), options, progress);
 }
 
 }  // namespace qwen2vl::cpu

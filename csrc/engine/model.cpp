@@ -1,6 +1,8 @@
 #include "engine/model.h"
 
 #include <memory>
+#include <utility>
+#include <vector>
 
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -12,20 +14,13 @@ namespace qwen2vl {
 
 Model::Model(const std::string& path, const ModelOptions& options, const Progress& progress)
     : precision_(options.precision) {
-  std::vector<const gguf::File*> files;
+  std::vector<std::unique_ptr<gguf::File>> files;
+  std::vector<const gguf::File*> views;
   for (const std::string& p : {path, options.mmproj})
-    if (!p.empty()) files.push_back(files_.emplace_back(std::make_unique<gguf::File>(p)).get());
-  config_ = read_config(files);
-  const Weights weights = load_weights(files, config_);
-  const int64_t vision_layers = config_.vision ? config_.vision->depth : 0;
-  const int64_t total = config_.text.num_hidden_layers + vision_layers;
-  int64_t before = 0;  // layers of the halves that are done
-  backend_ = cpu::make_cpu_backend(config_, weights, {options.n_threads, options.precision, options.isa},
-                                   [&](int64_t done, int64_t of) {
-                                     progress(before + done, total);
-                                     if (done == of) before += of;
-                                   });
-  files_.clear();  // everything has been repacked
+    if (!p.empty()) views.push_back(files.emplace_back(std::make_unique<gguf::File>(p)).get());
+  config_ = read_config(views);
+  backend_ = cpu::make_cpu_backend(config_, load_weights(std::move(files), config_),
+                                   {options.n_threads, options.precision, options.isa}, progress);
 #ifdef __GLIBC__
   malloc_trim(0);  // what reading the vocabulary has left behind
 #endif

@@ -35,7 +35,6 @@ class Model {
   const Backend& backend() const { return *backend_; }
 
  private:
-  std::vector<std::unique_ptr<gguf::File>> files_;
   ModelConfig config_;
   Precision precision_;
   std::unique_ptr<Backend> backend_;

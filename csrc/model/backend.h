@@ -61,6 +61,7 @@ class Backend {
   /// Off until started; for benchmarks.
   virtual Profile& profile() = 0;
 
+  /// Of the weights that have been used so far: the vision tower's count from the first picture.
   virtual int64_t weight_bytes() const = 0;
   virtual std::string_view isa() const = 0;
   virtual int n_threads() const = 0;

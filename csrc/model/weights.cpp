@@ -1,6 +1,7 @@
 #include "model/weights.h"
 
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 #include "quant/quantize.h"
@@ -129,12 +130,15 @@ VisionWeights load_vision(Loader& load, const VisionConfig& c) {
 
 }  // namespace
 
-Weights load_weights(std::span<const gguf::File* const> files, const ModelConfig& config) {
-  Loader load(files);
+Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config) {
+  std::vector<const gguf::File*> views;
+  for (const auto& file : files) views.push_back(file.get());
+  Loader load(views);
   Weights weights;
   weights.text = load_text(load, config.text);
   if (config.vision) weights.vision = load_vision(load, *config.vision);
   load.finish();
+  weights.files = std::move(files);
   return weights;
 }
 

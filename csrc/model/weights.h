@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -68,12 +69,13 @@ struct VisionWeights {
 };
 
 struct Weights {
+  std::vector<std::unique_ptr<gguf::File>> files;  ///< that the matrices point into
   TextWeights text;
   std::optional<VisionWeights> vision;
 };
 
-/// Views of every tensor that the configuration asks for. One FormatError lists all tensors that are missing,
-/// misshapen or of a type that cannot be computed with.
-Weights load_weights(std::span<const gguf::File* const> files, const ModelConfig& config);
+/// Views of every tensor of `files` that the configuration asks for. One FormatError lists all tensors that
+/// are missing, misshapen or of a type that cannot be computed with.
+Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config);
 
 }  // namespace qwen2vl

@@ -121,7 +121,7 @@ class Model:
     def precision(self) -> str: ...
     @property
     def weight_bytes(self) -> int:
-        """Memory that the packed weights take."""
+        """Memory that the packed weights take: the vision tower's from the first picture on."""
     def encode_image(
         self,
         pixel_values: NDArray[np.float32],

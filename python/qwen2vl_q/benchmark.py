@@ -66,6 +66,7 @@ class Measured:
     precision: str
     load_seconds: float
     start_seconds: float  # from the request for a process to the first token of a prompt of one
+    vision_load_seconds: float | None = None  # of the vision tower, which the first picture loads
     image: list[Timing] = field(default_factory=list)
     question: list[Timing] = field(default_factory=list)  # first tokens
     prefill: list[Timing] = field(default_factory=list)
@@ -86,12 +87,14 @@ def measure(settings: Settings, requested_at: float) -> Measured:
     start_seconds = time() - requested_at
     wanted = settings.only or ("image", "question", "prefill", "decode")
     sees = model.config.vision_config is not None
+    vision_load_seconds = bench.load_vision() if sees and {"image", "question"} & {*wanted} else None
     return Measured(
         isa=model.isa,
         n_threads=model.n_threads,
         precision=model.precision,
         load_seconds=load_seconds,
         start_seconds=start_seconds,
+        vision_load_seconds=vision_load_seconds,
         image=bench.images() if sees and "image" in wanted else [],
         question=bench.questions() if sees and "question" in wanted else [],
         prefill=[bench.prefill(n) for n in settings.prompt_tokens] if "prefill" in wanted else [],
@@ -130,6 +133,16 @@ class Benchmark:
         return Timing(what, count, tuple(seconds), mean_stages(profiles))
 
     # --- the vision tower ---
+
+    def load_vision(self) -> float:
+        """Seconds that a model's first picture takes more than a second one of that (least) size."""
+        seconds = []
+        for _ in range(2):
+            self._model.reset()
+            started = perf_counter()
+            self._model.encode_image(drawn_picture((56, 56)))
+            seconds.append(perf_counter() - started)
+        return max(seconds[0] - seconds[1], 0.0)
 
     def images(self) -> list[Timing]:
         """Of the vision tower alone: the pictures have been read and resized before."""

@@ -75,7 +75,8 @@ class Qwen2VL:
         None for what the model was trained for; memory is taken as cells are used. precision: "exact"
         computes in float32 throughout, "fast" may quantize activations to 8 bits per block. mmproj: the
         vision tower's file where it is not in the model's own. min_pixels, max_pixels: bounds of an image's
-        size instead of the file's. The environment variable QWEN2VL_ISA forces an instruction set.
+        size instead of the file's. The vision tower is read when the first picture comes: until then its file
+        has to stay as it is. The environment variable QWEN2VL_ISA forces an instruction set.
 
         Raises OSError or Qwen2VLError for a file that cannot be read, FormatError for one that is damaged,
         UnsupportedError for another architecture, ValueError for an argument out of range.
@@ -133,7 +134,7 @@ class Qwen2VL:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory that the weights take."""
+        """Memory that the weights take: the vision tower's from the first picture on."""
         return self._native.weight_bytes
 
     @property

@@ -196,6 +196,8 @@ def summary_table(results: Sequence[Result]) -> str:
         name = f"{Path(result.settings.model).name} ({m.isa}, {m.n_threads} threads, {m.precision})"
         rows.append((name, "load", f"{m.load_seconds:.2f}", "", ""))
         rows.append(("", "process start to first token", f"{m.start_seconds:.2f}", "", ""))
+        if m.vision_load_seconds is not None:
+            rows.append(("", "load of the vision tower", f"{m.vision_load_seconds:.2f}", "", ""))
         for timing in (timing for part in result.parts.values() for timing in part):
             rows.append(("", f"{timing.what} ({timing.count} tokens)", *_figures(result, timing)))
         if m.peak_memory_bytes is not None:
@@ -298,6 +300,7 @@ def as_dict(result: Result, profile: bool) -> dict[str, Any]:
         "file_bytes": result.file_bytes,
         "load_seconds": m.load_seconds,
         "start_seconds": m.start_seconds,
+        "vision_load_seconds": m.vision_load_seconds,
         **{name: [timing_dict(timing) for timing in part] for name, part in result.parts.items()},
         "peak_memory_bytes": m.peak_memory_bytes,
         "limits_before": asdict(result.before),
