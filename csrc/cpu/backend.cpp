@@ -35,6 +35,7 @@ class CpuBackend final : public Backend {
   void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
                      const Progress& progress) override {
     if (!config_.vision) throw std::invalid_argument("this model has no vision tower");
+    language_model_.release_buffers();  // a photo's own are larger, and the two are never at work together
     if (vision_encoder_) return (*vision_encoder_)(ctx_, pixel_values, grid, out, progress);
     load_vision([&](int64_t done, int64_t total) { progress(done, 2 * total); });
     (*vision_encoder_)(ctx_, pixel_values, grid, out,

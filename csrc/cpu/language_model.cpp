@@ -50,6 +50,10 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
                        static_cast<double>(2 * i) / static_cast<double>(config.head_dim))));
 }
 
+void LanguageModel::release_buffers() {
+  for (FloatBuffer* buffer : {&x_, &normed_, &qkv_, &gate_up_, &rope_}) buffer->release();
+}
+
 int64_t LanguageModel::weight_bytes() const {
   int64_t bytes = embed_tokens_.weight_bytes() + lm_head_.weight_bytes();
   for (const Layer& l : layers_)

@@ -17,6 +17,8 @@ class LanguageModel {
   void operator()(Context& ctx, std::span<const SequenceRows> batch, float* logits, const Progress& progress);
 
   int64_t weight_bytes() const;
+  /// Gives back what the last batch needed; the next one takes it anew.
+  void release_buffers();
 
  private:
   struct Layer {
