@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
 from demo import data, questions
 from demo.data import CELL, CHARACTERS, MAX_TEXT, SHAPES, Picture
 from demo.questions import Turn
 from demo.vocabulary import SYSTEM_PROMPT, TOKEN_ID
-from tokenizers import Tokenizer
-from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 IGNORE = -100
 KINDS = {name: k for k, name in enumerate((*SHAPES, *CHARACTERS), 1)}  # 0: background
@@ -33,6 +34,14 @@ LINKED_TURNS = 0.2  # share of the conversations with a second question
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Two pictures at once: their sides, and how many things each has at most."""
+
+    sides: tuple[int, ...] = (84, 112, 140)
+    most: int = 2
+
+
+@dataclass(frozen=True)
 class Stage:
     """Which pictures; `kinds` are weights of single, few, counted, text, two, chat."""
 
@@ -41,6 +50,7 @@ class Stage:
     kinds: tuple[float, ...] = (0.5, 1.0, 1.5, 1.5, 0.6, 0.1)
     odd: float = 0.3  # share of the pictures that are drawn at an odd size and resized
     tokens: int = 2600  # of the language model, with padding, in a batch
+    pairs: Pairs = field(default_factory=Pairs)
 
 
 KIND_NAMES = ("single", "few", "counted", "text", "two", "chat")
@@ -243,12 +253,12 @@ def _group(rng: random.Random, turns: list[Turn]) -> list[list[Turn]]:
 
 def make_batch(assembler: Assembler, rng: random.Random, stage: Stage) -> Batch:
     kind = rng.choices(KIND_NAMES, stage.kinds)[0]
-    sides = (min(stage.sides), 112, 140) if kind == "two" else stage.sides
+    sides = stage.pairs.sides if kind == "two" else stage.sides
     pictures_each = {"two": 2, "chat": 0}.get(kind, 1)
     sizes = [(rng.choice(sides), rng.choice(sides)) for _ in range(pictures_each)]
     grids = [(h // CELL, w // CELL) for w, h in sizes]
     visual = sum(r * c for r, c in grids)
-    number = {"chat": 6, "two": 3, "text": 3}.get(kind, 5)
+    number = {"chat": 6, "two": 4, "text": 3}.get(kind, 5)
     batch_size = max(2, stage.tokens // (20 + visual + number * 24))
     drawn: list[list[Picture]] = [[] for _ in sizes]
     rows: list[list[list[Turn]]] = []
@@ -257,8 +267,9 @@ def make_batch(assembler: Assembler, rng: random.Random, stage: Stage) -> Batch:
             rows.append(_group(rng, [questions.chat(rng, pictures=False) for _ in range(number)]))
             continue
         if kind == "two":
-            pair = data.two_pictures(rng, sizes, 2)
-            turns = [questions.which(rng, *pair), questions.differ(rng, *pair), questions.which(rng, *pair)]
+            pair = data.two_pictures(rng, sizes, stage.pairs.most)
+            turns = [questions.differ(rng, *pair), *(questions.which(rng, *pair) for _ in range(number - 1))]
+            rng.shuffle(turns)
             for pictures, picture in zip(drawn, pair, strict=True):
                 pictures.append(picture)
         else:

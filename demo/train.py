@@ -23,14 +23,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from demo import data
-from demo.batches import IGNORE, TASK_ID, Assembler, Batch, Batches, Stage
-from demo.dense import dense_loss
-from demo.model import DemoModel
-from demo.vocabulary import build
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from demo import data
+from demo.batches import IGNORE, TASK_ID, Assembler, Batch, Batches, Pairs, Stage
+from demo.dense import dense_loss
+from demo.model import DemoModel
+from demo.vocabulary import build
 
 PEAK_RATE, FINAL_RATE = 1.2e-3, 0.03  # the second as a share of the first
 WARM_UP = 100  # steps
@@ -40,19 +41,24 @@ LONGEST_STEP = 20.0  # seconds: a longer one was a stopped process
 
 
 def stage(progress: float, vision_share: float, tokens: int) -> Stage:
-    """The curriculum: small pictures and short texts first; then everything."""
+    """The curriculum: small pictures and short texts first; then everything.
+
+    A run without a share for the tower alone goes on from a trained model, and skips the first part.
+    """
+    grown = progress if vision_share > 0 else max(progress, 0.5)
     sides: tuple[int, ...] = (84, 112, 140, 168, 196, 224)
-    if progress < 0.8:  # small ones are cheaper, and teach the same
-        sides = (84, 112) if progress < 0.12 else (*(84, 112, 140) * 3, 168, 196, 224)
-    if progress > 0.9:
+    if grown < 0.8:  # small ones are cheaper, and teach the same
+        sides = (84, 112) if grown < 0.12 else (*(84, 112, 140) * 3, 168, 196, 224)
+    if grown > 0.9:
         sides = (*sides * 3, 252, 280, 308, 336)
-    length = (1, 2) if progress < 0.05 else (1, 4) if progress < 0.15 else (1, 6)
-    most = 4 if progress < 0.1 else 6
-    kinds = (0.5, 0.8, 1.0, 3.5, 0.0, 0.0) if progress < vision_share else (0.4, 1.0, 1.5, 2.0, 0.5, 0.1)
-    if progress > 0.45:
-        kinds = (0.3, 1.0, 1.5, 2.0, 0.8, 0.1)
-    odd = 0.1 if progress < 0.15 else 0.4
-    return Stage(sides, data.Level(length, most), kinds, odd, tokens)
+    length = (1, 2) if grown < 0.05 else (1, 4) if grown < 0.15 else (1, 6)
+    most = 4 if grown < 0.1 else 6
+    kinds = (0.5, 0.8, 1.0, 3.5, 0.0, 0.0) if progress < vision_share else (0.3, 1.0, 1.6, 2.0, 1.2, 0.05)
+    odd = 0.1 if grown < 0.15 else 0.4
+    pairs = Pairs((84, 112), 1) if progress < 0.3 else Pairs((84, 112, 140), 2)
+    if progress > 0.8:
+        pairs = Pairs(sides, 2)
+    return Stage(sides, data.Level(length, most), kinds, odd, tokens, pairs)
 
 
 def answer_loss(model: DemoModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, dict[str, list[float]]]:

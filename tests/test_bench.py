@@ -90,13 +90,14 @@ def test_mean_stages() -> None:
 
 
 def hand_made_result() -> Result:
-    timings = {
-        "image": [Timing("image 28 x 28", 10, (4.0, 6.0, 5.0), STAGES)],
-        "prefill": [Timing("prefill 10", 10, (4.0,), STAGES)],
-        "decode": [Timing("decode at 0", 10, (4.4,), STAGES)],
-        "question": [Timing("first token, photo", 20, (7.0,))],
-    }
-    measured = Measured("x", 2, "fast", 0.5, 0.75, peak_memory_bytes=2_000_000_000, **timings)
+    measured = Measured(
+        "x", 2, "fast", 0.5, 0.75,
+        image=[Timing("image 28 x 28", 10, (4.0, 6.0, 5.0), STAGES)],
+        prefill=[Timing("prefill 10", 10, (4.0,), STAGES)],
+        decode=[Timing("decode at 0", 10, (4.4,), STAGES)],
+        question=[Timing("first token, photo", 20, (7.0,))],
+        peak_memory_bytes=2_000_000_000,
+    )  # fmt: skip
     slower = Limits("x", 2, *([1.0] * 4))
     return Result(Settings("m.gguf"), 1000, measured, slower, LIMITS)
 
