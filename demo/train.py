@@ -40,7 +40,7 @@ SAVE_SECONDS, LOG_SECONDS = 120.0, 30.0
 LONGEST_STEP = 20.0  # seconds: a longer one was a stopped process
 
 
-def stage(progress: float, vision_share: float, tokens: int) -> Stage:
+def stage(progress: float, vision_share: float, tokens: int, texts: float) -> Stage:
     """The curriculum: small pictures and short texts first; then everything.
 
     A run without a share for the tower alone goes on from a trained model, and skips the first part.
@@ -55,6 +55,7 @@ def stage(progress: float, vision_share: float, tokens: int) -> Stage:
     most = 4 if grown < 0.1 else 6
     kinds = (0.5, 0.8, 1.0, 3.5, 0.0, 0.0) if progress < vision_share else (0.3, 1.0, 1.6, 2.0, 1.2, 0.05)
     odd = 0.1 if grown < 0.15 else 0.4
+    kinds = (*kinds[:3], kinds[3] * texts, *kinds[4:])
     pairs = Pairs((84, 112), 1) if progress < 0.3 else Pairs((84, 112, 140), 2)
     if progress > 0.8:
         pairs = Pairs(sides, 2)
@@ -242,7 +243,8 @@ class Log:
 def batches(trainer: Trainer, progress: Tensor) -> Iterator[Batch]:
     args = trainer.args
     source = Batches(
-        Assembler(trainer.tokenizer), lambda: stage(float(progress), args.vision_share, args.tokens),
+        Assembler(trainer.tokenizer),
+        lambda: stage(float(progress), args.vision_share, args.tokens, args.texts),
         args.seed + trainer.steps + 1_000_000 * args.rank,
     )  # fmt: skip
     return iter(
@@ -303,6 +305,7 @@ def main() -> None:
     parser.add_argument(
         "--vision-share", type=float, default=0.12, help="share of the time for the tower alone"
     )
+    parser.add_argument("--texts", type=float, default=1.0, help="times as many pictures of text")
     parser.add_argument(
         "--compile", action="store_true", help="each block: faster after a minute or two of compiling"
     )

@@ -27,18 +27,18 @@ TYPES = tuple(type for type in FILE_TYPES if type != "f32")  # f32 is the checkp
 # Right answers of 60, at least. A type that has no column must do as well as q4_0.
 COLUMNS: tuple[FileType, ...] = ("q4_0", "q8_0", "f16", "bf16")
 FLOORS: dict[str, tuple[int, ...]] = {
-    "what": (55, 55, 55, 55),
-    "attribute": (48, 49, 48, 48),
-    "read": (37, 34, 34, 34),
-    "count": (41, 41, 41, 41),
-    "box": (13, 15, 15, 15),
-    "present": (43, 41, 41, 41),
-    "absent": (35, 36, 36, 36),
-    "which": (32, 31, 30, 30),
-    "differ": (29, 29, 29, 29),
+    "what": (57, 57, 57, 57),
+    "attribute": (57, 57, 57, 57),
+    "read": (53, 52, 52, 52),
+    "count": (51, 51, 52, 52),
+    "box": (50, 51, 51, 51),
+    "present": (57, 57, 57, 57),
+    "absent": (57, 57, 57, 57),
+    "which": (57, 57, 57, 57),
+    "differ": (48, 50, 50, 50),
     "chat": (57, 57, 57, 57),
-    "second": (34, 33, 33, 33),
-    "alone": (35, 35, 35, 35),
+    "second": (51, 52, 52, 52),
+    "alone": (54, 54, 54, 54),
 }
 
 
@@ -152,7 +152,7 @@ def test_the_demo_command_is_mostly_right(capsys: pytest.CaptureFixture[str]) ->
         for thing in cards.example(seed)[1]:
             assert thing.full_name in truth[0]
         wrong += [(seed, a, t) for a, t in zip(found, truth, strict=True) if a != t]
-    assert len(wrong) <= 10, wrong
+    assert len(wrong) <= 3, wrong  # none, when the checkpoint was made
 
 
 def print_floors() -> None:
