@@ -53,6 +53,7 @@ ThreadPool::ThreadPool(int n_threads) {
     throw std::invalid_argument("the number of threads must be from 1 to " + std::to_string(kMaxThreads) +
                                 ", not " + std::to_string(n_threads));
   }
+  shares_ = std::vector<Share>(n_threads);
   workers_.reserve(static_cast<size_t>(n_threads) - 1);
   try {
     for (int index = 1; index < n_threads; ++index) workers_.emplace_back([this, index] { worker(index); });
@@ -74,21 +75,26 @@ void ThreadPool::stop() {
 void ThreadPool::parallel_for(int64_t n, int64_t grain,
                               const std::function<void(int64_t, int64_t, int)>& fn) {
   if (n <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  if (workers_.empty() || n <= grain) {
+    for (int64_t begin = 0; begin < n; begin += grain) fn(begin, std::min(begin + grain, n), 0);
+    return;
+  }
   fn_ = &fn;
   n_ = n;
-  grain_ = std::max<int64_t>(grain, 1);
+  grain_ = grain;
   error_ = nullptr;
-  next_.store(0, std::memory_order_relaxed);
-  const bool shared = !workers_.empty() && n > grain_;
-  if (shared) {
-    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_release);
-    generation_.notify_all();
+  const int64_t chunks = (n - 1) / grain + 1;
+  int64_t begin = 0;
+  for (int i = 0; i < size(); ++i) {
+    shares_[i].next.store(begin, std::memory_order_relaxed);
+    shares_[i].end = begin = chunks * (i + 1) / size();
   }
+  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
   run_chunks(0);
-  if (shared) {
-    for (int left; (left = running_.load(std::memory_order_acquire)) != 0;) wait_for_change(running_, left);
-  }
+  for (int left; (left = running_.load(std::memory_order_acquire)) != 0;) wait_for_change(running_, left);
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
@@ -104,11 +110,17 @@ void ThreadPool::worker(int index) {
 
 void ThreadPool::run_chunks(int index) {
   try {
-    for (int64_t begin; (begin = next_.fetch_add(grain_, std::memory_order_relaxed)) < n_;) {
-      (*fn_)(begin, begin + std::min(grain_, n_ - begin), index);
+    for (int i = 0; i < size(); ++i) {
+      Share& share = shares_[(index + i) % size()];
+      while (share.next.load(std::memory_order_relaxed) < share.end) {
+        const int64_t chunk = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= share.end) break;
+        (*fn_)(chunk * grain_, std::min((chunk + 1) * grain_, n_), index);
+      }
     }
   } catch (...) {
-    next_.store(n_, std::memory_order_relaxed);  // no chunk is started any more
+    for (Share& share : shares_)  // no chunk is begun any more
+      share.next.store(share.end, std::memory_order_relaxed);
     const std::lock_guard lock(error_mutex_);
     if (!error_) error_ = std::current_exception();
   }

@@ -26,12 +26,19 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  /// Splits [0, n) into chunks of `grain` (the last may be shorter), claimed dynamically; calls
-  /// fn(begin, end, thread) with thread in 0..size()-1 and returns when all are done. The first exception
-  /// is rethrown here after all threads have stopped. Not reentrant; one caller at a time.
+  /// Splits [0, n) into chunks of `grain` (the last may be shorter) and calls fn(begin, end, thread) for each,
+  /// with thread in 0..size()-1; returns when all are done. Every thread has an equal share of neighbouring
+  /// chunks, which it goes through in order, and then takes over what others have not begun. The first
+  /// exception is rethrown here after all threads have stopped. Not reentrant; one caller at a time.
   void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t, int)>& fn);
 
  private:
+  /// A thread's share of the chunks, on a cache line of its own.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
   void stop();
   void worker(int index);
   void run_chunks(int index);
@@ -40,7 +47,7 @@ class ThreadPool {
   const std::function<void(int64_t, int64_t, int)>* fn_ = nullptr;
   int64_t n_ = 0;
   int64_t grain_ = 1;
-  std::atomic<int64_t> next_{0};
+  std::vector<Share> shares_;  // one a thread
   std::atomic<uint32_t> generation_{0};
   std::atomic<int> running_{0};
   std::atomic<bool> stop_{false};

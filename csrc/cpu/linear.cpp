@@ -17,6 +17,10 @@ constexpr int64_t kRowsPerTask = kMaxGroupedRows;
 constexpr int64_t kManyRows = 48;
 // Panels per task: an even number, since kernels take two at a time.
 constexpr int64_t kPanelsPerTask = 4;
+// Up to so many rows wait for memory. Their tasks read about so many bytes, two microseconds: no thread waits
+// long for the last one.
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kBytesPerTask = 96 << 10;
 
 PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& ctx) {
   PackedLinear::Part part;
@@ -187,8 +191,9 @@ void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, 
   // Tasks: row block by row block, and within one all panels, so that the activations stay in cache.
   std::vector<int64_t> first_task;  // per part, within a row block
   int64_t tasks_per_block = 0;
-  const bool few_rows = x.rows <= 16;
-  const int64_t panels_per_task = few_rows ? 16 : kPanelsPerTask;
+  const int64_t panel_bytes = layer.parts[0].matrix.panel_bytes;
+  const int64_t panels_per_task =
+      x.rows > kFewRows ? kPanelsPerTask : std::clamp<int64_t>(kBytesPerTask / panel_bytes, 1, 16);
   for (const auto& part : layer.parts) {
     first_task.push_back(tasks_per_block);
     tasks_per_block += (part.matrix.panel_count() + panels_per_task - 1) / panels_per_task;

@@ -55,6 +55,18 @@ TEST_CASE("the workers do take part, each under its own number") {
   CHECK(ids[1] != ids[2]);
 }
 
+TEST_CASE("a thread that is done takes over what another has not begun") {
+  ThreadPool pool(2);
+  std::atomic<int> done{0};
+  pool.parallel_for(8, 1, [&](int64_t begin, int64_t, int) {
+    // The caller's first chunk ends when all others have: its own other three too.
+    if (begin == 0)
+      while (done < 7) std::this_thread::yield();
+    ++done;
+  });
+  CHECK(done == 8);
+}
+
 TEST_CASE("what a loop wrote is seen after it, loop after loop, and after a pause") {
   ThreadPool pool(4);
   std::vector<int64_t> values(1000, 0);  // not atomic: parallel_for orders the accesses

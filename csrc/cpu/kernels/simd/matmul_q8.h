@@ -123,16 +123,17 @@ void q8_rows(const Q8Problem& t, int64_t row_begin, int64_t row_end, int64_t pan
 template <typename Codec>
 void q8_panels(const Q8Problem& t, int64_t panel_begin, int64_t panel_end, int64_t row_begin,
                int64_t row_end) {
+  const int64_t panels = t.w.panel_count();  // those after panel_end are likely next
   int64_t panel = panel_begin;
   if (row_end - row_begin > max_q8_tile_rows(1)) {
     for (; panel + kQ8TilePanels <= panel_end; panel += kQ8TilePanels) {
-      const int64_t left = panel_end - panel - kQ8TilePanels;
+      const int64_t left = panels - panel - kQ8TilePanels;
       q8_rows<Codec, kQ8TilePanels>(t, row_begin, row_end, panel,
                                     left < kQ8TilePanels ? left : kQ8TilePanels);
     }
   }
   // Few rows: memory is the limit, and one panel at a time is one stream.
-  for (; panel < panel_end; ++panel) q8_rows<Codec, 1>(t, row_begin, row_end, panel, panel + 1 < panel_end);
+  for (; panel < panel_end; ++panel) q8_rows<Codec, 1>(t, row_begin, row_end, panel, panel + 1 < panels);
 }
 
 template <typename CodecQ8, typename CodecQ4, typename CodecQ6>
