@@ -244,6 +244,9 @@ void register_engine(py::module_& m) {
           "start_profile", [](Model& model) { model.lock().backend.profile().start(); },
           py::call_guard<py::gil_scoped_release>())
       .def("stop_profile", &stop_profile)
+      .def(
+          "read_weights", [](Model& model) { return model.lock().backend.read_weights(); },
+          py::call_guard<py::gil_scoped_release>())
       .def("position_ids", &position_ids, py::arg("token_ids"), py::arg("grids"));
 
   py::class_<Prompt>(m, "Prompt", "Token ids with the vision items that stand in them.")

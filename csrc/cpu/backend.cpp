@@ -47,6 +47,7 @@ class CpuBackend final : public Backend {
   }
 
   Profile& profile() override { return ctx_.profile; }
+  int64_t read_weights() override { return language_model_.read_weights(ctx_); }
 
   int64_t max_batch_rows() const override { return kMaxBatchRows; }
 

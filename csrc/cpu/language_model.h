@@ -19,6 +19,7 @@ class LanguageModel {
   int64_t weight_bytes() const;
   /// Gives back what the last batch needed; the next one takes it anew.
   void release_buffers();
+  int64_t read_weights(Context& ctx);  ///< Backend::read_weights
 
  private:
   struct Layer {
@@ -26,6 +27,7 @@ class LanguageModel {
     PackedLinear qkv_proj, o_proj, gate_up_proj, down_proj;
   };
 
+  const PackedLinear& head_weights() const { return lm_head_.parts.empty() ? embed_tokens_ : lm_head_; }
   void embed(Context& ctx, std::span<const SequenceRows> batch);
   void attention(Context& ctx, const Layer& layer, int64_t index, std::span<const CausalRows> sequences);
   void rotate_and_store(Context& ctx, int64_t index, std::span<const CausalRows> sequences);

@@ -60,6 +60,9 @@ class Backend {
 
   /// Off until started; for benchmarks.
   virtual Profile& profile() = 0;
+  /// Reads all weights that decoding a token reads, and does nothing with them: what a token waits for at
+  /// least. Returns their bytes. For benchmarks.
+  virtual int64_t read_weights() = 0;
 
   /// Of the weights that have been used so far: the vision tower's count from the first picture.
   virtual int64_t weight_bytes() const = 0;

@@ -139,6 +139,8 @@ class Model:
     def stop_profile(self) -> list[dict[str, Any]]:
         """The stages since start_profile: name, calls, seconds, and what they had to do at least: int8_ops,
         float_ops (a multiply and an add are two), bytes."""
+    def read_weights(self) -> int:
+        """Reads all weights that decoding a token reads, and does nothing with them; returns their bytes."""
 
 class Prompt:
     """Token ids with the vision items that stand in them.

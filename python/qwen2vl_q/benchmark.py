@@ -46,6 +46,7 @@ class Timing:
     count: int
     seconds: tuple[float, ...]
     stages: tuple[Stage, ...] = ()
+    read_rates: tuple[float, ...] = ()  # bytes a second of merely reading the weights, between the runs
 
     @property
     def median_seconds(self) -> float:
@@ -189,7 +190,7 @@ class Benchmark:
         """Tokens one by one, drawing included, after `depth` others (one where it is 0)."""
         model, n = self._model, self._settings.decode_tokens
         prompt = self.prompt(max(depth, 1))
-        seconds, profiles = [], []
+        seconds, profiles, read_rates = [], [], [self._read_rate()]
         for _ in range(self._settings.repeat):
             tokens = model.generate(prompt, max_new_tokens=n + 1, ignore_eos=True)
             next(tokens)  # what the first one takes is the prompt's
@@ -198,7 +199,18 @@ class Benchmark:
                     raise ValueError(f"{self._settings.model}: the context ends before {depth} + {n} tokens")
             profiles.append(stages)
             seconds.append(model.last_stats.decode_seconds)
-        return Timing(f"decode at {depth}", n, tuple(seconds), mean_stages(profiles))
+            read_rates.append(self._read_rate())
+        return Timing(
+            f"decode at {depth}", n, tuple(seconds), mean_stages(profiles), read_rates=tuple(read_rates)
+        )
+
+    def _read_rate(self, at_least: float = 0.5) -> float:
+        """Bytes a second, in the same process and memory as decoding: where pages lie and what neighbours do
+        changes the speed of memory by half, from process to process and minute to minute."""
+        n_bytes, started = 0, perf_counter()
+        while (taken := perf_counter() - started) < at_least:
+            n_bytes += self._model.read_weights()
+        return n_bytes / taken
 
     # --- a conversation ---
 

@@ -330,6 +330,11 @@ class Qwen2VL:
         finally:
             stages += [Stage(**record) for record in self._native.stop_profile()]
 
+    def read_weights(self) -> int:
+        """Reads all weights that decoding a token reads, on the model's threads, and does nothing with them:
+        what a token waits for at least. Returns their bytes."""
+        return self._native.read_weights()
+
     def reset(self) -> None:
         """Forgets the conversation's KV cache and the images' embeddings."""
         self._generation.reset()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,8 +67,14 @@ class Result:
             case "prefill":
                 return self.limits.prefill_floor(timing.stages)
             case "decode":
-                return self.limits.decode_floor(timing.stages)
+                return self.limits_of(timing).decode_floor(timing.stages)
         return None
+
+    def limits_of(self, timing: Timing) -> Limits:
+        """With memory as fast as the model's own weights were read between the runs, where they were."""
+        if not timing.read_rates:
+            return self.limits
+        return replace(self.limits, read_bytes_per_s=median(timing.read_rates))
 
     @property
     def parts(self) -> dict[str, list[Timing]]:
@@ -121,7 +128,8 @@ def bench(models: Sequence[str], as_json: bool, profile: bool, **settings: Any) 
     """Measure image encoding, questions about a photo, prefill and decoding: medians, and the least and most.
 
     Each figure comes with the fraction of its floor: what the same work takes at the speed of this machine's
-    8-bit and floating-point dot products (images, prefill) or memory (decode), measured before and after.
+    8-bit and floating-point dot products (images, prefill), measured before and after, or of merely reading
+    the weights (decode), measured between the runs.
     Every model runs in a process of its own, so that its peak memory is its own. Machines drift: compare
     models within one run.
 
@@ -230,9 +238,16 @@ def limits_line(result: Result) -> str:
         )
 
     m = result.measured
+    reads = [rate for timing in m.decode for rate in timing.read_rates]
+    decoding = (
+        f" Decoding: plain reads of the weights between its runs, {min(reads) / 1e9:.1f} to "
+        f"{max(reads) / 1e9:.1f} GB/s, their median."
+        if reads
+        else ""
+    )
     return (
         f"Limits of {m.isa}, {m.n_threads} threads. Before: {rates(result.before)}. "
-        f"After: {rates(result.after)}. Floors take the higher of each."
+        f"After: {rates(result.after)}. Floors take the higher of each.{decoding}"
     )
 
 
@@ -241,8 +256,9 @@ def profile_table(result: Result) -> str:
     rows = [("what", "stage", "calls", "ms", "share", "rate", "of its floor")]
     for timing in (timing for part in result.parts.values() for timing in part):
         total = sum(timing.seconds) / len(timing.seconds)
+        limits = result.limits_of(timing)
         for stage in timing.stages:
-            floor = result.limits.stage_floor(stage)
+            floor = limits.stage_floor(stage)
             rows.append(
                 (
                     timing.what,
@@ -250,7 +266,7 @@ def profile_table(result: Result) -> str:
                     f"{stage.calls:.0f}",
                     f"{stage.seconds * 1e3:.1f}",
                     f"{100 * stage.seconds / total:.1f} %",
-                    stage_rate(result.limits, stage),
+                    stage_rate(limits, stage),
                     _percent(floor, stage.seconds) if floor and stage.seconds else "",
                 )
             )
@@ -284,9 +300,11 @@ def as_dict(result: Result, profile: bool) -> dict[str, Any]:
             "floor_seconds": floor,
             "floor_fraction": None if floor is None else floor / timing.median_seconds,
         }
+        if timing.read_rates:
+            fields["read_bytes_per_s"] = list(timing.read_rates)
         if profile:
             fields["stages"] = [
-                {**asdict(stage), "floor_seconds": result.limits.stage_floor(stage)}
+                {**asdict(stage), "floor_seconds": result.limits_of(timing).stage_floor(stage)}
                 for stage in timing.stages
             ]
         return fields
