@@ -320,10 +320,11 @@ class Bench {
       float maximum = -INFINITY, sum = 0.0f;
       kernels_.softmax_step(p, 512, 0.1f, &maximum, &sum);
     });
-    std::vector<uint16_t> probabilities(512);
-    time_rows("softmax_step_bf16 of 512", 512, [&](float* p) {
-      float maximum = -INFINITY, sum = 0.0f;
-      kernels_.softmax_step_bf16(p, 512, 0.1f, &maximum, &sum, probabilities.data());
+    std::vector<uint16_t> probabilities(10 * 512);
+    time_rows("softmax_steps_bf16 of 10 x 512", 10 * 512, [&](float* p) {
+      float maxima[10], sums[10] = {}, factors[10];
+      std::fill_n(maxima, 10, -INFINITY);
+      kernels_.softmax_steps_bf16(p, 512, 10, 512, 0.1f, maxima, sums, factors, probabilities.data(), 512);
     });
     time_rows("quick_gelu of 5120", n, [&](float* p) { kernels_.quick_gelu(p, n); });
     time_rows("silu_mul of 5120", n, [&](float* p) { kernels_.silu_mul(p, y.data(), n); });

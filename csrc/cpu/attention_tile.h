@@ -21,9 +21,10 @@ struct Tile {
   float* output = nullptr;   ///< [rows][head_dim]
   float* maximum = nullptr;  ///< [rows]
   float* sum = nullptr;      ///< [rows]
+  float* factors = nullptr;  ///< [rows], by which a step of the softmax shrinks what was before it
 
   static size_t bytes(int64_t rows, int64_t keys, int64_t head_dim) {
-    return static_cast<size_t>(rows) * (keys + 2 * head_dim + 2) * sizeof(float);
+    return static_cast<size_t>(rows) * (keys + 2 * head_dim + 3) * sizeof(float);
   }
   Tile(std::byte* scratch, int64_t rows, int64_t keys, int64_t head_dim) {
     scores = reinterpret_cast<float*>(scratch);
@@ -31,6 +32,7 @@ struct Tile {
     queries = output + rows * head_dim;
     maximum = queries + rows * head_dim;
     sum = maximum + rows;
+    factors = sum + rows;
   }
   void start(int64_t rows, int64_t head_dim) {
     std::memset(output, 0, static_cast<size_t>(rows * head_dim) * sizeof(float));

@@ -145,16 +145,19 @@ class CausalTile {
     return qkv + row * stride + (task_.head * group_ + r % group_) * head_dim_;
   }
 
-  /// softmax(row, n) for every row and the n of `cells` from `cell` that it sees, if any; then clear(row, n).
+  /// softmax(begin, end, n) for each token's rows and the n of `cells` from `cell` that they see, if
+  /// any; then clear(row, n) for each row.
   template <typename Softmax, typename Clear>
-  void for_rows(int64_t cell, int64_t cells, const Softmax& softmax, const Clear& clear) {
-    for (int64_t r = 0; r < rows_; ++r) {
+  void for_tokens(int64_t cell, int64_t cells, const Softmax& softmax, const Clear& clear) {
+    for (int64_t r = 0; r < rows_; r += group_) {
       const int64_t n = std::clamp<int64_t>(visible(task_.token_begin + r / group_) - cell, 0, cells);
       if (n > 0) {
-        const float factor = softmax(r, n);
-        if (factor != 1.0f) kernels_.scale_row(tile_.output + r * head_dim_, factor, head_dim_);
+        softmax(r, r + group_, n);
+        for (int64_t i = r; i < r + group_; ++i)
+          if (tile_.factors[i] != 1.0f)
+            kernels_.scale_row(tile_.output + i * head_dim_, tile_.factors[i], head_dim_);
       }
-      clear(r, n);
+      for (int64_t i = 0; i < group_; ++i) clear(r + i, n);
     }
   }
 
@@ -164,11 +167,12 @@ class CausalTile {
     kernels_.gemm_bf16_pairs(paired_queries_, head_dim_, task_.paired.keys + cell * head_dim_,
                              head_dim_ * kPanelRows, rows_, n, head_dim_,
                              {tile_.scores, kStepCells, nullptr, Store::Overwrite});
-    for_rows(
+    for_tokens(
         cell, n,
-        [&](int64_t r, int64_t seen) {
-          return kernels_.softmax_step_bf16(tile_.scores + r * kStepCells, seen, scale_, tile_.maximum + r,
-                                            tile_.sum + r, probabilities_ + r * kStepCells);
+        [&](int64_t r, int64_t rows_end, int64_t seen) {
+          kernels_.softmax_steps_bf16(tile_.scores + r * kStepCells, kStepCells, rows_end - r, seen, scale_,
+                                      tile_.maximum + r, tile_.sum + r, tile_.factors + r,
+                                      probabilities_ + r * kStepCells, kStepCells);
         },
         [&](int64_t r, int64_t seen) {
           uint16_t* probabilities = probabilities_ + r * kStepCells;
@@ -194,11 +198,12 @@ class CausalTile {
       gemm(tile_.queries, head_dim_, keys(page), cache.key_panel_elements(), cells_of(page), head_dim_,
            {tile_.scores + (page - first) * kPageCells, kStepCells, nullptr, Store::Overwrite},
            page < last ? keys(page + 1) : values(first));
-    for_rows(
+    for_tokens(
         cell, n,
-        [&](int64_t r, int64_t seen) {
-          return kernels_.softmax_step(tile_.scores + r * kStepCells, seen, scale_, tile_.maximum + r,
-                                       tile_.sum + r);
+        [&](int64_t begin, int64_t rows_end, int64_t seen) {
+          for (int64_t r = begin; r < rows_end; ++r)
+            tile_.factors[r] = kernels_.softmax_step(tile_.scores + r * kStepCells, seen, scale_,
+                                                     tile_.maximum + r, tile_.sum + r);
         },
         [&](int64_t r, int64_t seen) {
           float* scores = tile_.scores + r * kStepCells;

@@ -115,10 +115,7 @@ class FullTile {
       for (int64_t begin = 0; begin < rows; begin += kNearRows) {
         const int64_t end = std::min(begin + kNearRows, rows);
         multiply_keys(queries, stride, begin, end, n, head.keys + key * head_dim_);
-        for (int64_t r = begin; r < end; ++r) {
-          const float factor = softmax(r, n, scale);
-          if (factor != 1.0f) kernels_.scale_row(tile_.output + r * head_dim_, factor, head_dim_);
-        }
+        softmax(begin, end, n, scale);
       }
       multiply_values(rows, n, head.values + key * kPanelRows, HeadPanels<T>::even(n_keys) * kPanelRows);
     }
@@ -146,16 +143,22 @@ class FullTile {
                         head_dim_, out);
   }
 
-  float softmax(int64_t row, int64_t n, float scale) {
-    float* scores = this->scores(row);
+  void softmax(int64_t begin, int64_t end, int64_t n, float scale) {
+    float* factors = tile_.factors;
     if constexpr (kBf16) {
-      uint16_t* probabilities = probabilities_ + row * kKeys;
-      if (n % 2 != 0) probabilities[n] = 0;
-      return kernels_.softmax_step_bf16(scores, n, scale, tile_.maximum + row, tile_.sum + row,
-                                        probabilities);
+      uint16_t* probabilities = probabilities_ + begin * kKeys;
+      kernels_.softmax_steps_bf16(scores(begin), kKeys, end - begin, n, scale, tile_.maximum + begin,
+                                  tile_.sum + begin, factors + begin, probabilities, kKeys);
+      if (n % 2 != 0)
+        for (int64_t r = 0; r < end - begin; ++r) probabilities[r * kKeys + n] = 0;
     } else {
-      return kernels_.softmax_step(scores, n, scale, tile_.maximum + row, tile_.sum + row);
+      for (int64_t r = begin; r < end; ++r)
+        factors[r] =
+            kernels_.softmax_step(scores(r), n, scale, tile_.maximum + r, tile_.sum + r);
     }
+    for (int64_t r = begin; r < end; ++r)
+      if (factors[r] != 1.0f)
+        kernels_.scale_row(tile_.output + r * head_dim_, factors[r], head_dim_);
   }
 
   void multiply_values(int64_t rows, int64_t n, const T* values, int64_t value_panel) {

@@ -61,35 +61,46 @@ TEST_CASE("gemm_bf16_pairs agrees with double precision on every instruction set
   }
 }
 
-TEST_CASE("softmax_step_bf16 streams a softmax") {
+TEST_CASE("softmax_steps_bf16 streams the softmax of every row") {
   std::mt19937 random(3);
   std::normal_distribution<float> normal;
   constexpr float kScale = 0.3f;
+  constexpr int64_t kSteps = 3;
   for (const KernelTable* table : supported_kernels()) {
     CAPTURE(table->isa);
-    for (int64_t n : {1, 2, 15, 16, 17, 31, 32, 33, 100, 512}) {
-      CAPTURE(n);
-      float maximum = -std::numeric_limits<float>::infinity(), sum = 0;
-      double all_maximum = maximum, all_sum = 0;
-      for (int step = 0; step < 3; ++step) {
-        std::vector<float> scores(n);
-        for (float& s : scores) s = 20 * normal(random);
-        std::vector<uint16_t> out(n + 1, 0x1234);
-        const double old_maximum = all_maximum;
-        for (float s : scores) all_maximum = std::max(all_maximum, double{s} * kScale);
-        const float factor = table->softmax_step_bf16(scores.data(), n, kScale, &maximum, &sum, out.data());
-        CHECK(factor == doctest::Approx(std::exp(old_maximum - all_maximum)).epsilon(1e-5));
-        CHECK(maximum == doctest::Approx(all_maximum).epsilon(1e-6));
-        all_sum *= std::exp(old_maximum - all_maximum);
-        for (int64_t i = 0; i < n; ++i) {
-          const double e = std::exp(scores[i] * double{kScale} - all_maximum);
-          all_sum += e;
-          // bf16 rounds by 2^-8 at most; before it, 2^-13 and the rounding of an exponent of up to about 60.
-          if (!(std::fabs(bf16_to_f32(out[i]) - e) <= e * (0x1p-8 + 0x1p-13 + 1e-5) + 1e-37))
-            FAIL("value ", i, ": ", bf16_to_f32(out[i]), " for ", e);
+    for (int64_t rows : {1, 6, 16, 17}) {
+      for (int64_t n : {1, 2, 15, 16, 17, 31, 32, 33, 100, 512}) {
+        CAPTURE(rows);
+        CAPTURE(n);
+        const int64_t stride = n + 3;
+        std::vector<float> maxima(rows, -std::numeric_limits<float>::infinity()), sums(rows), factors(rows);
+        std::vector<double> all_maxima(rows, -std::numeric_limits<double>::infinity()), all_sums(rows);
+        for (int step = 0; step < kSteps; ++step) {
+          std::vector<float> scores(rows * stride);
+          for (float& s : scores) s = 20 * normal(random);
+          std::vector<uint16_t> out(rows * stride, 0x1234);
+          table->softmax_steps_bf16(scores.data(), stride, rows, n, kScale, maxima.data(), sums.data(),
+                                    factors.data(), out.data(), stride);
+          for (int64_t r = 0; r < rows; ++r) {
+            const double before = all_maxima[r];
+            for (int64_t i = 0; i < n; ++i)
+              all_maxima[r] = std::max(all_maxima[r], double{scores[r * stride + i]} * kScale);
+            const double factor = std::exp(before - all_maxima[r]);
+            CHECK(factors[r] == doctest::Approx(factor).epsilon(1e-5));
+            CHECK(maxima[r] == doctest::Approx(all_maxima[r]).epsilon(1e-6));
+            all_sums[r] *= factor;
+            for (int64_t i = 0; i < n; ++i) {
+              const double e = std::exp(scores[r * stride + i] * double{kScale} - all_maxima[r]);
+              all_sums[r] += e;
+              // bf16 rounds by 2^-8 at most; before it, 2^-13 and the rounding of an exponent of up to about 60.
+              const float value = bf16_to_f32(out[r * stride + i]);
+              if (!(std::fabs(value - e) <= e * (0x1p-8 + 0x1p-13 + 1e-5) + 1e-37))
+                FAIL("row ", r, ", value ", i, ": ", value, " for ", e);
+            }
+            CHECK(sums[r] == doctest::Approx(all_sums[r]).epsilon(2e-4));
+            for (int64_t i = n; i < stride; ++i) CHECK(out[r * stride + i] == 0x1234);
+          }
         }
-        CHECK(sum == doctest::Approx(all_sum).epsilon(2e-4));
-        CHECK(out[n] == 0x1234);
       }
     }
   }

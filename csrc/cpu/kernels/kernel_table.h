@@ -130,11 +130,12 @@ struct KernelTable {
   /// two consecutive k side by side. depth and a_stride are even, `a` is aligned to 4 bytes.
   void (*gemm_bf16_pairs)(const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t panel_stride,
                           int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out);
-  /// softmax_step (below) with the exponentials to `out` in bf16 instead of back to the scores. They are
-  /// within 2^-13 of the exact ones before that rounding, which is 2^-8 at most. scale > 0, scores are
-  /// finite.
-  float (*softmax_step_bf16)(const float* scores, int64_t n, float scale, float* maximum, float* sum,
-                             uint16_t* out);
+  /// softmax_step (below) for every row of scores [rows][stride], n of each, with the exponentials to
+  /// out [rows][out_stride] in bf16 instead of back to the scores, and what it returns to factors [rows]. The
+  /// exponentials are within 2^-13 of the exact ones before that rounding, which is 2^-8 at most. scale > 0,
+  /// scores are finite.
+  void (*softmax_steps_bf16)(const float* scores, int64_t stride, int64_t rows, int64_t n, float scale,
+                             float* maxima, float* sums, float* factors, uint16_t* out, int64_t out_stride);
   /// A panel [depth][16] in f16 to pairs [ceil(depth / 2)][16][2] in bf16, rounded to nearest even; an odd
   /// depth's last pair ends in zeros.
   void (*pair_f16_panel)(const uint16_t* panel, int64_t depth, uint16_t* out);

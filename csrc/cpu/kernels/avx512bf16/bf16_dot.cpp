@@ -3,6 +3,7 @@
 
 // clang-format off: tile.h is written in the names of simd.h
 #include "cpu/kernels/avx512/simd.h"
+#include "cpu/kernels/simd/exp.h"
 #include "cpu/kernels/simd/tile.h"
 // clang-format on
 #include "cpu/kernels/isa_kernels.h"
@@ -92,8 +93,8 @@ inline Vec exp2_coarse(Vec x) {
   return _mm512_scalef_ps(p, whole);
 }
 
-float softmax_step_bf16(const float* scores, int64_t n, float scale, float* maximum, float* sum,
-                        uint16_t* out) {
+/// Vectors of a row's largest elements: the largest of them is the row's.
+inline Vec row_maximum(const float* scores, int64_t n) {
   const Vec lowest = set1(-__builtin_inff());
   Vec m0 = lowest, m1 = lowest;
   int64_t i = 0;
@@ -103,13 +104,14 @@ float softmax_step_bf16(const float* scores, int64_t n, float scale, float* maxi
   }
   for (; i < n; i += kLanes)
     m0 = max(n - i >= kLanes ? load(scores + i) : load_first(scores + i, n - i, lowest), m0);
-  const float here = reduce_max(max(m0, m1)) * scale;
-  const float new_maximum = here > *maximum ? here : *maximum;
+  return max(m0, m1);
+}
 
-  constexpr float kLog2E = 1.44269504f;
-  const Vec slope = set1(scale * kLog2E), offset = set1(-new_maximum * kLog2E);
+/// out = 2^(scores * slope + offset); returns the sum.
+inline float row_exponentials(const float* scores, int64_t n, Vec slope, Vec offset, uint16_t* out) {
   Vec s0 = set1(0.0f), s1 = s0;
-  for (i = 0; i + 2 * kLanes <= n; i += 2 * kLanes) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const Vec e0 = exp2_coarse(fma(load(scores + i), slope, offset));
     const Vec e1 = exp2_coarse(fma(load(scores + i + kLanes), slope, offset));
     s0 = add(s0, e0);
@@ -124,10 +126,31 @@ float softmax_step_bf16(const float* scores, int64_t n, float scale, float* maxi
     s0 = add(s0, e);
     _mm256_mask_storeu_epi16(out + i, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e)));
   }
-  const float rescale = *maximum == new_maximum ? 1.0f : expf(*maximum - new_maximum);
-  *maximum = new_maximum;
-  *sum = *sum * rescale + reduce_add(add(s0, s1));
-  return rescale;
+  return reduce_add(add(s0, s1));
+}
+
+/// All maxima before the first exponential: a row alone would wait for its own.
+void softmax_steps_bf16(const float* scores, int64_t stride, int64_t rows, int64_t n, float scale,
+                        float* maxima, float* sums, float* factors, uint16_t* out, int64_t out_stride) {
+  constexpr float kLog2E = 1.44269504f;
+  for (int64_t begin = 0; begin < rows; begin += kLanes) {
+    const int64_t part = rows - begin < kLanes ? rows - begin : kLanes;
+    const __mmask16 mask = static_cast<__mmask16>((1u << part) - 1u);
+    alignas(64) float offsets[kLanes];
+    for (int64_t r = 0; r < part; ++r) offsets[r] = reduce_max(row_maximum(scores + (begin + r) * stride, n));
+    const Vec before = _mm512_maskz_loadu_ps(mask, maxima + begin);
+    const Vec here = _mm512_maskz_mul_ps(mask, load(offsets), set1(scale));
+    const Vec now = max(here, before);
+    _mm512_mask_storeu_ps(maxima + begin, mask, now);
+    _mm512_mask_storeu_ps(factors + begin, mask, exp(sub(before, now)));
+    store(offsets, mul(now, set1(-kLog2E)));
+    for (int64_t r = 0; r < part; ++r) {
+      const int64_t row = begin + r;
+      const float sum = row_exponentials(scores + row * stride, n, set1(scale * kLog2E), set1(offsets[r]),
+                                         out + row * out_stride);
+      sums[row] = sums[row] * factors[row] + sum;
+    }
+  }
 }
 
 void convert_f32_to_bf16(const float* x, uint16_t* out, int64_t n) {
@@ -148,7 +171,7 @@ namespace avx512bf16 {
 void add_bf16_dot(KernelTable& table) {
   table.has_bf16_dot = true;
   table.gemm_bf16_pairs = gemm_bf16_pairs;
-  table.softmax_step_bf16 = softmax_step_bf16;
+  table.softmax_steps_bf16 = softmax_steps_bf16;
   table.convert_f32_to_bf16 = convert_f32_to_bf16;
 }
 

@@ -24,20 +24,21 @@ void gemm_bf16_pairs(const uint16_t* a, int64_t a_stride, const uint16_t* b, int
   }
 }
 
-float softmax_step_bf16(const float* scores, int64_t n, float scale, float* maximum, float* sum,
-                        uint16_t* out) {
-  float new_maximum = *maximum;
-  for (int64_t i = 0; i < n; ++i) new_maximum = std::max(new_maximum, scores[i] * scale);
-  float total = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const float e = std::exp(scores[i] * scale - new_maximum);
-    total += e;
-    out[i] = f32_to_bf16(e);
+void softmax_steps_bf16(const float* scores, int64_t stride, int64_t rows, int64_t n, float scale,
+                        float* maxima, float* sums, float* factors, uint16_t* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r, scores += stride, out += out_stride) {
+    float maximum = maxima[r];
+    for (int64_t i = 0; i < n; ++i) maximum = std::max(maximum, scores[i] * scale);
+    float total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const float e = std::exp(scores[i] * scale - maximum);
+      total += e;
+      out[i] = f32_to_bf16(e);
+    }
+    factors[r] = std::exp(maxima[r] - maximum);
+    maxima[r] = maximum;
+    sums[r] = sums[r] * factors[r] + total;
   }
-  const float rescale = std::exp(*maximum - new_maximum);
-  *maximum = new_maximum;
-  *sum = *sum * rescale + total;
-  return rescale;
 }
 
 void convert_f32_to_bf16(const float* x, uint16_t* out, int64_t n) {
@@ -48,7 +49,7 @@ void convert_f32_to_bf16(const float* x, uint16_t* out, int64_t n) {
 
 void add_bf16_dot(KernelTable& table) {
   table.gemm_bf16_pairs = gemm_bf16_pairs;
-  table.softmax_step_bf16 = softmax_step_bf16;
+  table.softmax_steps_bf16 = softmax_steps_bf16;
   table.convert_f32_to_bf16 = convert_f32_to_bf16;
 }
 
