@@ -203,12 +203,23 @@ struct GroupTile {
   const int32_t* corrections;  // [rows]
   const uint8_t* weights;      // [panels][kGroupColumns / 4][16 rows][4]
   const float* scales;         // [panels][16]
-  float* sums;                 // [rows][kTilePanels * 16], added to
   int64_t columns;
+  float* sums;  // [rows][kTilePanels * 16], of the groups before where this is not the first
+  bool is_first, is_last;
+  const MatmulOutput& out;  // where the sums go from the last group on: these rows, from `column` on
+  int64_t row, column, n_cols;
 };
 
 template <int R, int P>
 void multiply_tile(const GroupTile& t) {
+  if (t.is_last) {  // the sums are added to what is there when the products are done
+    QWEN2VL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const float* row = t.out.data + (t.row + r) * t.out.stride + t.column;
+      QWEN2VL_UNROLL
+      for (int p = 0; p < P; ++p) prefetch(reinterpret_cast<const uint8_t*>(row + p * kPanelRows));
+    }
+  }
   __m512i acc[R][P];
   QWEN2VL_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -236,11 +247,18 @@ void multiply_tile(const GroupTile& t) {
   QWEN2VL_UNROLL
   for (int r = 0; r < R; ++r) {
     const Vec x_scale = set1(t.x_scales[r]);
-    float* sums = t.sums + r * kTilePanels * kPanelRows;
+    float* before = t.sums + r * kTilePanels * kPanelRows;
+    Vec sums[P];
     QWEN2VL_UNROLL
     for (int p = 0; p < P; ++p)
-      store(sums + p * kPanelRows,
-            fma(to_float(acc[r][p]), mul(scales[p], x_scale), load(sums + p * kPanelRows)));
+      sums[p] = fma(to_float(acc[r][p]), mul(scales[p], x_scale),
+                    t.is_first ? set1(0.0f) : load(before + p * kPanelRows));
+    if (t.is_last) {
+      store_sums(t.out, t.row + r, t.column, t.n_cols, sums);
+    } else {
+      QWEN2VL_UNROLL
+      for (int p = 0; p < P; ++p) store(before + p * kPanelRows, sums[p]);
+    }
   }
 }
 
@@ -261,6 +279,7 @@ void multiply_rows(int64_t rows, GroupTile t) {
     t.x_scales += part;
     t.corrections += part;
     t.sums += part * kTilePanels * kPanelRows;
+    t.row += part;
   }
 }
 
@@ -280,20 +299,14 @@ void multiply_panels(const Task& t, int64_t panel) {
   auto* weights = reinterpret_cast<uint8_t*>(t.scratch);
   auto* scales = reinterpret_cast<float*>(weights + kTilePanels * kPanelRows * kGroupColumns);
   float* sums = scales + kTilePanels * kPanelRows;
-  memset(sums, 0, static_cast<size_t>(rows) * kTilePanels * kPanelRows * sizeof(float));
   for (int64_t g = 0; g < x.groups(); ++g) {
     const int64_t columns = x.columns(g), at = g * x.rows + t.row_begin;
     for (int p = 0; p < P; ++p)
       requantize_panel<Source>(t.w, panel + p, g * kGroupBlocks, columns / kBlock32,
                                weights + p * kPanelRows * kGroupColumns, scales + p * kPanelRows);
     multiply_rows<P>(rows, {x.values + at * kGroupColumns, x.scales + at, x.corrections + at, weights, scales,
-                            sums, columns});
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    Vec row[P];
-    QWEN2VL_UNROLL
-    for (int p = 0; p < P; ++p) row[p] = load(sums + (r * kTilePanels + p) * kPanelRows);
-    store_sums(t.out, t.row_begin + r, panel * kPanelRows, t.w.rows, row);
+                            columns, sums, g == 0, g + 1 == x.groups(), t.out, t.row_begin,
+                            panel * kPanelRows, t.w.rows});
   }
 }
 
