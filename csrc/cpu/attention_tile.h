@@ -16,7 +16,7 @@ inline int64_t panels(int64_t n) { return (n + kPanelRows - 1) / kPanelRows; }
 
 /// Queries of a tile and their running result. Lives in a thread's scratch.
 struct Tile {
-  float* queries = nullptr;  ///< [rows][head_dim], causal attention only
+  float* queries = nullptr;  ///< [rows][head_dim]
   float* scores = nullptr;   ///< [rows][keys]
   float* output = nullptr;   ///< [rows][head_dim]
   float* maximum = nullptr;  ///< [rows]

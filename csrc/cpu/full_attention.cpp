@@ -38,32 +38,40 @@ struct HeadPanels {
   }
 };
 
-/// Rows [begin, begin + n) of one head, n <= 16 and begin a multiple of it, to its panels. What fills up the
-/// last panels is zero.
-void pack_rows(const KernelTable&, const float* k, const float* v, int64_t stride, int64_t begin, int64_t n,
+/// One head's row, turned.
+void rotate(const KernelTable& kernels, const float* x, const Rotation& rotation, int64_t row,
+            int64_t head_dim, float* out) {
+  const int64_t half = head_dim / 2;
+  std::memcpy(out, x, head_dim * sizeof(float));
+  kernels.rope(out, rotation.cos.data() + row * half, rotation.sin.data() + row * half, half);
+}
+
+/// Rows [begin, begin + n) of one head, n <= 16 and begin a multiple of it, to its panels: keys k
+/// [n][head_dim], values v [n][v_stride]. What fills up the last panels is zero.
+void pack_rows(const KernelTable&, const float* k, const float* v, int64_t v_stride, int64_t begin, int64_t n,
                int64_t rows, int64_t head_dim, const HeadPanels<float>& out) {
   float* key = out.keys + begin * head_dim;
   for (int64_t d = 0; d < head_dim; ++d)
-    for (int64_t r = 0; r < kPanelRows; ++r) key[d * kPanelRows + r] = r < n ? k[r * stride + d] : 0.0f;
+    for (int64_t r = 0; r < kPanelRows; ++r) key[d * kPanelRows + r] = r < n ? k[r * head_dim + d] : 0.0f;
   const int64_t value_panel = HeadPanels<float>::even(rows) * kPanelRows;
   for (int64_t d = 0; d < head_dim; d += kPanelRows) {
     const int64_t dims = std::min(kPanelRows, head_dim - d);
     float* value = out.values + d / kPanelRows * value_panel + begin * kPanelRows;
     std::memset(value, 0, HeadPanels<float>::even(n) * kPanelRows * sizeof(float));
     for (int64_t r = 0; r < n; ++r)
-      std::memcpy(value + r * kPanelRows, v + r * stride + d, dims * sizeof(float));
+      std::memcpy(value + r * kPanelRows, v + r * v_stride + d, dims * sizeof(float));
   }
 }
 
-void pack_rows(const KernelTable& kernels, const float* k, const float* v, int64_t stride, int64_t begin,
+void pack_rows(const KernelTable& kernels, const float* k, const float* v, int64_t v_stride, int64_t begin,
                int64_t n, int64_t rows, int64_t head_dim, const HeadPanels<uint16_t>& out) {
   const int64_t width = panels(head_dim) * kPanelRows;
   std::vector<uint16_t> rounded(kPanelRows * width);
-  const auto round_rows = [&](const float* x) {
+  const auto round_rows = [&](const float* x, int64_t stride) {
     for (int64_t r = 0; r < n; ++r)
       kernels.convert_f32_to_bf16(x + r * stride, rounded.data() + r * width, head_dim);
   };
-  round_rows(k);
+  round_rows(k, head_dim);
   // Four pairs of every row at a time: 16 bytes are one load.
   uint16_t* key = out.keys + begin * head_dim;
   for (int64_t d = 0; d < head_dim; d += 8) {
@@ -76,7 +84,7 @@ void pack_rows(const KernelTable& kernels, const float* k, const float* v, int64
     }
     std::memcpy(key + d * kPanelRows, block, pairs * sizeof block[0]);
   }
-  round_rows(v);
+  round_rows(v, v_stride);
   const int64_t value_panel = HeadPanels<uint16_t>::even(rows) * kPanelRows;
   for (int64_t d = 0; d < head_dim; d += kPanelRows)
     for (int64_t r = 0; r < n; r += 2) {
@@ -104,17 +112,21 @@ class FullTile {
     queries_ = probabilities_ + kTileRows * kKeys;
   }
 
-  void operator()(float* queries, int64_t stride, int64_t rows, int64_t n_keys, const HeadPanels<T>& head) {
+  /// `first_row`: the queries' place among all rows.
+  void operator()(float* queries, int64_t stride, int64_t rows, const Rotation& rotation, int64_t first_row,
+                  int64_t n_keys, const HeadPanels<T>& head) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
     tile_.start(rows, head_dim_);
-    if constexpr (kBf16)
-      for (int64_t r = 0; r < rows; ++r)
-        kernels_.convert_f32_to_bf16(queries + r * stride, queries_ + r * head_dim_, head_dim_);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* query = tile_.queries + r * head_dim_;
+      rotate(kernels_, queries + r * stride, rotation, first_row + r, head_dim_, query);
+      if constexpr (kBf16) kernels_.convert_f32_to_bf16(query, queries_ + r * head_dim_, head_dim_);
+    }
     for (int64_t key = 0; key < n_keys; key += kKeys) {
       const int64_t n = std::min(kKeys, n_keys - key);
       for (int64_t begin = 0; begin < rows; begin += kNearRows) {
         const int64_t end = std::min(begin + kNearRows, rows);
-        multiply_keys(queries, stride, begin, end, n, head.keys + key * head_dim_);
+        multiply_keys(begin, end, n, head.keys + key * head_dim_);
         softmax(begin, end, n, scale);
       }
       multiply_values(rows, n, head.values + key * kPanelRows, HeadPanels<T>::even(n_keys) * kPanelRows);
@@ -132,15 +144,14 @@ class FullTile {
   /// In bf16 a row's scores are not needed any more when its probabilities are there.
   float* scores(int64_t row) const { return tile_.scores + (kBf16 ? row % kNearRows : row) * kKeys; }
 
-  void multiply_keys(const float* queries, int64_t stride, int64_t begin, int64_t end, int64_t n,
-                     const T* keys) {
+  void multiply_keys(int64_t begin, int64_t end, int64_t n, const T* keys) {
     const MatmulOutput out{scores(begin), kKeys, nullptr, Store::Overwrite};
     if constexpr (kBf16)
       kernels_.gemm_bf16_pairs(queries_ + begin * head_dim_, head_dim_, keys, head_dim_ * kPanelRows,
                                end - begin, n, head_dim_, out);
     else
-      kernels_.gemm_f32(queries + begin * stride, stride, keys, head_dim_ * kPanelRows, end - begin, n,
-                        head_dim_, out);
+      kernels_.gemm_f32(tile_.queries + begin * head_dim_, head_dim_, keys, head_dim_ * kPanelRows,
+                        end - begin, n, head_dim_, out);
   }
 
   void softmax(int64_t begin, int64_t end, int64_t n, float scale) {
@@ -180,17 +191,17 @@ class FullTile {
 
 }  // namespace
 
-void FullAttention::operator()(Context& ctx, float* qkv, int64_t rows) {
+void FullAttention::operator()(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation) {
   const double products = 4.0 * static_cast<double>(rows * rows * num_heads_ * head_dim_);
   const auto stage = ctx.profile.stage("image attention", {0, products, 0});
   if (ctx.precision == Precision::Fast && ctx.kernels.has_bf16_dot)
-    run<uint16_t>(ctx, qkv, rows);
+    run<uint16_t>(ctx, qkv, rows, rotation);
   else
-    run<float>(ctx, qkv, rows);
+    run<float>(ctx, qkv, rows, rotation);
 }
 
 template <typename T>
-void FullAttention::run(Context& ctx, float* qkv, int64_t rows) {
+void FullAttention::run(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation) {
   const int64_t width = num_heads_ * head_dim_, stride = 3 * width;
   const int64_t key_size = HeadPanels<T>::key_elements(rows, head_dim_);
   const int64_t value_size = HeadPanels<T>::value_elements(rows, head_dim_);
@@ -204,12 +215,15 @@ void FullAttention::run(Context& ctx, float* qkv, int64_t rows) {
 
   // All heads of a row before the next row: rows are long, and a head's share of one is a few cache lines.
   ctx.pool.parallel_for(panels(rows), 4, [&](int64_t begin, int64_t end, int) {
+    std::vector<float> keys(kPanelRows * head_dim_);
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t row = p * kPanelRows;
+      const int64_t row = p * kPanelRows, n = std::min(kPanelRows, rows - row);
       const float* k = qkv + row * stride + width;
-      for (int64_t h = 0; h < num_heads_; ++h, k += head_dim_)
-        pack_rows(ctx.kernels, k, k + width, stride, row, std::min(kPanelRows, rows - row), rows, head_dim_,
-                  panels_of(h));
+      for (int64_t h = 0; h < num_heads_; ++h, k += head_dim_) {
+        for (int64_t r = 0; r < n; ++r)
+          rotate(ctx.kernels, k + r * stride, rotation, row + r, head_dim_, keys.data() + r * head_dim_);
+        pack_rows(ctx.kernels, keys.data(), k + width, stride, row, n, rows, head_dim_, panels_of(h));
+      }
     }
   });
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -217,7 +231,8 @@ void FullAttention::run(Context& ctx, float* qkv, int64_t rows) {
     FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch(thread));
     for (int64_t t = begin; t < end; ++t) {
       const int64_t h = t / tiles, row = t % tiles * kTileRows;
-      tile(qkv + row * stride + h * head_dim_, stride, std::min(kTileRows, rows - row), rows, panels_of(h));
+      tile(qkv + row * stride + h * head_dim_, stride, std::min(kTileRows, rows - row), rotation, row, rows,
+           panels_of(h));
     }
   });
 }

@@ -1,13 +1,20 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/context.h"
 
 namespace qwen2vl::cpu {
 
+/// The angles that the halves of every head turn by (rotary position embedding).
+struct Rotation {
+  std::vector<float> cos, sin;  ///< [rows][head_dim / 2]
+};
+
 /// Full attention within one sequence of rows (a temporal step of an image): every row sees every row.
-/// qkv [rows, 3 * num_heads * head_dim]: queries, keys, values side by side; the result replaces the queries.
+/// qkv [rows, 3 * num_heads * head_dim]: queries, keys, values side by side, queries and keys not turned yet;
+/// the result replaces the queries.
 /// Computed in tiles with a streaming softmax (FlashAttention, arXiv 2205.14135); nothing of size rows^2 is
 /// kept.
 /// The fast precision multiplies in bf16 where the processor has such dot products, sums and softmax in
@@ -15,12 +22,12 @@ namespace qwen2vl::cpu {
 class FullAttention {
  public:
   FullAttention(int64_t num_heads, int64_t head_dim) : num_heads_(num_heads), head_dim_(head_dim) {}
-  void operator()(Context& ctx, float* qkv, int64_t rows);
+  void operator()(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation);
   void release_buffers() { packed_.release(); }
 
  private:
   template <typename T>
-  void run(Context& ctx, float* qkv, int64_t rows);
+  void run(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation);
 
   int64_t num_heads_, head_dim_;
   FloatBuffer packed_;  ///< keys and values of the heads at work

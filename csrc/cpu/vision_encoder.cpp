@@ -92,8 +92,8 @@ void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const Gr
       layer_norm_rows(ctx, block.norm1, config_.layer_norm_eps, x + row * width, n, width, normed);
       linear(ctx, block.qkv, {normed, n, width}, qkv + row * 3 * width, 3 * width, Store::Overwrite);
     });
-    rotate(ctx, qkv, grid, turned);
-    for (int64_t t = 0; t < grid.t; ++t) attention_(ctx, qkv + t * step_rows * 3 * width, step_rows);
+    for (int64_t t = 0; t < grid.t; ++t)
+      attention_(ctx, qkv + t * step_rows * 3 * width, step_rows, turned);
     for_chunks(rows, [&](int64_t row, int64_t n) {
       linear(ctx, block.proj, {qkv + row * 3 * width, n, 3 * width}, x + row * width, width,
              Store::Accumulate);
@@ -109,7 +109,7 @@ void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const Gr
 }
 
 // VisionRotaryEmbedding: head_dim / 4 frequencies turn with the row, the same with the column.
-VisionEncoder::Rotation VisionEncoder::rotation(const GridTHW& grid) const {
+Rotation VisionEncoder::rotation(const GridTHW& grid) const {
   const int64_t half = config_.head_dim / 2, quarter = config_.head_dim / 4;
   const auto positions = patch_positions(grid, config_.spatial_merge_size);
   std::vector<float> inv_freq(quarter);
@@ -125,18 +125,6 @@ VisionEncoder::Rotation VisionEncoder::rotation(const GridTHW& grid) const {
       rotation.sin[r * half + i] = std::sin(angle);
     }
   return rotation;
-}
-
-// apply_rotary_pos_emb_vision
-void VisionEncoder::rotate(Context& ctx, float* qkv, const GridTHW& grid, const Rotation& rotation) const {
-  const auto stage = ctx.profile.stage("image rope");
-  const int64_t half = config_.head_dim / 2, width = config_.embed_dim, step_rows = grid.h * grid.w;
-  ctx.for_rows(grid.t * step_rows, [&](int64_t r) {
-    const int64_t table = r % step_rows * half;
-    for (int64_t head = 0; head < 2 * config_.num_heads; ++head)  // queries, then keys
-      ctx.kernels.rope(qkv + r * 3 * width + head * config_.head_dim, rotation.cos.data() + table,
-                       rotation.sin.data() + table, half);
-  });
 }
 
 // Qwen2VLVisionBlock: x += fc2(quick_gelu(fc1(norm2(x))))

@@ -26,13 +26,7 @@ class VisionEncoder {
     PackedLinear qkv, proj, fc1, fc2;
   };
 
-  /// Of every patch of a time step: [patches][head_dim / 2].
-  struct Rotation {
-    std::vector<float> cos, sin;
-  };
-
-  Rotation rotation(const GridTHW& grid) const;
-  void rotate(Context& ctx, float* qkv, const GridTHW& grid, const Rotation& rotation) const;
+  Rotation rotation(const GridTHW& grid) const;  ///< of every patch of a time step
   void mlp(Context& ctx, const Block& block, float* x, int64_t rows);
   void merge(Context& ctx, const float* x, int64_t rows, float* out);
 
