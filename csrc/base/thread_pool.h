@@ -26,10 +26,10 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  /// Splits [0, n) into chunks of `grain` (the last may be shorter) and calls fn(begin, end, thread) for each,
-  /// with thread in 0..size()-1; returns when all are done. Every thread has an equal share of neighbouring
-  /// chunks, which it goes through in order, and then takes over what others have not begun. The first
-  /// exception is rethrown here after all threads have stopped. Not reentrant; one caller at a time.
+  /// Splits [0, n) into chunks of `grain` (the last may be shorter) and calls fn(begin, end, thread) for
+  /// each, with thread in 0..size()-1; returns when all are done. Every thread has an equal share of
+  /// neighbouring chunks, which it goes through in order, and then takes over what others have not begun. The
+  /// first exception is rethrown here after all threads have stopped. Not reentrant; one caller at a time.
   void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t, int)>& fn);
 
  private:

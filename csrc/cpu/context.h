@@ -46,9 +46,11 @@ struct Context {
   /// Room for `rows` x `cols` quantized activations; valid until the next call.
   QuantizedRows quantized(int64_t rows, int64_t cols);
   GroupedRows grouped(int64_t rows, int64_t cols);
-  /// Room for the rows' outliers (outliers.h), and for one row of `cols` a thread; likewise.
+  /// Room for the rows' outliers (outliers.h), and for `cols` numbers of a thread's own; likewise.
   float* outlier_values(int64_t elements) { return outliers_.resize(elements); }
   float* row(int thread, int64_t cols) { return rows_[thread].resize(cols); }
+  /// Room for the largest magnitude of every column of a result; valid until the next call.
+  float* column_maxima(int64_t cols) { return maxima_.resize(cols); }
 
   /// fn(row, thread) for every row; in the calling thread alone where the rows are too few to be worth waking
   /// another.
@@ -73,7 +75,7 @@ struct Context {
 
   std::vector<AlignedBuffer> scratch_;
   AlignedBuffer quantized_;
-  FloatBuffer outliers_;
+  FloatBuffer outliers_, maxima_;
   std::vector<FloatBuffer> rows_;
 };
 

@@ -164,12 +164,10 @@ class FullTile {
         for (int64_t r = 0; r < end - begin; ++r) probabilities[r * kKeys + n] = 0;
     } else {
       for (int64_t r = begin; r < end; ++r)
-        factors[r] =
-            kernels_.softmax_step(scores(r), n, scale, tile_.maximum + r, tile_.sum + r);
+        factors[r] = kernels_.softmax_step(scores(r), n, scale, tile_.maximum + r, tile_.sum + r);
     }
     for (int64_t r = begin; r < end; ++r)
-      if (factors[r] != 1.0f)
-        kernels_.scale_row(tile_.output + r * head_dim_, factors[r], head_dim_);
+      if (factors[r] != 1.0f) kernels_.scale_row(tile_.output + r * head_dim_, factors[r], head_dim_);
   }
 
   void multiply_values(int64_t rows, int64_t n, const T* values, int64_t value_panel) {

@@ -15,14 +15,6 @@ void rms_norm_rows(Context& ctx, const NormWeights& norm, float eps, const float
   });
 }
 
-/// gate_up [rows][gate | up]: gate = silu(gate) * up
-void silu_mul_rows(Context& ctx, float* gate_up, int64_t rows, int64_t width) {
-  const auto stage = ctx.profile.stage("text silu");
-  ctx.for_rows(rows, [&](int64_t r) {
-    ctx.kernels.silu_mul(gate_up + r * 2 * width, gate_up + r * 2 * width + width, width);
-  });
-}
-
 }  // namespace
 
 LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Context& ctx,
@@ -51,7 +43,7 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
 }
 
 void LanguageModel::release_buffers() {
-  for (FloatBuffer* buffer : {&x_, &normed_, &qkv_, &gate_up_, &rope_}) buffer->release();
+  for (FloatBuffer* buffer : {&x_, &normed_, &qkv_, &wide_, &rope_}) buffer->release();
 }
 
 int64_t LanguageModel::weight_bytes() const {
@@ -101,7 +93,7 @@ void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch
   x_.resize(rows_ * config_.hidden_size);
   normed_.resize(rows_ * config_.hidden_size);
   qkv_.resize(rows_ * (config_.q_size() + 2 * config_.kv_size()));
-  gate_up_.resize(rows_ * 2 * config_.intermediate_size);
+  wide_.resize(rows_ * config_.intermediate_size);
 
   embed(ctx, batch);
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -178,12 +170,11 @@ void LanguageModel::rotate_and_store(Context& ctx, int64_t index, std::span<cons
 
 // Qwen2MLP: x += down_proj(silu(gate_proj(h)) * up_proj(h)), h = post_attention_layernorm(x)
 void LanguageModel::mlp(Context& ctx, const Layer& layer) {
-  const int64_t hidden = config_.hidden_size, wide = config_.intermediate_size;
-  float *x = x_.data(), *normed = normed_.data(), *gate_up = gate_up_.data();
+  const int64_t hidden = config_.hidden_size;
+  float *x = x_.data(), *normed = normed_.data();
   rms_norm_rows(ctx, layer.post_attention_layernorm, config_.rms_norm_eps, x, rows_, hidden, normed);
-  linear(ctx, layer.gate_up_proj, {normed, rows_, hidden}, gate_up, 2 * wide, Store::Overwrite);
-  silu_mul_rows(ctx, gate_up, rows_, wide);
-  linear(ctx, layer.down_proj, {gate_up, rows_, 2 * wide}, x, hidden, Store::Accumulate);
+  const Rows h = linear_swiglu(ctx, layer.gate_up_proj, {normed, rows_, hidden}, wide_.data());
+  linear(ctx, layer.down_proj, h, x, hidden, Store::Accumulate);
 }
 
 void LanguageModel::head(Context& ctx, std::span<const SequenceRows> batch, float* logits) {
@@ -204,8 +195,7 @@ void LanguageModel::head(Context& ctx, std::span<const SequenceRows> batch, floa
     ctx.kernels.rms_norm(x + wanted[r] * hidden, norm_.weight.data(), config_.rms_norm_eps, hidden,
                          normed + r * hidden);
   });
-  linear(ctx, head_weights(), {normed, n, hidden}, logits,
-         config_.vocab_size, Store::Overwrite);
+  linear(ctx, head_weights(), {normed, n, hidden}, logits, config_.vocab_size, Store::Overwrite);
 }
 
 }  // namespace qwen2vl::cpu

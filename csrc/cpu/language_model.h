@@ -42,12 +42,12 @@ class LanguageModel {
   Vector inv_freq_;       // [head_dim / 2]
 
   CausalAttention attention_;
-  int64_t rows_ = 0;     // of the batch at work
-  FloatBuffer x_;        // [rows][hidden], the residual stream
-  FloatBuffer normed_;   // [rows][hidden]
-  FloatBuffer qkv_;      // [rows][q | k | v]
-  FloatBuffer gate_up_;  // [rows][gate | up]
-  FloatBuffer rope_;     // [rows][cos: head_dim / 2 | sin: head_dim / 2]
+  int64_t rows_ = 0;    // of the batch at work
+  FloatBuffer x_;       // [rows][hidden], the residual stream
+  FloatBuffer normed_;  // [rows][hidden]
+  FloatBuffer qkv_;     // [rows][q | k | v]
+  FloatBuffer wide_;    // [rows][intermediate]
+  FloatBuffer rope_;    // [rows][cos: head_dim / 2 | sin: head_dim / 2]
 };
 
 }  // namespace qwen2vl::cpu

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <span>
 
 #include "cpu/outliers.h"
 
@@ -21,6 +22,7 @@ constexpr int64_t kPanelsPerTask = 4;
 // long for the last one.
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kBytesPerTask = 96 << 10;
+constexpr int64_t kMostPanelsPerTask = 16;
 
 PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& ctx) {
   PackedLinear::Part part;
@@ -54,7 +56,7 @@ QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& l
     input.grouped = ctx.grouped(x.rows, cols);
   else
     input.rows = ctx.quantized(x.rows, cols);
-  input.outliers = find_outliers(ctx, x.data, x.rows, cols, x.stride);
+  input.outliers = find_outliers(ctx, x.data, x.rows, cols, x.stride, x.column_maxima);
   const int64_t n = static_cast<int64_t>(input.outliers.size());
   float* values = ctx.outlier_values(x.rows * n);
   input.outlier_values = values;
@@ -89,34 +91,60 @@ Work linear_work(const Context& ctx, const PackedLinear& layer, int64_t rows) {
   return work;
 }
 
-/// One part's share of a task: panels [panel_begin, panel_end) times rows [row_begin, row_end) of x.
+/// Panels [panel_begin, panel_end) of a part times rows [row_begin, row_end) of x.
 struct Task {
   int64_t panel_begin, panel_end, row_begin, row_end;
 };
 
-void quantized_task(const KernelTable& kernels, const PackedLinear::Part& part, const QuantizedInput& x,
+/// fn(part, task, thread) for all of a layer's panels: row block by row block, and within one all panels, so
+/// that the activations stay in cache.
+template <typename Fn>
+void for_tasks(Context& ctx, std::span<const PackedLinear::Part> parts, int64_t rows, const Fn& fn) {
+  const int64_t panels = rows > kFewRows ? kPanelsPerTask
+                                         : std::clamp<int64_t>(kBytesPerTask / parts[0].matrix.panel_bytes, 1,
+                                                               kMostPanelsPerTask);
+  const auto tasks_of = [&](const PackedLinear::Part& part) {
+    return (part.matrix.panel_count() + panels - 1) / panels;
+  };
+  int64_t per_block = 0;
+  for (const PackedLinear::Part& part : parts) per_block += tasks_of(part);
+  const int64_t blocks = (rows + kRowsPerTask - 1) / kRowsPerTask;
+  ctx.pool.parallel_for(blocks * per_block, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t t = begin; t < end; ++t) {
+      const PackedLinear::Part* part = parts.data();
+      int64_t in_part = t % per_block;
+      for (; in_part >= tasks_of(*part); ++part) in_part -= tasks_of(*part);
+      const int64_t row = t / per_block * kRowsPerTask, panel = in_part * panels;
+      fn(*part,
+         Task{panel, std::min(panel + panels, part->matrix.panel_count()), row,
+              std::min(row + kRowsPerTask, rows)},
+         thread);
+    }
+  });
+}
+
+void quantized_task(const KernelTable& kernels, const PanelMatrix& w, const QuantizedInput& x,
                     const Task& task, const MatmulOutput& out, std::byte* scratch) {
   if (x.grouped.rows > 0)
-    kernels.matmul_groups(part.matrix, task.panel_begin, task.panel_end, x.grouped, task.row_begin,
-                          task.row_end, out, scratch);
+    kernels.matmul_groups(w, task.panel_begin, task.panel_end, x.grouped, task.row_begin, task.row_end, out,
+                          scratch);
   else
-    kernels.matmul_q8(part.matrix, task.panel_begin, task.panel_end, x.rows, task.row_begin, task.row_end,
-                      out, scratch);
+    kernels.matmul_q8(w, task.panel_begin, task.panel_end, x.rows, task.row_begin, task.row_end, out,
+                      scratch);
   const int64_t n = static_cast<int64_t>(x.outliers.size());
   if (n == 0) return;
   float* columns = reinterpret_cast<float*>(scratch);  // [n][16]
   for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
-    dequantize_panel_columns(part.matrix, p, x.outliers.data(), n, columns);
+    dequantize_panel_columns(w, p, x.outliers.data(), n, columns);
     kernels.gemm_f32(
         x.outlier_values + task.row_begin * n, n, columns, n * kPanelRows, task.row_end - task.row_begin,
-        std::min(kPanelRows, part.matrix.rows - p * kPanelRows), n,
+        std::min(kPanelRows, w.rows - p * kPanelRows), n,
         {out.data + task.row_begin * out.stride + p * kPanelRows, out.stride, nullptr, Store::Accumulate});
   }
 }
 
-void float_task(const KernelTable& kernels, const PackedLinear::Part& part, const Rows& x, const Task& task,
+void float_task(const KernelTable& kernels, const PanelMatrix& w, const Rows& x, const Task& task,
                 const MatmulOutput& out, std::byte* scratch) {
-  const PanelMatrix& w = part.matrix;
   const float* a = x.data + task.row_begin * x.stride;
   const int64_t rows = task.row_end - task.row_begin;
   const auto output_at = [&](int64_t panel) {
@@ -151,6 +179,32 @@ void float_task(const KernelTable& kernels, const PackedLinear::Part& part, cons
   }
 }
 
+/// A layer's input as its kernels want it, and the products with it.
+class Product {
+ public:
+  Product(Context& ctx, const PackedLinear& layer, const Rows& x) : ctx_(ctx), x_(x) {
+    if (std::any_of(layer.parts.begin(), layer.parts.end(),
+                    [&](const PackedLinear::Part& part) { return in_8_bits(part.matrix); }))
+      quantized_ = quantize_input(ctx, x, layer);
+  }
+
+  void operator()(const PanelMatrix& w, const Task& task, const MatmulOutput& out, int thread) const {
+    if (in_8_bits(w))
+      quantized_task(ctx_.kernels, w, quantized_, task, out, ctx_.scratch(thread));
+    else
+      float_task(ctx_.kernels, w, x_, task, out, ctx_.scratch(thread));
+  }
+
+ private:
+  bool in_8_bits(const PanelMatrix& w) const {
+    return ctx_.precision == Precision::Fast && is_quantized(w.type);
+  }
+
+  const Context& ctx_;
+  const Rows& x_;
+  QuantizedInput quantized_;
+};
+
 }  // namespace
 
 int64_t PackedLinear::weight_bytes() const {
@@ -181,43 +235,38 @@ PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Contex
 void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, int64_t out_stride,
             Store store) {
   const auto stage = ctx.profile.stage(layer.name, linear_work(ctx, layer, x.rows));
-  const KernelTable& kernels = ctx.kernels;
-  const bool fast = ctx.precision == Precision::Fast;
-  const bool quantize = fast && std::any_of(layer.parts.begin(), layer.parts.end(),
-                                            [](const auto& part) { return is_quantized(part.matrix.type); });
-  QuantizedInput input;
-  if (quantize) input = quantize_input(ctx, x, layer);
-
-  // Tasks: row block by row block, and within one all panels, so that the activations stay in cache.
-  std::vector<int64_t> first_task;  // per part, within a row block
-  int64_t tasks_per_block = 0;
-  const int64_t panel_bytes = layer.parts[0].matrix.panel_bytes;
-  const int64_t panels_per_task =
-      x.rows > kFewRows ? kPanelsPerTask : std::clamp<int64_t>(kBytesPerTask / panel_bytes, 1, 16);
-  for (const auto& part : layer.parts) {
-    first_task.push_back(tasks_per_block);
-    tasks_per_block += (part.matrix.panel_count() + panels_per_task - 1) / panels_per_task;
-  }
-  const int64_t row_blocks = (x.rows + kRowsPerTask - 1) / kRowsPerTask;
-
-  ctx.pool.parallel_for(row_blocks * tasks_per_block, 1, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t block = t / tasks_per_block;
-      const int64_t in_block = t % tasks_per_block;
-      size_t index = layer.parts.size() - 1;
-      while (first_task[index] > in_block) --index;
-      const PackedLinear::Part& part = layer.parts[index];
-      const int64_t panel = (in_block - first_task[index]) * panels_per_task;
-      const Task task{panel, std::min(panel + panels_per_task, part.matrix.panel_count()),
-                      block * kRowsPerTask, std::min((block + 1) * kRowsPerTask, x.rows)};
-      const MatmulOutput output{out + part.column, out_stride,
-                                layer.bias.empty() ? nullptr : layer.bias.data() + part.column, store};
-      if (fast && is_quantized(part.matrix.type))
-        quantized_task(kernels, part, input, task, output, ctx.scratch(thread));
-      else
-        float_task(kernels, part, x, task, output, ctx.scratch(thread));
-    }
+  const Product product(ctx, layer, x);
+  for_tasks(ctx, layer.parts, x.rows, [&](const PackedLinear::Part& part, const Task& task, int thread) {
+    product(part.matrix, task, {out + part.column, out_stride, layer.bias_of(part), store}, thread);
   });
+}
+
+Rows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const Rows& x, float* out) {
+  const auto stage = ctx.profile.stage(gate_up.name, linear_work(ctx, gate_up, x.rows));
+  const PackedLinear::Part &gate = gate_up.parts[0], &up = gate_up.parts[1];
+  const int64_t stride = gate.matrix.rows;
+  const Product product(ctx, gate_up, x);
+  float* maxima = x.rows <= kRowsPerTask ? ctx.column_maxima(stride) : nullptr;  // a task has all rows
+  for_tasks(ctx, {&gate, 1}, x.rows, [&](const PackedLinear::Part&, const Task& task, int thread) {
+    product(gate.matrix, task, {out, stride, gate_up.bias_of(gate), Store::Overwrite}, thread);
+
+    // up's panels as a matrix of their own: the task's columns alone, in the thread's own memory.
+    const int64_t first = task.panel_begin * kPanelRows,
+                  width = (task.panel_end - task.panel_begin) * kPanelRows;
+    PanelMatrix panels = up.matrix;
+    panels.data = up.matrix.panel(task.panel_begin);
+    panels.rows -= first;
+    const float* bias = gate_up.bias_of(up);
+    float* up_values = ctx.row(thread, x.rows * width);
+    product(panels, {0, task.panel_end - task.panel_begin, task.row_begin, task.row_end},
+            {up_values, width, bias == nullptr ? nullptr : bias + first, Store::Overwrite}, thread);
+
+    const int64_t columns = std::min(width, stride - first);
+    for (int64_t r = task.row_begin; r < task.row_end; ++r)
+      ctx.kernels.silu_mul(out + r * stride + first, up_values + r * width, columns);
+    if (maxima != nullptr) ctx.kernels.column_maxima(out + first, stride, x.rows, columns, maxima + first);
+  });
+  return {out, x.rows, stride, maxima};
 }
 
 }  // namespace qwen2vl::cpu

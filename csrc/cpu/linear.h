@@ -26,6 +26,7 @@ struct PackedLinear {
   bool requantize = true;
 
   int64_t weight_bytes() const;
+  const float* bias_of(const Part& part) const { return bias.empty() ? nullptr : bias.data() + part.column; }
 };
 
 /// Repacks, in parallel, and gives the mapped source pages back. `name` is a literal.
@@ -34,15 +35,21 @@ PackedLinear pack_linear(std::string_view name, std::initializer_list<const Line
 /// A matrix without bias (embedding, head).
 PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx);
 
-/// A matmul's right-hand side: rows of float32.
+/// A layer's input: rows of float32.
 struct Rows {
   const float* data = nullptr;
   int64_t rows = 0;
   int64_t stride = 0;
+  const float* column_maxima = nullptr;  ///< every column's largest magnitude, where it is known already
 };
 
 /// out[m][n] (=, +=) x[m] . weight[n] + bias[n] for every row and output feature.
 void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, int64_t out_stride,
             Store store);
+
+/// out[m][n] = silu(x[m] . gate[n]) * (x[m] . up[n]), out [rows][features]; the layer's two parts are gate
+/// and up (SwiGLU, arXiv 2002.05202), each multiplied where it is still in cache. Returns `out`, as the next
+/// layer's input.
+Rows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const Rows& x, float* out);
 
 }  // namespace qwen2vl::cpu

@@ -14,17 +14,20 @@ constexpr int64_t kColumnsPerTask = 256;
 
 }  // namespace
 
-std::vector<int32_t> find_outliers(Context& ctx, const float* x, int64_t rows, int64_t cols,
-                                   int64_t x_stride) {
-  std::vector<float> maxima(cols);
-  float* out = maxima.data();
+std::vector<int32_t> find_outliers(Context& ctx, const float* x, int64_t rows, int64_t cols, int64_t x_stride,
+                                   const float* known_maxima) {
+  std::vector<float> maxima(known_maxima != nullptr ? 0 : cols);
+  const float* out = known_maxima != nullptr ? known_maxima : maxima.data();
   float largest = 0;
-  if (rows < kFewRows) {
-    largest = ctx.kernels.column_maxima(x, x_stride, rows, cols, out);
+  if (known_maxima != nullptr) {
+    largest = *std::max_element(known_maxima, known_maxima + cols);
+  } else if (rows < kFewRows) {
+    largest = ctx.kernels.column_maxima(x, x_stride, rows, cols, maxima.data());
   } else {
     std::mutex mutex;
     ctx.pool.parallel_for(cols, kColumnsPerTask, [&](int64_t begin, int64_t end, int) {
-      const float here = ctx.kernels.column_maxima(x + begin, x_stride, rows, end - begin, out + begin);
+      const float here =
+          ctx.kernels.column_maxima(x + begin, x_stride, rows, end - begin, maxima.data() + begin);
       const std::lock_guard lock(mutex);
       largest = std::max(largest, here);
     });

@@ -92,8 +92,7 @@ void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const Gr
       layer_norm_rows(ctx, block.norm1, config_.layer_norm_eps, x + row * width, n, width, normed);
       linear(ctx, block.qkv, {normed, n, width}, qkv + row * 3 * width, 3 * width, Store::Overwrite);
     });
-    for (int64_t t = 0; t < grid.t; ++t)
-      attention_(ctx, qkv + t * step_rows * 3 * width, step_rows, turned);
+    for (int64_t t = 0; t < grid.t; ++t) attention_(ctx, qkv + t * step_rows * 3 * width, step_rows, turned);
     for_chunks(rows, [&](int64_t row, int64_t n) {
       linear(ctx, block.proj, {qkv + row * 3 * width, n, 3 * width}, x + row * width, width,
              Store::Accumulate);

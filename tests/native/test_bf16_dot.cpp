@@ -92,7 +92,8 @@ TEST_CASE("softmax_steps_bf16 streams the softmax of every row") {
             for (int64_t i = 0; i < n; ++i) {
               const double e = std::exp(scores[r * stride + i] * double{kScale} - all_maxima[r]);
               all_sums[r] += e;
-              // bf16 rounds by 2^-8 at most; before it, 2^-13 and the rounding of an exponent of up to about 60.
+              // bf16 rounds by 2^-8 at most; before it, 2^-13 and the rounding of an exponent of up to
+              // about 60.
               const float value = bf16_to_f32(out[r * stride + i]);
               if (!(std::fabs(value - e) <= e * (0x1p-8 + 0x1p-13 + 1e-5) + 1e-37))
                 FAIL("row ", r, ", value ", i, ": ", value, " for ", e);

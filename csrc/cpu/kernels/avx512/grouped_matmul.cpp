@@ -304,9 +304,9 @@ void multiply_panels(const Task& t, int64_t panel) {
     for (int p = 0; p < P; ++p)
       requantize_panel<Source>(t.w, panel + p, g * kGroupBlocks, columns / kBlock32,
                                weights + p * kPanelRows * kGroupColumns, scales + p * kPanelRows);
-    multiply_rows<P>(rows, {x.values + at * kGroupColumns, x.scales + at, x.corrections + at, weights, scales,
-                            columns, sums, g == 0, g + 1 == x.groups(), t.out, t.row_begin,
-                            panel * kPanelRows, t.w.rows});
+    multiply_rows<P>(
+        rows, {x.values + at * kGroupColumns, x.scales + at, x.corrections + at, weights, scales, columns,
+               sums, g == 0, g + 1 == x.groups(), t.out, t.row_begin, panel * kPanelRows, t.w.rows});
   }
 }
 
