@@ -65,7 +65,7 @@ _SPECIALS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-_TILE_ROWS = 256  # random rows that a matrix repeats; quantizing all of them would take minutes
+TILE_ROWS = 256  # random rows that a matrix repeats; quantizing all of them would take minutes
 
 
 def write_checkpoint_files(folder: Path, shape: dict[str, object]) -> None:
@@ -80,6 +80,7 @@ def write_checkpoint_files(folder: Path, shape: dict[str, object]) -> None:
         {
             "architectures": ["Qwen2VLForConditionalGeneration"],
             "model_type": "qwen2_vl",
+            "torch_dtype": "float16",
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e6,
             "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
@@ -96,6 +97,7 @@ def write_checkpoint_files(folder: Path, shape: dict[str, object]) -> None:
     write(
         "preprocessor_config.json",
         {
+            "image_processor_type": "Qwen2VLImageProcessor",
             "min_pixels": 3136,
             "max_pixels": 12845056,
             "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -135,7 +137,7 @@ def random_rows(tensor: MappedTensor, output: OutputTensor) -> Iterator[NDArray[
         values = rng.normal(offset, 0.02, (rows, cols)).astype(np.float32)
         yield quantize(values, output.type)
         return
-    values = rng.normal(0, 1 / math.sqrt(cols), (min(rows, _TILE_ROWS), cols)).astype(np.float32)
+    values = rng.normal(0, 1 / math.sqrt(cols), (min(rows, TILE_ROWS), cols)).astype(np.float32)
     tile = quantize(values, output.type)
     for start in range(0, rows, len(tile)):
         yield np.ascontiguousarray(tile[: rows - start])

@@ -1,17 +1,26 @@
-"""Runs the same work in this package and in llama.cpp, in turns, and prints the ratios.
+"""Runs the same work in this package, llama.cpp and OpenVINO GenAI, in turns, and prints the ratios.
 
-Both get the same random weights in the 2B shape: one file for us; for llama.cpp a language model and a
-vision tower ("mmproj"), in F16 as its users have it. The files are written to --folder once (4 GB). Every
-measurement runs in a process of its own, one after the other (ours, theirs, ours, theirs, ...), so that the
-two share neither memory nor cores.
+All get random weights in the 2B shape: one file for us; for llama.cpp a language model and a vision tower
+("mmproj"), in F16 as its users have it; for OpenVINO a folder in its own format. Ours and llama.cpp's are
+written to --folder once (4 GB). Every measurement runs in a process of its own, one after the other (ours,
+theirs, ours, theirs, ...), so that they share neither memory nor cores.
 
-llama.cpp is an optional install, built for this very processor from its source package (half an hour on two
-cores), best into an environment of its own:
+Either peer is an optional install, best into an environment of its own, and left out where none is named.
+llama.cpp is built for this very processor from its source package (half an hour on two cores):
 
 \b
   python3 -m venv peers
   CMAKE_ARGS="-DGGML_NATIVE=ON" peers/bin/pip install --no-binary llama-cpp-python llama-cpp-python
   python bench/peers.py --peer-python peers/bin/python
+
+OpenVINO needs a converted checkpoint, a real one or make_openvino_model.py's (optimum-intel 2.2 converts
+Qwen2-VL with transformers 4):
+
+\b
+  python3 -m venv openvino
+  openvino/bin/pip install openvino-genai optimum-intel nncf "transformers<5"
+  python bench/make_openvino_model.py --optimum-cli openvino/bin/optimum-cli 2b-int4
+  python bench/peers.py --openvino-python openvino/bin/python --openvino-model 2b-int4
 """
 
 from __future__ import annotations
@@ -67,11 +76,11 @@ TASKS = [
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: the command that measures, and its files."""
+    """We or a peer: the command that measures, and its files."""
 
     name: str
     command: tuple[str, ...]
-    files: dict[str, str]
+    files: dict[str, Any]
 
     def measure(self, job: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(
@@ -89,71 +98,94 @@ class Side:
 
 @dataclass(frozen=True)
 class Row:
-    """What both sides took, turn by turn: seconds of a run, or bytes."""
+    """What each side took, turn by turn: seconds of a run, or bytes. Ours come first."""
 
     name: str
     unit: str
-    ours: list[float]
-    theirs: list[float]
+    measured: dict[str, list[float]]
 
     @property
-    def ratios(self) -> list[float]:
-        return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+    def ratios(self) -> dict[str, list[float]]:
+        ours, *_ = self.measured.values()
+        return {
+            name: [peer / own for own, peer in zip(ours, values, strict=True)]
+            for name, values in list(self.measured.items())[1:]
+        }
 
     def cells(self) -> tuple[str, ...]:
-        scale, digits = (1e-9, 2) if self.unit == "GB" else (1, 2)
+        scale = 1e-9 if self.unit == "GB" else 1
         return (
             f"{self.name}, {self.unit}",
-            *(_spread([scale * value for value in side], digits) for side in (self.ours, self.theirs)),
-            _spread(self.ratios, 2),
+            *(_spread([scale * value for value in values]) for values in self.measured.values()),
+            *(_spread(values) for values in self.ratios.values()),
         )
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def write_files(folder: Path, size: str, type: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Our file; llama.cpp's two; a picture for both. What is there already stays."""
-    folder.mkdir(parents=True, exist_ok=True)
-    whole, text = folder / f"{size}-{type}.gguf", folder / f"{size}-{type}-lm.gguf"
-    vision, picture = folder / f"{size}-mmproj-f16.gguf", folder / "picture.npy"
-    if not (whole.exists() and text.exists()):
-        model = RandomModel.of(size, Recipe(type))  # type: ignore[arg-type]  # click has checked it
-        model.write(whole)
-        model.language_model().write(text)
+def _properties(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    pairs = [item.partition("=") for item in value]
+    if not all(name and setting for name, _, setting in pairs):
+        raise click.BadParameter(f"expected NAME=VALUE, found {' '.join(value)}")
+    return {name: setting for name, _, setting in pairs}
+
+
+def our_files(folder: Path, size: str, type: str) -> dict[str, str]:
+    """What is there already stays, here and below."""
+    path = folder / f"{size}-{type}.gguf"
+    if not path.exists():
+        RandomModel.of(size, Recipe(type)).write(path)  # type: ignore[arg-type]  # click has checked it
+    return {"model": str(path)}
+
+
+def llama_cpp_files(folder: Path, size: str, type: str) -> dict[str, str]:
+    text, vision = folder / f"{size}-{type}-lm.gguf", folder / f"{size}-mmproj-f16.gguf"
+    if not text.exists():
+        RandomModel.of(size, Recipe(type)).language_model().write(text)  # type: ignore[arg-type]
     if not vision.exists():
         RandomModel.of(size, Recipe("f16")).vision_tower().write(vision, "clip")
-    np.save(picture, drawn_picture((1024, 683)))
-    shared = {"picture": str(picture)}
-    return {"model": str(whole), **shared}, {"model": str(text), "mmproj": str(vision), **shared}
+    return {"model": str(text), "mmproj": str(vision)}
 
 
-def compare(task: Task, sides: tuple[Side, Side], job: dict[str, Any], turns: int, pause: float) -> list[Row]:
-    results: tuple[list[dict[str, Any]], ...] = ([], [])
+def compare(task: Task, sides: list[Side], job: dict[str, Any], turns: int, pause: float) -> list[Row]:
+    results: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
     for turn in range(turns):
-        for side, collected in zip(sides, results, strict=True):
+        for side in sides:
             click.echo(f"{task.name}: {side.name}, turn {turn + 1} of {turns}", err=True)
             time.sleep(pause)
             details = {"task": task.kind, "n": task.n, "repeat": task.repeat, "n_ctx": task.n_ctx}
-            collected.append(side.measure({**job, **details, "seed": turn}))
-    ours, theirs = results
-    if task.kind != "question" and ours[0]["count"] != theirs[0]["count"]:
-        raise click.ClickException(
-            f"{task.name}: not the same work: {ours[0]['count']} and {theirs[0]['count']} tokens"
-        )
-    click.echo(f"{task.name}: {ours[0]['version']} and {theirs[0]['version']}", err=True)
+            results[side.name].append(side.measure({**job, **details, "seed": turn}))
+    counts = {name: side[0]["count"] for name, side in results.items()}
+    if task.kind != "question" and len({*counts.values()}) != 1:
+        raise click.ClickException(f"{task.name}: not the same work: {counts} tokens")
+    click.echo(f"{task.name}: " + ", ".join(side[0]["version"] for side in results.values()), err=True)
     per_run = 1000 / task.repeat if task.kind == "decode" else 1.0
-    seconds = [[per_run * median(r["seconds"]) for r in side] for side in results]
-    rows = [Row(task.name, "ms a token" if task.kind == "decode" else "s", *seconds)]
+    seconds = {name: [per_run * median(r["seconds"]) for r in side] for name, side in results.items()}
+    rows = [Row(task.name, "ms a token" if task.kind == "decode" else "s", seconds)]
     if task.kind == "question":
-        memory = [[float(r["peak_memory_bytes"]) for r in side] for side in results]
-        rows.append(Row(f"peak memory, that photo and {_MEMORY_CONTEXT} tokens", "GB", *memory))
+        memory = {name: [float(r["peak_memory_bytes"]) for r in side] for name, side in results.items()}
+        rows.append(Row(f"peak memory, that photo and {_MEMORY_CONTEXT} tokens", "GB", memory))
     return rows
+
+
+def _has(python: str, package: str) -> bool:
+    return subprocess.run([python, "-c", f"import {package}"], capture_output=True).returncode == 0
 
 
 @click.command(help=__doc__)
 @click.option("--peer-python", default=sys.executable, help="The one that has llama-cpp-python.")
+@click.option("--openvino-python", help="The one that has openvino-genai.")
+@click.option("--openvino-model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--openvino-property",
+    "properties",
+    multiple=True,
+    callback=_properties,
+    metavar="NAME=VALUE",
+    help="Of its pipeline, such as DYNAMIC_QUANTIZATION_GROUP_SIZE=128.",
+)
 @click.option("--folder", type=click.Path(path_type=Path), default="peers-models", show_default=True)
 @click.option("--size", type=click.Choice(["2b", "7b"]), default="2b", show_default=True)
 @click.option("--type", "type_", type=click.Choice(["q4_0", "q8_0"]), default="q4_0", show_default=True)
@@ -164,6 +196,9 @@ def compare(task: Task, sides: tuple[Side, Side], job: dict[str, Any], turns: in
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a Markdown table.")
 def main(
     peer_python: str,
+    openvino_python: str | None,
+    openvino_model: Path | None,
+    properties: dict[str, str],
     folder: Path,
     size: str,
     type_: str,
@@ -173,27 +208,39 @@ def main(
     pause: float,
     as_json: bool,
 ) -> None:
-    if subprocess.run([peer_python, "-c", "import llama_cpp"], capture_output=True).returncode != 0:
+    if (openvino_python is None) != (openvino_model is None):
+        raise click.UsageError("--openvino-python and --openvino-model go together")
+    if openvino_python and not _has(openvino_python, "openvino_genai"):
+        raise click.ClickException(f"{openvino_python} has no openvino_genai; --help says how to install it")
+    with_llama_cpp = _has(peer_python, "llama_cpp")
+    if not with_llama_cpp and (openvino_python is None or peer_python != sys.executable):
         raise click.ClickException(f"{peer_python} has no llama_cpp; --help says how to install it")
     n_threads = threads or default_thread_count()
-    our_files, their_files = write_files(folder.resolve(), size, type_)
-    sides = (
-        Side("ours", (sys.executable, str(_HERE / "peer_ours.py")), our_files),
-        Side("llama.cpp", (peer_python, str(_HERE / "peer_llama_cpp.py")), their_files),
-    )
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "picture.npy", drawn_picture((1024, 683)))
+    sides = [Side("ours", (sys.executable, str(_HERE / "peer_ours.py")), our_files(folder, size, type_))]
+    if with_llama_cpp:
+        command = (peer_python, str(_HERE / "peer_llama_cpp.py"))
+        sides.append(Side("llama.cpp", command, llama_cpp_files(folder, size, type_)))
+    if openvino_python:
+        command = (openvino_python, str(_HERE / "peer_openvino.py"))
+        sides.append(Side("OpenVINO", command, {"model": str(openvino_model), "properties": properties}))
+    job = {"threads": n_threads, "picture": str(folder / "picture.npy")}
     before = Limits.measure(n_threads=n_threads)
     rows = [
         row
         for task in TASKS
         if not only or task.key in only
-        for row in compare(task, sides, {"threads": n_threads}, turns, pause)
+        for row in compare(task, sides, job, turns, pause)
     ]
     after = Limits.measure(n_threads=n_threads)
     if as_json:
         measured = [{**asdict(row), "ratios": row.ratios} for row in rows]
         print(json.dumps({"rows": measured, "limits": [asdict(before), asdict(after)]}, indent=2))
         return
-    heading = (f"{type_}, {n_threads} threads", "ours", "llama.cpp", "llama.cpp / ours")
+    peers = [side.name for side in sides[1:]]
+    heading = (f"{type_}, {n_threads} threads", "ours", *peers, *(f"{name} / ours" for name in peers))
     print(table([heading, *(row.cells() for row in rows)]))
     for name, limits in (("before", before), ("after", after)):
         rates = {k: f"{v / 1e9:.0f}" for k, v in asdict(limits).items() if k.endswith("_per_s")}
