@@ -212,13 +212,9 @@ struct GroupTile {
 
 template <int R, int P>
 void multiply_tile(const GroupTile& t) {
-  if (t.is_last) {  // the sums are added to what is there when the products are done
+  if (t.is_last) {
     QWEN2VL_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const float* row = t.out.data + (t.row + r) * t.out.stride + t.column;
-      QWEN2VL_UNROLL
-      for (int p = 0; p < P; ++p) prefetch(reinterpret_cast<const uint8_t*>(row + p * kPanelRows));
-    }
+    for (int r = 0; r < R; ++r) prefetch_output<P>(t.out, t.row + r, t.column);
   }
   __m512i acc[R][P];
   QWEN2VL_UNROLL

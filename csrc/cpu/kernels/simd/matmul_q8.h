@@ -50,6 +50,7 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
   Vec sums[R][V];
   QWEN2VL_UNROLL
   for (int r = 0; r < R; ++r) {
+    prefetch_output<P>(t.out, m + r, panel * kPanelRows);
     QWEN2VL_UNROLL
     for (int v = 0; v < V; ++v) sums[r][v] = set1(0.0f);
   }

@@ -41,6 +41,14 @@ inline void store_sums(const MatmulOutput& out, int64_t m, int64_t n, int64_t n_
   }
 }
 
+/// Fetches what store_sums will write, or add to, of P panels from column n on.
+template <int P>
+inline void prefetch_output(const MatmulOutput& out, int64_t m, int64_t n) {
+  const float* row = out.data + m * out.stride + n;
+  QWEN2VL_UNROLL
+  for (int p = 0; p < P; ++p) prefetch(reinterpret_cast<const uint8_t*>(row + p * kPanelRows));
+}
+
 /// Splits `n` into parts of at most `widest`, as even as can be; the size of the part that starts at `begin`.
 inline int64_t even_part(int64_t n, int64_t begin, int64_t widest) {
   const int64_t left = n - begin, parts = (left + widest - 1) / widest;
