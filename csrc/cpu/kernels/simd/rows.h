@@ -6,6 +6,7 @@
 
 #include "cpu/kernels/kernel_table.h"
 #include "cpu/kernels/simd/exp.h"
+#include "cpu/kernels/simd/tile.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -89,25 +90,41 @@ inline void rope(float* x, const float* cos, const float* sin, int64_t half) {
 }
 
 inline float softmax_step(float* scores, int64_t n, float scale, float* maximum, float* sum) {
+  // Four maxima and sums each: one alone would wait for itself.
   const Vec lowest = set1(-INFINITY), factor = set1(scale);
-  Vec top = set1(*maximum);
-  for_each_vector(
-      n, [&](int64_t i, auto lanes) { top = max(top, mul(lanes.load(scores + i, lowest), factor)); });
-  const float old_maximum = *maximum, new_maximum = reduce_max(top);
+  const int64_t whole = n / (4 * kLanes) * (4 * kLanes);
+  Vec top[4] = {set1(*maximum), lowest, lowest, lowest};
+  for (int64_t i = 0; i < whole; i += 4 * kLanes) {
+    QWEN2VL_UNROLL
+    for (int j = 0; j < 4; ++j) top[j] = max(top[j], mul(load(scores + i + j * kLanes), factor));
+  }
+  for_each_vector(n - whole, [&](int64_t i, auto lanes) {
+    top[0] = max(top[0], mul(lanes.load(scores + whole + i, lowest), factor));
+  });
+  const float old_maximum = *maximum;
+  const float new_maximum = reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
   if (new_maximum == -INFINITY) {  // all masked so far: exp(-inf - -inf) would be NaN
     for_each_vector(n, [&](int64_t i, auto lanes) { lanes.store(scores + i, set1(0.0f)); });
     return 1.0f;
   }
   const Vec offset = set1(new_maximum);
-  Vec total = set1(0.0f);
-  for_each_vector(n, [&](int64_t i, auto lanes) {
-    const Vec p = exp(sub(mul(lanes.load(scores + i, lowest), factor), offset));
-    lanes.store(scores + i, p);
-    total = add(total, p);
+  Vec total[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+  for (int64_t i = 0; i < whole; i += 4 * kLanes) {
+    QWEN2VL_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const Vec p = exp(sub(mul(load(scores + i + j * kLanes), factor), offset));
+      store(scores + i + j * kLanes, p);
+      total[j] = add(total[j], p);
+    }
+  }
+  for_each_vector(n - whole, [&](int64_t i, auto lanes) {
+    const Vec p = exp(sub(mul(lanes.load(scores + whole + i, lowest), factor), offset));
+    lanes.store(scores + whole + i, p);
+    total[0] = add(total[0], p);
   });
   const float rescale = first(exp(set1(old_maximum - new_maximum)));
   *maximum = new_maximum;
-  *sum = *sum * rescale + reduce_add(total);
+  *sum = *sum * rescale + reduce_add(add(add(total[0], total[1]), add(total[2], total[3])));
   return rescale;
 }
 
