@@ -12,7 +12,8 @@ Context::Context(const KernelTable& kernel_table, int n_threads, Precision preci
       pool(n_threads),
       precision(precision_),
       scratch_(pool.size()),
-      rows_(pool.size()) {}
+      rows_(pool.size()),
+      halves_(pool.size()) {}
 
 void Context::reserve_scratch(size_t bytes) {
   for (AlignedBuffer& buffer : scratch_)

@@ -49,6 +49,8 @@ struct Context {
   /// Room for the rows' outliers (outliers.h), and for `cols` numbers of a thread's own; likewise.
   float* outlier_values(int64_t elements) { return outliers_.resize(elements); }
   float* row(int thread, int64_t cols) { return rows_[thread].resize(cols); }
+  /// Room for a task's results before they are added up, likewise.
+  float* halves(int thread, int64_t elements) { return halves_[thread].resize(elements); }
   /// Room for the largest magnitude of every column of a result; valid until the next call.
   float* column_maxima(int64_t cols) { return maxima_.resize(cols); }
 
@@ -76,7 +78,7 @@ struct Context {
   std::vector<AlignedBuffer> scratch_;
   AlignedBuffer quantized_;
   FloatBuffer outliers_, maxima_;
-  std::vector<FloatBuffer> rows_;
+  std::vector<FloatBuffer> rows_, halves_;
 };
 
 }  // namespace qwen2vl::cpu

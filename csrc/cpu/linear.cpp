@@ -43,6 +43,7 @@ PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& 
 /// What the quantized parts of a layer multiply: the rows in 8 bits, less their outlier columns, and these.
 struct QuantizedInput {
   QuantizedRows rows;
+  bool fine = false;    ///< `rows` has two for each: it, and what 8 bits have left of it
   GroupedRows grouped;  ///< instead, where these have rows
   std::vector<int32_t> outliers;
   const float* outlier_values = nullptr;  ///< [rows][outliers.size()]
@@ -51,19 +52,21 @@ struct QuantizedInput {
 QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& layer) {
   const int64_t cols = layer.in_features;
   QuantizedInput input;
-  const bool grouped = ctx.kernels.has_grouped_matmul && layer.requantize && x.rows >= kManyRows;
+  input.fine = layer.fine;
+  const bool grouped =
+      !input.fine && ctx.kernels.has_grouped_matmul && layer.requantize && x.rows >= kManyRows;
   if (grouped)
     input.grouped = ctx.grouped(x.rows, cols);
   else
-    input.rows = ctx.quantized(x.rows, cols);
+    input.rows = ctx.quantized(input.fine ? 2 * x.rows : x.rows, cols);
   input.outliers = find_outliers(ctx, x.data, x.rows, cols, x.stride, x.column_maxima);
   const int64_t n = static_cast<int64_t>(input.outliers.size());
   float* values = ctx.outlier_values(x.rows * n);
   input.outlier_values = values;
   ctx.for_rows_on_threads(x.rows, [&](int64_t r, int thread) {
     const float* row = x.data + r * x.stride;
+    float* rest = n > 0 || input.fine ? ctx.row(thread, cols) : nullptr;
     if (n > 0) {
-      float* rest = ctx.row(thread, cols);
       std::memcpy(rest, row, cols * sizeof(float));
       for (int64_t c = 0; c < n; ++c) {
         values[r * n + c] = row[input.outliers[c]];
@@ -74,7 +77,13 @@ QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& l
     if (grouped)
       ctx.kernels.quantize_groups(row, cols, 1, input.grouped, r);
     else
-      ctx.kernels.quantize_rows(row, cols, 1, input.rows, r);
+      ctx.kernels.quantize_rows(row, cols, 1, input.rows, input.fine ? 2 * r : r);
+    if (input.fine) {
+      const QuantizedRows& q = input.rows;
+      ctx.kernels.subtract_quantized(row, q.values + 2 * r * cols, q.scales + 2 * r * (cols / kBlock32), cols,
+                                     rest);
+      ctx.kernels.quantize_rows(rest, cols, 1, q, 2 * r + 1);
+    }
   });
   return input;
 }
@@ -123,9 +132,37 @@ void for_tasks(Context& ctx, std::span<const PackedLinear::Part> parts, int64_t 
   });
 }
 
+/// A matrix from a panel on.
+PanelMatrix from_panel(const PanelMatrix& w, int64_t panel) {
+  PanelMatrix rest = w;
+  rest.data = w.panel(panel);
+  rest.rows -= panel * kPanelRows;
+  return rest;
+}
+
+/// `halves`: [2 * rows of x][columns of the task's panels].
+void multiply_fine(const KernelTable& kernels, const PanelMatrix& w, const QuantizedInput& x,
+                   const Task& task, const MatmulOutput& out, std::byte* scratch, float* halves) {
+  const int64_t panels = task.panel_end - task.panel_begin, width = panels * kPanelRows;
+  kernels.matmul_q8(from_panel(w, task.panel_begin), 0, panels, x.rows, 2 * task.row_begin, 2 * task.row_end,
+                    {halves, width, nullptr, Store::Overwrite}, scratch);
+  const int64_t first = task.panel_begin * kPanelRows, columns = std::min(width, w.rows - first);
+  for (int64_t m = task.row_begin; m < task.row_end; ++m) {
+    const float *coarse = halves + 2 * m * width, *rest = coarse + width;
+    float* row = out.data + m * out.stride + first;
+    for (int64_t c = 0; c < columns; ++c) {
+      const float sum = coarse[c] + rest[c] + (out.bias != nullptr ? out.bias[first + c] : 0.0f);
+      row[c] = out.store == Store::Accumulate ? row[c] + sum : sum;
+    }
+  }
+}
+
+/// `halves`: as multiply_fine's, where the input is fine.
 void quantized_task(const KernelTable& kernels, const PanelMatrix& w, const QuantizedInput& x,
-                    const Task& task, const MatmulOutput& out, std::byte* scratch) {
-  if (x.grouped.rows > 0)
+                    const Task& task, const MatmulOutput& out, std::byte* scratch, float* halves) {
+  if (x.fine)
+    multiply_fine(kernels, w, x, task, out, scratch, halves);
+  else if (x.grouped.rows > 0)
     kernels.matmul_groups(w, task.panel_begin, task.panel_end, x.grouped, task.row_begin, task.row_end, out,
                           scratch);
   else
@@ -189,10 +226,13 @@ class Product {
   }
 
   void operator()(const PanelMatrix& w, const Task& task, const MatmulOutput& out, int thread) const {
-    if (in_8_bits(w))
-      quantized_task(ctx_.kernels, w, quantized_, task, out, ctx_.scratch(thread));
-    else
+    if (in_8_bits(w)) {
+      const int64_t width = (task.panel_end - task.panel_begin) * kPanelRows;
+      quantized_task(ctx_.kernels, w, quantized_, task, out, ctx_.scratch(thread),
+                     quantized_.fine ? ctx_.halves(thread, 2 * x_.rows * width) : nullptr);
+    } else {
       float_task(ctx_.kernels, w, x_, task, out, ctx_.scratch(thread));
+    }
   }
 
  private:
@@ -200,7 +240,7 @@ class Product {
     return ctx_.precision == Precision::Fast && is_quantized(w.type);
   }
 
-  const Context& ctx_;
+  Context& ctx_;
   const Rows& x_;
   QuantizedInput quantized_;
 };
@@ -253,12 +293,10 @@ Rows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const Rows& x, flo
     // up's panels as a matrix of their own: the task's columns alone, in the thread's own memory.
     const int64_t first = task.panel_begin * kPanelRows,
                   width = (task.panel_end - task.panel_begin) * kPanelRows;
-    PanelMatrix panels = up.matrix;
-    panels.data = up.matrix.panel(task.panel_begin);
-    panels.rows -= first;
     const float* bias = gate_up.bias_of(up);
     float* up_values = ctx.row(thread, x.rows * width);
-    product(panels, {0, task.panel_end - task.panel_begin, task.row_begin, task.row_end},
+    product(from_panel(up.matrix, task.panel_begin),
+            {0, task.panel_end - task.panel_begin, task.row_begin, task.row_end},
             {up_values, width, bias == nullptr ? nullptr : bias + first, Store::Overwrite}, thread);
 
     const int64_t columns = std::min(width, stride - first);

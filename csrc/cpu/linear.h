@@ -24,6 +24,8 @@ struct PackedLinear {
   Vector bias;  ///< [out_features], or empty
   /// Whether many rows may go through KernelTable::matmul_groups: faster, and less exact.
   bool requantize = true;
+  /// Whether activations have 16 bits, as two rows of 8: of one row, the weights are read once for both.
+  bool fine = false;
 
   int64_t weight_bytes() const;
   const float* bias_of(const Part& part) const { return bias.empty() ? nullptr : bias.data() + part.column; }

@@ -69,6 +69,11 @@ float softmax_step(float* scores, int64_t n, float scale, float* maximum, float*
   return rescale;
 }
 
+void subtract_quantized(const float* x, const int8_t* values, const float* scales, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = std::fma(static_cast<float>(values[i]), -scales[i / kBlock32], x[i]);
+}
+
 float column_maxima(const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* maxima) {
   float largest = 0;
   for (int64_t c = 0; c < cols; ++c) {
@@ -111,6 +116,7 @@ void add_rows(KernelTable& table) {
   table.sum_capped = sum_capped;
   table.scale_row = scale_row;
   table.add_row = add_row;
+  table.subtract_quantized = subtract_quantized;
   table.convert_f32_to_f16 = convert_f32_to_f16;
 }
 
