@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.benchmark import Measured, Settings, Timing, drawn_picture
-from qwen2vl_q.cli.bench import Result, as_dict, profile_table, summary_table
+from qwen2vl_q.cli.bench import Result, as_dict, limits_line, profile_table, summary_table
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.errors import UnsupportedError
 from qwen2vl_q.limits import Limits, Stage, mean_stages
@@ -111,6 +112,18 @@ def test_fractions_of_the_floor() -> None:
     assert [stage["floor_seconds"] for stage in printed["decode"][0]["stages"]] == pytest.approx([2, 2, 0])
 
 
+def test_decoding_is_measured_against_reads_between_its_runs() -> None:
+    result = hand_made_result()
+    timing = replace(result.measured.decode[0], read_rates=(10.0, 40.0, 30.0))
+    result = replace(result, measured=replace(result.measured, decode=[timing]))
+    printed = as_dict(result, profile=True)["decode"][0]
+    assert printed["floor_fraction"] == pytest.approx(110 / 30 / 4.4)
+    assert [stage["floor_seconds"] for stage in printed["stages"]] == pytest.approx([100 / 30, 2, 0])
+    assert printed["read_bytes_per_s"] == [10, 40, 30]
+    assert limits_line(result).endswith("between its runs, 0.0 to 0.0 GB/s, their median.")
+    assert "plain reads" not in limits_line(hand_made_result())
+
+
 def test_tables() -> None:
     summary = summary_table([hand_made_result()]).splitlines()
     assert "|  | image 28 x 28 (10 tokens) | 5.00 (4.00 to 6.00) | 2.0 (1.7 to 2.5) | 60 % |" in summary
@@ -162,6 +175,14 @@ def test_bench(run: Run, tiny_gguf: Path) -> None:
         assert timing["stages"] and all(stage["name"].startswith(prefix) for stage in timing["stages"])
         assert timing["floor_seconds"] > 0
         assert timing["floor_fraction"] == timing["floor_seconds"] / timing["median_seconds"]
+    for timing in first["decode"]:
+        assert len(timing["read_bytes_per_s"]) == 3 and min(timing["read_bytes_per_s"]) > 0
+
+
+def test_reading_the_weights_reads_what_a_token_reads(tiny_gguf: Path) -> None:
+    model = Qwen2VL.from_gguf(tiny_gguf)
+    # All of it, but for what is left of a matrix behind whole pages.
+    assert 0 < model.read_weights() <= model._native.weight_bytes
 
 
 def test_bench_prints_a_part(run: Run, tiny_gguf: Path) -> None:
