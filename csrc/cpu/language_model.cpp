@@ -32,8 +32,8 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
   norm_ = w.norm;
   if (w.lm_head) lm_head_ = pack_matrix("text lm_head", *w.lm_head, ctx);
   embed_tokens_.fine = lm_head_.fine = true;  // its errors are the logits' own
-  // With 8-bit weights requantized in every layer, the logits of a small random model lose 1.4e-3 of their
-  // energy to "exact"; with gate and up alone, which are three fifths of the work, 8.1e-4, and with none 7.0e-4.
+  // With 8-bit weights requantized in every layer, the logits of a small random model lose 1.3e-3 of their
+  // energy to "exact"; with gate and up alone, three fifths of the work, 7.2e-4, and with none 6.0e-4.
   for (Layer& l : layers_)
     for (PackedLinear* linear : {&l.qkv_proj, &l.o_proj, &l.down_proj})
       linear->requantize = linear->parts[0].matrix.type != DType::Q8_0;

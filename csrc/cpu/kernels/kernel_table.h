@@ -175,8 +175,8 @@ struct KernelTable {
   void (*scale_row)(float* x, float factor, int64_t n);
   /// y += x.
   void (*add_row)(float* y, const float* x, int64_t n);
-  /// out = x - scales * values, of one row of QuantizedRows: what quantize_rows has left of x. n is a multiple
-  /// of 32.
+  /// out = x - scales * values, of one row of QuantizedRows: what quantize_rows has left of x. n is a
+  /// multiple of 32.
   void (*subtract_quantized)(const float* x, const int8_t* values, const float* scales, int64_t n,
                              float* out);
   /// Rounds to nearest even; overflow becomes infinity.
