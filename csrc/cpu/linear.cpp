@@ -286,7 +286,9 @@ Rows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const Rows& x, flo
   const PackedLinear::Part &gate = gate_up.parts[0], &up = gate_up.parts[1];
   const int64_t stride = gate.matrix.rows;
   const Product product(ctx, gate_up, x);
-  float* maxima = x.rows <= kRowsPerTask ? ctx.column_maxima(stride) : nullptr;  // a task has all rows
+  // Of few rows they are found as soon; of more than a task has, no task knows them.
+  const bool note_maxima = x.rows > kFewRows && x.rows <= kRowsPerTask;
+  float* maxima = note_maxima ? ctx.column_maxima(stride) : nullptr;
   for_tasks(ctx, {&gate, 1}, x.rows, [&](const PackedLinear::Part&, const Task& task, int thread) {
     product(gate.matrix, task, {out, stride, gate_up.bias_of(gate), Store::Overwrite}, thread);
 
