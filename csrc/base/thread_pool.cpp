@@ -115,7 +115,8 @@ void ThreadPool::run_chunks(int index) {
       while (share.next.load(std::memory_order_relaxed) < share.end) {
         const int64_t chunk = share.next.fetch_add(1, std::memory_order_relaxed);
         if (chunk >= share.end) break;
-        (*fn_)(chunk* grain_, std::min((chunk + 1) * grain_, n_), index);
+        const int64_t begin = chunk * grain_;
+        (*fn_)(begin, std::min(begin + grain_, n_), index);
       }
     }
   } catch (...) {

@@ -11,8 +11,8 @@
 namespace qwen2vl::cpu {
 namespace {
 
-// Enough rows that loading a panel costs little beside using it; the widest buffer, of the 2B
-// shape's MLP, then takes 18 MB.
+// Enough rows that loading a panel costs little beside using it; the widest buffer, the MLP's in
+// the 2B shape, then takes 18 MB.
 constexpr int64_t kMaxBatchRows = 512;
 
 class CpuBackend final : public Backend {

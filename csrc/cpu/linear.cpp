@@ -18,8 +18,8 @@ constexpr int64_t kRowsPerTask = kMaxGroupedRows;
 constexpr int64_t kManyRows = 48;
 // Panels per task: an even number, since kernels take two at a time.
 constexpr int64_t kPanelsPerTask = 4;
-// Up to so many rows wait for memory. Their tasks read about so many bytes, two microseconds: no thread waits
-// long for the last one.
+// Up to so many rows wait for memory. Their tasks read about so many bytes, four microseconds of a core: no
+// thread waits long for the last one.
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kBytesPerTask = 96 << 10;
 constexpr int64_t kMostPanelsPerTask = 16;
