@@ -10,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["base", "gguf", "quant", "model", "cpu", "engine", "bindings"]
+# A plug-in: a library of its own, of these layers, the interface that it has with the engine and its records.
+PLUGIN, PLUGIN_USES = "cuda", {"base", "quant", "cuda"}
+INTERFACE = {Path("model/backend_abi.h"), Path("model/profile.h")}
+STAND_IN = "stand_in"  # tests/native/stand_in, where a C++ compiler builds the kernels
+SOURCES = {".h", ".cpp", ".cu", ".cuh"}
 # The vector type of each instruction set is its own folder's; only dispatch may know that there are several.
 INSTRUCTION_SETS = {"generic", "avx2", "avx512", "avx512bf16", "neon"}
 EXTENDS = {"avx512bf16": {"avx512"}}  # its table is the other's with some kernels replaced
@@ -21,7 +26,7 @@ def native_includes() -> list[tuple[Path, Path]]:
     """(file, included file), both relative to csrc/, of every quoted include."""
     found = []
     for file in sorted((ROOT / "csrc").rglob("*")):
-        if file.suffix in {".h", ".cpp"}:
+        if file.suffix in SOURCES:
             for target in re.findall(
                 r'^\s*#include "([^"]+)"', file.read_text(encoding="utf-8"), re.MULTILINE
             ):
@@ -35,9 +40,30 @@ def test_native_layers_include_only_lower_ones() -> None:
     wrong = [
         f"{file} includes {target}"
         for file, target in includes
-        if LAYERS.index(file.parts[0]) < LAYERS.index(target.parts[0])
+        if file.parts[0] != PLUGIN
+        and (target.parts[0] == PLUGIN or LAYERS.index(file.parts[0]) < LAYERS.index(target.parts[0]))
     ]
     assert wrong == []
+
+
+def test_the_plugin_is_a_house_of_its_own() -> None:
+    includes = [(file, target) for file, target in native_includes() if file.parts[0] == PLUGIN]
+    assert len(includes) > 10
+    wrong = [
+        f"{file} includes {target}"
+        for file, target in includes
+        if target.parts[0] not in PLUGIN_USES | {STAND_IN} and target not in INTERFACE
+    ]
+    assert wrong == []
+
+
+def test_the_registry_alone_knows_the_backends() -> None:
+    knowing = {
+        str(file)
+        for file, target in native_includes()
+        if file.parts[0] == "engine" and (target.parts[0] == "cpu" or target.name == "plugin_backend.h")
+    }
+    assert knowing == {"engine/backend_registry.cpp", "engine/plugin_backend.cpp"}
 
 
 def test_kernels_include_nothing_above_panels() -> None:
@@ -68,7 +94,7 @@ def test_pybind11_stays_in_bindings() -> None:
     users = {
         file.relative_to(ROOT / "csrc").parts[0]
         for file in (ROOT / "csrc").rglob("*")
-        if file.suffix in {".h", ".cpp"} and "pybind11" in file.read_text(encoding="utf-8")
+        if file.suffix in SOURCES and "pybind11" in file.read_text(encoding="utf-8")
     }
     assert users == {"bindings"}
 

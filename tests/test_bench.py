@@ -158,7 +158,7 @@ def test_bench(run: Run, tiny_gguf: Path) -> None:
     first, second = json.loads(out)
     assert first["model"] == second["model"] == str(tiny_gguf)
     assert set(first) == {
-        *("model", "isa", "n_threads", "precision", "file_bytes", "load_seconds", "start_seconds"),
+        *("model", "device", "isa", "n_threads", "precision", "file_bytes", "load_seconds", "start_seconds"),
         *("vision_load_seconds", "image", "question", "prefill", "decode"),
         *("peak_memory_bytes", "limits_before", "limits_after"),
     }

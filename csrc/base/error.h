@@ -24,4 +24,10 @@ class UnsupportedError : public Error {
   using Error::Error;
 };
 
+/// A device that was asked for is not there, lacks memory, or failed.
+class DeviceError : public Error {
+ public:
+  using Error::Error;
+};
+
 }  // namespace qwen2vl

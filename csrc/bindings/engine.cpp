@@ -93,11 +93,18 @@ py::dict config_dict(const Model& model) {
 
 std::shared_ptr<Model> load_model(const std::string& path, const std::optional<std::string>& mmproj,
                                   int n_threads, const std::string& precision, const std::string& isa,
-                                  const PyProgress& progress) {
+                                  const PyProgress& progress, const std::string& device,
+                                  const std::optional<std::string>& plugin, int64_t device_memory) {
   if (n_threads < 0 || n_threads > 1024)
     throw std::invalid_argument("n_threads: expected 0 (automatic) to 1024, found " +
                                 std::to_string(n_threads));
-  const ModelOptions options{mmproj.value_or(""), n_threads, to_precision(precision), isa};
+  if (device_memory < 0)
+    throw std::invalid_argument("device_memory: expected 0 (what is free) or more bytes, found " +
+                                std::to_string(device_memory));
+  require_device_name(device);
+  const ModelOptions options{
+      mmproj.value_or(""),
+      {device, to_precision(precision), n_threads, isa, plugin.value_or(""), device_memory}};
   const Progress report = make_progress(progress);
   py::gil_scoped_release release;
   return std::make_shared<Model>(path, options, report);
@@ -107,7 +114,7 @@ py::list stop_profile(Model& model) {
   std::vector<StageRecord> records;
   {
     py::gil_scoped_release release;  // a call that holds the lock may be waiting for the GIL
-    records = model.lock().backend.profile().stop();
+    records = model.lock().backend.stop_profile();
   }
   py::list stages;
   for (const StageRecord& record : records) {
@@ -217,20 +224,38 @@ struct PySequence {
     sequence.accept(token, report);
   }
 
-  FloatArray logits() const {
-    const std::span<const float> values = sequence.logits();
+  FloatArray logits() {
+    std::span<const float> values;
+    {
+      py::gil_scoped_release release;  // they may have to come from a device that another call uses
+      values = sequence.logits();
+    }
     if (values.empty()) throw std::invalid_argument("logits: nothing has been evaluated yet");
     return FloatArray(static_cast<py::ssize_t>(values.size()), values.data());
   }
 };
 
+void accept_together(const std::vector<PySequence*>& states, const std::vector<int32_t>& tokens) {
+  std::vector<Sequence*> sequences;
+  for (PySequence* state : states) {
+    if (state == nullptr) throw std::invalid_argument("accept_together: expected sequences, found None");
+    sequences.push_back(&state->sequence);
+  }
+  const Progress report = make_progress(std::nullopt);
+  py::gil_scoped_release release;
+  Sequence::accept_together(sequences, tokens, report);
+}
+
 }  // namespace
 
 void register_engine(py::module_& m) {
-  py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Weights on the CPU backend.")
+  py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Weights on a backend.")
       .def(py::init(&load_model), py::arg("path"), py::arg("mmproj") = py::none(), py::arg("n_threads") = 0,
-           py::arg("precision") = "fast", py::arg("isa") = "", py::arg("progress") = py::none())
+           py::arg("precision") = "fast", py::arg("isa") = "", py::arg("progress") = py::none(),
+           py::arg("device") = "cpu", py::arg("plugin") = py::none(), py::arg("device_memory") = 0)
       .def_property_readonly("config", &config_dict)
+      .def_property_readonly("device", [](const Model& model) { return model.backend().device(); })
+      .def_property_readonly("note", &Model::note)
       .def_property_readonly("isa", [](const Model& model) { return std::string(model.backend().isa()); })
       .def_property_readonly("n_threads", [](const Model& model) { return model.backend().n_threads(); })
       .def_property_readonly(
@@ -241,7 +266,7 @@ void register_engine(py::module_& m) {
       .def("encode_image", &encode_image, py::arg("pixel_values"), py::arg("grid_thw"),
            py::arg("progress") = py::none())
       .def(
-          "start_profile", [](Model& model) { model.lock().backend.profile().start(); },
+          "start_profile", [](Model& model) { model.lock().backend.start_profile(); },
           py::call_guard<py::gil_scoped_release>())
       .def("stop_profile", &stop_profile)
       .def(
@@ -265,13 +290,13 @@ void register_engine(py::module_& m) {
       .def(py::init([](std::shared_ptr<Model> model, int64_t n_ctx) {
              return std::make_unique<PySequence>(PySequence{model, Sequence(model, n_ctx)});
            }),
-           py::arg("model"), py::arg("n_ctx"))
+           py::arg("model"), py::arg("n_ctx"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("n_cells", [](const PySequence& s) { return s.sequence.size(); })
       .def_property_readonly("n_ctx", [](const PySequence& s) { return s.sequence.n_ctx(); })
       .def_property_readonly("kv_bytes", [](const PySequence& s) { return s.sequence.kv_bytes(); })
       .def(
           "reuse", [](PySequence& s, const Prompt& prompt) { return s.sequence.reuse(prompt); },
-          py::arg("prompt"))
+          py::arg("prompt"), py::call_guard<py::gil_scoped_release>())
       .def("prefill", &PySequence::prefill, py::arg("prompt"), py::arg("embeddings"),
            py::arg("progress") = py::none())
       .def("prefill_logits", &PySequence::prefill_logits, py::arg("prompt"), py::arg("embeddings"),
@@ -279,8 +304,9 @@ void register_engine(py::module_& m) {
       .def("accept", &PySequence::accept, py::arg("token"))
       .def_property_readonly("logits", &PySequence::logits)
       .def(
-          "sample", [](const PySequence& s, Sampler& sampler) { return s.sequence.sample(sampler); },
-          py::arg("sampler"));
+          "sample", [](PySequence& s, Sampler& sampler) { return s.sequence.sample(sampler); },
+          py::arg("sampler"), py::call_guard<py::gil_scoped_release>());
+  m.def("accept_together", &accept_together, py::arg("states"), py::arg("tokens"));
 }
 
 }  // namespace qwen2vl::bindings

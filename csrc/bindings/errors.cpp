@@ -11,6 +11,8 @@ void register_errors(py::module_& m) {
       "A file's content is not what its format says.";
   py::register_exception<UnsupportedError>(m, "UnsupportedError", base).attr("__doc__") =
       "A well-formed input that this build or machine cannot run.";
+  py::register_exception<DeviceError>(m, "DeviceError", base).attr("__doc__") =
+      "A device that was asked for is not there, lacks memory, or failed.";
 }
 
 }  // namespace qwen2vl::bindings

@@ -6,17 +6,22 @@
 #include "bindings/bindings.h"
 #include "cpu/kernels/kernel_table.h"
 #include "cpu/limits.h"
+#include "engine/plugin.h"
 
 namespace qwen2vl::bindings {
 namespace {
+
+void require_seconds(double seconds) {
+  if (!(seconds > 0.0 && seconds <= 60.0))
+    throw std::invalid_argument("seconds: expected more than 0, at most 60, found " +
+                                std::to_string(seconds));
+}
 
 py::dict measure_limits(const std::string& isa, int n_threads, double seconds) {
   if (n_threads < 0 || n_threads > 1024)
     throw std::invalid_argument("n_threads: expected 0 (automatic) to 1024, found " +
                                 std::to_string(n_threads));
-  if (!(seconds > 0.0 && seconds <= 60.0))
-    throw std::invalid_argument("seconds: expected more than 0, at most 60, found " +
-                                std::to_string(seconds));
+  require_seconds(seconds);
   cpu::MachineLimits limits;
   {
     py::gil_scoped_release release;
@@ -25,6 +30,40 @@ py::dict measure_limits(const std::string& isa, int n_threads, double seconds) {
   }
   py::dict result;
   result["int8_ops_per_s"] = limits.int8_ops;
+  result["float_ops_per_s"] = limits.float_ops;
+  result["fp32_ops_per_s"] = limits.fp32_ops;
+  result["read_bytes_per_s"] = limits.read_bytes;
+  return result;
+}
+
+py::list devices_of(const std::string& plugin) {
+  std::vector<qwen2vl_device> devices;
+  {
+    py::gil_scoped_release release;
+    devices = plugin_devices(open_plugin(plugin));
+  }
+  py::list result;
+  for (const qwen2vl_device& device : devices) {
+    py::dict d;
+    d["name"] = std::string(device.name);
+    d["total_bytes"] = device.total_bytes;
+    d["free_bytes"] = device.free_bytes;
+    d["compute_capability"] = device.compute_capability;
+    d["multiprocessors"] = device.multiprocessors;
+    result.append(d);
+  }
+  return result;
+}
+
+py::dict measure_device_limits(const std::string& plugin, int index, double seconds) {
+  require_seconds(seconds);
+  qwen2vl_limits limits;
+  {
+    py::gil_scoped_release release;
+    limits = measure_plugin_limits(open_plugin(plugin), index, seconds);
+  }
+  py::dict result;
+  result["int8_ops_per_s"] = limits.float_ops;  // whatever 8 bits are stored in, products are of 16
   result["float_ops_per_s"] = limits.float_ops;
   result["fp32_ops_per_s"] = limits.fp32_ops;
   result["read_bytes_per_s"] = limits.read_bytes;
@@ -47,6 +86,9 @@ void register_machine(py::module_& m) {
         "Physical cores allowed by the affinity mask and the cgroup CPU quota.");
   m.def("measure_limits", &measure_limits, py::arg("isa") = "", py::arg("n_threads") = 0,
         py::arg("seconds") = 0.5, "What this machine can do at most in a second, all threads together.");
+  m.def("plugin_devices", &devices_of, py::arg("plugin"), "Devices that a plug-in library finds.");
+  m.def("measure_device_limits", &measure_device_limits, py::arg("plugin"), py::arg("index") = 0,
+        py::arg("seconds") = 0.5, "What a plug-in's device can do at most in a second.");
 }
 
 }  // namespace qwen2vl::bindings

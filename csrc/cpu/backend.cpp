@@ -46,13 +46,15 @@ class CpuBackend final : public Backend {
     language_model_(ctx_, batch, logits, progress);
   }
 
-  Profile& profile() override { return ctx_.profile; }
+  void start_profile() override { ctx_.profile.start(); }
+  std::vector<StageRecord> stop_profile() override { return ctx_.profile.stop(); }
   int64_t read_weights() override { return language_model_.read_weights(ctx_); }
 
   int64_t max_batch_rows() const override { return kMaxBatchRows; }
 
   int64_t weight_bytes() const override { return weight_bytes_; }
 
+  std::string device() const override { return "cpu"; }
   std::string_view isa() const override { return ctx_.kernels.isa; }
   int n_threads() const override { return ctx_.pool.size(); }
 

@@ -8,19 +8,19 @@
 #include <malloc.h>
 #endif
 
-#include "cpu/backend.h"
+#include "gguf/reader.h"
+#include "model/weights.h"
 
 namespace qwen2vl {
 
 Model::Model(const std::string& path, const ModelOptions& options, const Progress& progress)
-    : precision_(options.precision) {
+    : precision_(options.backend.precision) {
   std::vector<std::unique_ptr<gguf::File>> files;
   std::vector<const gguf::File*> views;
   for (const std::string& p : {path, options.mmproj})
     if (!p.empty()) views.push_back(files.emplace_back(std::make_unique<gguf::File>(p)).get());
   config_ = read_config(views);
-  backend_ = cpu::make_cpu_backend(config_, load_weights(std::move(files), config_),
-                                   {options.n_threads, options.precision, options.isa}, progress);
+  chosen_ = make_backend(config_, load_weights(std::move(files), config_), options.backend, progress);
 #ifdef __GLIBC__
   malloc_trim(0);  // what reading the vocabulary has left behind
 #endif

@@ -2,20 +2,17 @@
 
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 
-#include "gguf/reader.h"
+#include "engine/backend_registry.h"
 #include "model/backend.h"
-#include "model/weights.h"
+#include "model/config.h"
 
 namespace qwen2vl {
 
 struct ModelOptions {
   std::string mmproj;  ///< the vision tower's file where it is not in the model's own; empty: none
-  int n_threads = 0;   ///< 0: default_thread_count()
-  Precision precision = Precision::Fast;
-  std::string isa;  ///< empty: the best one
+  BackendOptions backend;
 };
 
 /// A loaded model. Threads may share it: calls of the backend go one at a time.
@@ -31,13 +28,15 @@ class Model {
     std::unique_lock<std::mutex> lock;
     Backend& backend;
   };
-  Locked lock() { return {std::unique_lock(mutex_), *backend_}; }
-  const Backend& backend() const { return *backend_; }
+  Locked lock() { return {std::unique_lock(mutex_), *chosen_.backend}; }
+  const Backend& backend() const { return *chosen_.backend; }
+  /// A warning to the user about where the model computes, or empty.
+  std::string note() const { return chosen_.note.empty() ? backend().note() : chosen_.note; }
 
  private:
   ModelConfig config_;
   Precision precision_;
-  std::unique_ptr<Backend> backend_;
+  ChosenBackend chosen_;
   std::mutex mutex_;
 };
 

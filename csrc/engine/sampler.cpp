@@ -5,8 +5,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "base/error.h"
-
 namespace qwen2vl {
 namespace {
 
@@ -18,6 +16,8 @@ void require(bool ok, const char* name, double value, const char* expected) {
 
 }  // namespace
 
+Error damaged_logits() { return Error("the model's logits are not numbers: the weights are damaged"); }
+
 Sampler::Sampler(const SamplingParams& params) : params_(params), state_(params.seed) {
   require(params.temperature >= 0 && std::isfinite(params.temperature), "temperature", params.temperature,
           "a number of 0 or more");
@@ -26,6 +26,10 @@ Sampler::Sampler(const SamplingParams& params) : params_(params), state_(params.
   require(params.min_p >= 0 && params.min_p < 1, "min_p", params.min_p, "a number in [0, 1)");
   require(params.repetition_penalty > 0 && std::isfinite(params.repetition_penalty), "repetition_penalty",
           params.repetition_penalty, "a positive number");
+}
+
+bool Sampler::is_greedy() const {
+  return (params_.temperature == 0 || params_.top_k == 1) && params_.repetition_penalty == 1;
 }
 
 // SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): 53 bits to [0, 1).
@@ -50,8 +54,7 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
   int32_t best = -1;
   for (size_t i = 0; i < scores.size(); ++i)
     if (!std::isnan(scores[i]) && (best < 0 || scores[i] > scores[best])) best = static_cast<int32_t>(i);
-  if (best < 0 || !std::isfinite(scores[best]))
-    throw Error("the model's logits are not numbers: the weights are damaged");
+  if (best < 0 || !std::isfinite(scores[best])) throw damaged_logits();
   if (params_.temperature == 0 || params_.top_k == 1) return best;
 
   // Candidates, best first; equal logits by id, so that the order is the same everywhere.

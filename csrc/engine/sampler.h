@@ -4,6 +4,8 @@
 #include <span>
 #include <vector>
 
+#include "base/error.h"
+
 namespace qwen2vl {
 
 struct SamplingParams {
@@ -15,12 +17,18 @@ struct SamplingParams {
   uint64_t seed = 0;
 };
 
+/// Of logits that no token can be drawn from.
+Error damaged_logits();
+
 /// Draws tokens. Order, as in transformers: repetition penalty, temperature, top_k, top_p, min_p. Greedy
 /// takes the first of equal logits. The same seed gives the same draws on every platform.
 class Sampler {
  public:
   /// Throws std::invalid_argument for a parameter out of range.
   explicit Sampler(const SamplingParams& params);
+
+  /// Always takes the first of the largest logits, whatever stands before.
+  bool is_greedy() const;
 
   /// `previous`: the tokens that the repetition penalty looks at. Throws Error where no logit is a number.
   int32_t sample(std::span<const float> logits, std::span<const int32_t> previous);

@@ -60,7 +60,7 @@ int64_t Sequence::reuse(const Prompt& prompt) {
     cells_.resize(common);
     token_ids_.resize(common);
   }
-  logits_.clear();
+  forget_logits();
   return common;
 }
 
@@ -91,28 +91,80 @@ void Sequence::prefill(const Prompt& prompt, std::span<const float* const> embed
   int32_t largest = 0;
   for (const Position& p : prompt.positions()) largest = std::max({largest, p[0], p[1], p[2]});
   next_position_ = largest + 1;
-  logits_.clear();
+  forget_logits();
 
-  std::vector<float> last(wanted == LogitsWanted::Last ? vocab : 0);
+  const bool kept = wanted == LogitsWanted::Last && model_->backend().keeps_logits();
+  std::vector<float> last(wanted == LogitsWanted::Last && !kept ? vocab : 0);
   const int64_t chunk = model_->backend().max_batch_rows();
   for (int64_t done = 0; done < total; done += chunk) {
     const int64_t n = std::min(chunk, total - done);
     const bool final_chunk = done + n == total;
-    const LogitsWanted chunk_wanted = wanted == LogitsWanted::All    ? LogitsWanted::All
-                                      : final_chunk && !last.empty() ? LogitsWanted::Last
-                                                                     : LogitsWanted::None;
+    const LogitsWanted chunk_wanted =
+        wanted == LogitsWanted::Last && !final_chunk ? LogitsWanted::None : wanted;
     append(std::span(prompt.token_ids()).subspan(first + done, n),
            std::span<const float* const>(rows).subspan(done, n),
            std::span(prompt.positions()).subspan(first + done, n), chunk_wanted,
-           wanted == LogitsWanted::All ? all_logits + done * vocab : last.data(),
+           wanted == LogitsWanted::All ? all_logits + done * vocab
+           : kept                      ? nullptr
+                                       : last.data(),
            [&](int64_t layer, int64_t layers) { progress(done + n * layer / layers, total); });
     const auto begin = prompt.cells().begin() + first + done;
     cells_.insert(cells_.end(), begin, begin + n);
   }
   logits_ = std::move(last);
+  on_device_ = kept;
 }
 
 void Sequence::accept(int32_t token, const Progress& progress) {
+  Sequence* self = this;
+  accept_together({&self, 1}, {&token, 1}, progress);
+}
+
+void Sequence::accept_together(std::span<Sequence* const> sequences, std::span<const int32_t> tokens,
+                               const Progress& progress) {
+  if (sequences.empty()) return;
+  if (sequences.size() != tokens.size())
+    throw std::invalid_argument("accept_together: expected a token for each of " +
+                                std::to_string(sequences.size()) + " sequences, found " +
+                                std::to_string(tokens.size()));
+  Model& model = *sequences[0]->model_;
+  const int64_t n = static_cast<int64_t>(sequences.size()), vocab = model.config().text.vocab_size;
+  if (n > model.backend().max_batch_rows())
+    throw std::invalid_argument("accept_together: expected " + std::to_string(model.backend().max_batch_rows()) +
+                                " sequences at most, found " + std::to_string(n));
+  std::vector<Position> positions;
+  std::vector<SequenceRows> batch;
+  positions.reserve(sequences.size());
+  const float* no_embedding = nullptr;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    Sequence& s = *sequences[i];
+    if (s.model_.get() != &model || std::find(sequences.begin(), sequences.begin() + i, &s) != sequences.begin() + i)
+      throw std::invalid_argument("accept_together: expected different sequences of one model");
+    s.require_acceptable(tokens[i]);
+    positions.push_back({s.next_position_, s.next_position_, s.next_position_});
+    batch.push_back({s.cache_.get(), {&tokens[i], 1}, {&no_embedding, 1}, {&positions[i], 1}, LogitsWanted::Last});
+  }
+  const bool kept = model.backend().keeps_logits();
+  std::vector<float> logits(kept ? 0 : n * vocab);
+  for (Sequence* s : sequences) s->on_device_ = false;  // a call that fails may have overwritten them
+  model.lock().backend.forward(batch, kept ? nullptr : logits.data(), progress);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    Sequence& s = *sequences[i];
+    s.token_ids_.push_back(tokens[i]);
+    s.cells_.push_back({tokens[i], 0, {0, 0, 0}, {}});
+    ++s.next_position_;
+    if (kept)
+      s.logits_.clear();
+    else if (n == 1)
+      s.logits_.swap(logits);
+    else
+      s.logits_.assign(logits.begin() + static_cast<int64_t>(i) * vocab,
+                       logits.begin() + static_cast<int64_t>(i + 1) * vocab);
+    s.on_device_ = kept;
+  }
+}
+
+void Sequence::require_acceptable(int32_t token) const {
   const TextConfig& text = model_->config().text;
   if (cells_.empty()) throw std::invalid_argument("accept: nothing has been evaluated yet");
   if (token < 0 || token >= text.vocab_size)
@@ -120,19 +172,35 @@ void Sequence::accept(int32_t token, const Progress& progress) {
                                 ", found " + std::to_string(token));
   if (size() >= n_ctx_)
     throw std::invalid_argument("the context is full: it holds " + std::to_string(n_ctx_) + " tokens");
-  if (logits_.empty()) throw std::invalid_argument("accept: the last prefill was not finished");
-  const float* no_embedding = nullptr;
-  const Position position{next_position_, next_position_, next_position_};
-  std::vector<float> logits(text.vocab_size);
-  append({&token, 1}, {&no_embedding, 1}, {&position, 1}, LogitsWanted::Last, logits.data(), progress);
-  cells_.push_back({token, 0, {0, 0, 0}, {}});
-  ++next_position_;
-  logits_.swap(logits);
+  if (logits_.empty() && !on_device_)
+    throw std::invalid_argument("accept: the last prefill was not finished");
 }
 
-int32_t Sequence::sample(Sampler& sampler) const {
-  if (logits_.empty()) throw std::invalid_argument("sample: nothing has been evaluated yet");
-  return sampler.sample(logits_, token_ids_);
+std::span<const float> Sequence::logits() {
+  if (logits_.empty() && on_device_) {
+    std::vector<float> logits(model_->config().text.vocab_size);
+    const Model::Locked locked = model_->lock();
+    cache_->last_logits(logits.data());
+    logits_ = std::move(logits);
+  }
+  return logits_;
+}
+
+int32_t Sequence::sample(Sampler& sampler) {
+  if (logits_.empty() && on_device_ && sampler.is_greedy()) {
+    const Model::Locked locked = model_->lock();
+    const int32_t token = cache_->likeliest();
+    if (token < 0) throw damaged_logits();
+    return token;
+  }
+  const std::span<const float> values = logits();
+  if (values.empty()) throw std::invalid_argument("sample: nothing has been evaluated yet");
+  return sampler.sample(values, token_ids_);
+}
+
+void Sequence::forget_logits() {
+  logits_.clear();
+  on_device_ = false;
 }
 
 void Sequence::append(std::span<const int32_t> ids, std::span<const float* const> rows,

@@ -69,12 +69,17 @@ class Sequence {
 
   /// Evaluates one more text token after the last cell.
   void accept(int32_t token, const Progress& progress);
+  /// One more token of each of several sequences of one model, none twice, in one forward pass.
+  static void accept_together(std::span<Sequence* const> sequences, std::span<const int32_t> tokens,
+                              const Progress& progress);
 
   /// [vocab_size] after the last cell; empty where it has not been evaluated.
-  std::span<const float> logits() const { return logits_; }
-  int32_t sample(Sampler& sampler) const;
+  std::span<const float> logits();
+  int32_t sample(Sampler& sampler);
 
  private:
+  void require_acceptable(int32_t token) const;
+  void forget_logits();
   void append(std::span<const int32_t> ids, std::span<const float* const> rows,
               std::span<const Position> positions, LogitsWanted wanted, float* logits,
               const Progress& progress);
@@ -85,7 +90,8 @@ class Sequence {
   std::vector<CellKey> cells_;
   std::vector<int32_t> token_ids_;  // of the cells
   int32_t next_position_ = 0;       // of a text token after the last cell
-  std::vector<float> logits_;
+  std::vector<float> logits_;       // after the last cell, where they are here
+  bool on_device_ = false;          // ... and where they are still in cache_
 };
 
 }  // namespace qwen2vl

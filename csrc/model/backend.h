@@ -4,7 +4,10 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <stdexcept>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "model/positions.h"
 #include "model/profile.h"
@@ -26,6 +29,11 @@ class KvCache {
   virtual int64_t size() const = 0;             ///< cells filled
   virtual void truncate(int64_t size) = 0;      ///< keeps the first `size` cells, frees pages behind them
   virtual int64_t allocated_bytes() const = 0;  ///< memory of the pages
+
+  /// Where the backend keeps logits (Backend::keeps_logits), those after the last cell: all of them
+  /// [vocab_size], or the first of the largest, -1 where none is a number. Asked before the cache changes.
+  virtual void last_logits(float* /*out*/) { throw std::logic_error("this backend keeps no logits"); }
+  virtual int32_t likeliest() { throw std::logic_error("this backend keeps no logits"); }
 };
 
 enum class LogitsWanted { None, Last, All };
@@ -52,22 +60,28 @@ class Backend {
                              const Progress& progress) = 0;
 
   /// Appends the rows of every sequence; writes the logits wanted, [rows, vocab_size], sequence after
-  /// sequence.
+  /// sequence. A backend that keeps logits may be given none to write to unless all rows' are wanted: then
+  /// they stay on the device, and each cache tells its own.
   virtual void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) = 0;
+
+  virtual bool keeps_logits() const { return false; }
 
   /// Rows that forward takes in one call at most; longer prompts are cut by the caller.
   virtual int64_t max_batch_rows() const = 0;
 
-  /// Off until started; for benchmarks.
-  virtual Profile& profile() = 0;
+  /// Times the stages of the forward passes from the one to the other; for benchmarks.
+  virtual void start_profile() = 0;
+  virtual std::vector<StageRecord> stop_profile() = 0;
   /// Reads all weights that decoding a token reads, and does nothing with them: what a token waits for at
   /// least. Returns their bytes. For benchmarks.
   virtual int64_t read_weights() = 0;
 
   /// Of the weights that have been used so far: the vision tower's count from the first picture.
   virtual int64_t weight_bytes() const = 0;
-  virtual std::string_view isa() const = 0;
-  virtual int n_threads() const = 0;
+  virtual std::string device() const = 0;
+  virtual std::string_view isa() const = 0;        ///< the device's own name where it is not the processor
+  virtual int n_threads() const = 0;               ///< of the processor; 0 where they have no part in it
+  virtual std::string note() const { return {}; }  ///< a warning to the user, or empty
 };
 
 }  // namespace qwen2vl

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen2vl_q.config import Qwen2VLConfig as Qwen2VLConfig
+    from qwen2vl_q.errors import DeviceError as DeviceError
     from qwen2vl_q.errors import FormatError as FormatError
     from qwen2vl_q.errors import Qwen2VLError as Qwen2VLError
     from qwen2vl_q.errors import UnsupportedError as UnsupportedError
@@ -18,6 +19,7 @@ draws them, and short texts on such cards."""
 
 # Resolved on first use: the command line's --help and the converter need neither the tokenizer nor Pillow.
 _HOME = {
+    "DeviceError": "errors",
     "FormatError": "errors",
     "Qwen2VL": "model",
     "Qwen2VLConfig": "config",
@@ -26,6 +28,7 @@ _HOME = {
 }
 __all__ = [
     "DEMO_MODEL",
+    "DeviceError",
     "FormatError",
     "Qwen2VL",
     "Qwen2VLConfig",

@@ -18,6 +18,9 @@ class FormatError(Error):
 class UnsupportedError(Error):
     """A well-formed input that this build or machine cannot run."""
 
+class DeviceError(Error):
+    """A device that was asked for is not there, lacks memory, or failed."""
+
 def supported_isas() -> list[str]:
     """Instruction sets that are built in and that this processor runs, best first; the last is "generic"."""
 
@@ -33,6 +36,14 @@ def measure_limits(isa: str = "", n_threads: int = 0, seconds: float = 0.5) -> d
     the best round counts. Takes 512 MiB of memory meanwhile. ValueError: an argument out of range;
     UnsupportedError: an instruction set that this build or processor lacks.
     """
+
+def plugin_devices(plugin: str) -> list[dict[str, Any]]:
+    """Devices that a plug-in library finds: name, total_bytes, free_bytes, compute_capability (90 for 9.0),
+    multiprocessors. DeviceError, saying why, where there are none or the library is no plug-in."""
+
+def measure_device_limits(plugin: str, index: int = 0, seconds: float = 0.5) -> dict[str, float]:
+    """What a plug-in's device can do at most in a second: the keys of `measure_limits`, int8_ops_per_s being
+    float_ops_per_s (of bf16 matrix products). ValueError: an argument out of range; DeviceError."""
 
 # --- quantization -------------------------------------------------------------------------------------
 
@@ -96,7 +107,9 @@ class GgufFile:
 Progress = Callable[[int, int], None]  # (done, total); an exception raised in it cancels the call cleanly
 
 class Model:
-    """Weights on the CPU backend. Calls are thread-safe (one runs at a time) and release the GIL.
+    """Weights on a backend: the CPU's, or a plug-in's.
+
+    Calls are thread-safe (one runs at a time) and release the GIL.
 
     Ctrl-C (KeyboardInterrupt) during a call cancels it between layers; sequences stay consistent.
     """
@@ -109,14 +122,28 @@ class Model:
         precision: Literal["fast", "exact"] = "fast",
         isa: str = "",
         progress: Progress | None = None,
-    ) -> None: ...
+        device: str = "cpu",
+        plugin: str | None = None,
+        device_memory: int = 0,
+    ) -> None:
+        """device: "cpu", "cuda" (the first), "cuda:N" or "auto" (cuda where it works, else the CPU). plugin:
+        the library with the cuda backend; None: there is none. device_memory: bytes of the device's memory
+        that may be used; 0: what is free."""
+    @property
+    def device(self) -> str:
+        """ "cpu", or the device's own name."""
+    @property
+    def note(self) -> str:
+        """A warning to the user about where the model computes, or ""."""
     @property
     def config(self) -> dict[str, Any]:
         """Sizes as a nested dict; see qwen2vl_q.config.Qwen2VLConfig for the keys."""
     @property
-    def isa(self) -> str: ...
+    def isa(self) -> str:
+        """The CPU's instruction set, or the device's own name."""
     @property
-    def n_threads(self) -> int: ...
+    def n_threads(self) -> int:
+        """Of the CPU; 0 where another device computes."""
     @property
     def precision(self) -> str: ...
     @property
@@ -195,6 +222,10 @@ class SequenceState:
         """float32 [vocab_size] after the last cell. ValueError where nothing has been evaluated."""
     def sample(self, sampler: Sampler) -> int:
         """A token from `logits`; the sequence's own tokens count for the repetition penalty."""
+
+def accept_together(states: AbstractSequence[SequenceState], tokens: AbstractSequence[int]) -> None:
+    """One more token of each of several sequences of one model, in one forward pass. ValueError: a sequence
+    twice or of another model; as accept."""
 
 class Sampler:
     """temperature 0 is greedy (the first of equal logits). Order: repetition penalty, temperature,

@@ -35,6 +35,7 @@ class Settings:
     repeat: int = 3
     threads: int | None = None
     precision: Literal["fast", "exact"] = "fast"
+    device: str = "cpu"
     only: tuple[Part, ...] = ()  # empty: everything
 
 
@@ -73,6 +74,8 @@ class Measured:
     prefill: list[Timing] = field(default_factory=list)
     decode: list[Timing] = field(default_factory=list)
     peak_memory_bytes: int | None = None
+    device: str = "cpu"
+    note: str = ""  # the model's
 
 
 def measure(settings: Settings, requested_at: float) -> Measured:
@@ -80,7 +83,11 @@ def measure(settings: Settings, requested_at: float) -> Measured:
     process was started."""
     started = perf_counter()
     model = Qwen2VL.from_gguf(
-        settings.model, settings.threads, precision=settings.precision, mmproj=settings.mmproj
+        settings.model,
+        settings.threads,
+        precision=settings.precision,
+        mmproj=settings.mmproj,
+        device=settings.device,
     )
     load_seconds = perf_counter() - started
     bench = Benchmark(model, settings)
@@ -101,6 +108,8 @@ def measure(settings: Settings, requested_at: float) -> Measured:
         prefill=[bench.prefill(n) for n in settings.prompt_tokens] if "prefill" in wanted else [],
         decode=[bench.decode(n) for n in settings.depth] if "decode" in wanted else [],
         peak_memory_bytes=peak_memory_bytes(),
+        device=model.device,
+        note=model.note,
     )
 
 

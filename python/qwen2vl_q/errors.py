@@ -1,6 +1,6 @@
 """Errors that the library raises on purpose. Wrong arguments raise ValueError."""
 
+from qwen2vl_q._native import DeviceError, FormatError, UnsupportedError
 from qwen2vl_q._native import Error as Qwen2VLError
-from qwen2vl_q._native import FormatError, UnsupportedError
 
-__all__ = ["FormatError", "Qwen2VLError", "UnsupportedError"]
+__all__ = ["DeviceError", "FormatError", "Qwen2VLError", "UnsupportedError"]

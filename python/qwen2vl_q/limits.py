@@ -7,6 +7,8 @@ from dataclasses import astuple, dataclass
 from itertools import chain
 
 from qwen2vl_q import _native
+from qwen2vl_q.devices import cuda_devices, require_plugin
+from qwen2vl_q.errors import DeviceError
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Limits:
-    """Ceilings of one instruction set with a number of threads, all of them together."""
+    """Ceilings of one instruction set with a number of threads, all of them together, or of a device."""
 
-    isa: str
-    n_threads: int
+    isa: str  # or the device's name
+    n_threads: int  # 0: of a device
     int8_ops_per_s: float
-    float_ops_per_s: float  # bf16 dot products where the instruction set has them, else fp32
+    float_ops_per_s: float  # bf16 products where the instruction set or the device has them, else fp32
     fp32_ops_per_s: float
     read_bytes_per_s: float
 
@@ -41,6 +43,15 @@ class Limits:
         """Runs the loops of `_native.measure_limits`, with its errors."""
         rates = _native.measure_limits(isa, n_threads, seconds)
         return cls(isa or _native.supported_isas()[0], n_threads or _native.default_thread_count(), **rates)
+
+    @classmethod
+    def measure_device(cls, index: int, seconds: float = 0.5) -> Limits:
+        """Of the plug-in's device of that index. DeviceError where there is none."""
+        devices = cuda_devices()
+        if index >= len(devices):
+            raise DeviceError(f"device cuda:{index}: there is no such device, only {len(devices)}")
+        rates = _native.measure_device_limits(require_plugin(), index, seconds)
+        return cls(devices[index].name, 0, **rates)
 
     def better(self, other: Limits) -> Limits:
         """The higher of each rate: what else a machine does can only lower a measurement of its ceiling."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qwen2vl_q import _native
 from qwen2vl_q.chat_template import DEFAULT_TEMPLATE, TEMPLATE, ChatTemplate
 from qwen2vl_q.config import Qwen2VLConfig
+from qwen2vl_q.devices import plugin_for, require_name
 from qwen2vl_q.errors import FormatError, UnsupportedError
 from qwen2vl_q.generation import Generation, Progress, TokenIds, stage
 from qwen2vl_q.image_processor import ImageInput, ImageProcessor, ProcessedImage
@@ -28,7 +29,7 @@ TRAINED_CONTEXT = 32768
 
 
 class Qwen2VL:
-    """A Qwen2-VL model on this machine's CPU.
+    """A Qwen2-VL model on this machine's CPU or a GPU.
 
     One conversation's KV cache lives in it: a call of `generate` or `chat` evaluates only what its prompt
     does not share with the call before. Threads may share an instance; their calls go one at a time. An
@@ -67,6 +68,7 @@ class Qwen2VL:
         mmproj: str | os.PathLike[str] | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> Qwen2VL:
         """Loads a GGUF file.
@@ -75,13 +77,17 @@ class Qwen2VL:
         None for what the model was trained for; memory is taken as cells are used. precision: "exact"
         computes in float32 throughout, "fast" may quantize activations to 8 bits per block. mmproj: the
         vision tower's file where it is not in the model's own. min_pixels, max_pixels: bounds of an image's
-        size instead of the file's. The vision tower is read when the first picture comes: until then its file
-        has to stay as it is. The environment variable QWEN2VL_ISA forces an instruction set.
+        size instead of the file's. device: "cpu", "cuda" (the first), "cuda:N", or "auto" (cuda where it
+        works, else the CPU; `note` then says why). The vision tower is read when the first picture comes:
+        until then its file has to stay as it is. The environment variable QWEN2VL_ISA forces an instruction
+        set.
 
         Raises OSError or Qwen2VLError for a file that cannot be read, FormatError for one that is damaged,
-        UnsupportedError for another architecture, ValueError for an argument out of range.
+        UnsupportedError for another architecture, DeviceError for a device that is not there or lacks memory,
+        ValueError for an argument out of range.
         """
         path = os.fspath(path)
+        require_name(device)
         if n_ctx is not None and n_ctx < 1:
             raise ValueError(f"n_ctx: expected a positive number of cells, found {n_ctx}")
         metadata = _native.GgufFile(path).metadata
@@ -104,6 +110,8 @@ class Qwen2VL:
             precision=precision,
             isa=os.environ.get("QWEN2VL_ISA", ""),
             progress=stage(progress, "load"),
+            device=device,
+            plugin=plugin_for(device),
         )
         vision = native.config["vision_config"]
         if vision is not None:
@@ -120,12 +128,23 @@ class Qwen2VL:
         return cls(native, tokenizer, compiled, processor, sampling, n_ctx)
 
     @property
+    def device(self) -> str:
+        """ "cpu", or the name of the device that computes."""
+        return self._native.device
+
+    @property
+    def note(self) -> str:
+        """A warning about where the model computes, or "": layers that have no room on the device."""
+        return self._native.note
+
+    @property
     def isa(self) -> str:
-        """The instruction set that the kernels use."""
+        """The instruction set that the kernels use, or the device's name."""
         return self._native.isa
 
     @property
     def n_threads(self) -> int:
+        """Of the CPU; 0 where another device computes."""
         return self._native.n_threads
 
     @property
@@ -144,9 +163,10 @@ class Qwen2VL:
 
     def __repr__(self) -> str:
         text = self.config.text_config
+        threads = f"{self.n_threads} threads, " if self.n_threads else ""
         return (
             f"Qwen2VL({text.num_hidden_layers} layers of {text.hidden_size}, {self.precision}, "
-            f"{self.isa}, {self.n_threads} threads, n_ctx={self.n_ctx})"
+            f"{self.isa}, {threads}n_ctx={self.n_ctx})"
         )
 
     # --- text ---

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen2vl_q.cli.device import computing_on, device_option, print_note
 from qwen2vl_q.cli.model_file import model_file
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class Result:
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
 @click.option("--precision", type=click.Choice(["fast", "exact"]), default="fast", show_default=True)
+@device_option
 @click.option(
     "--only",
     multiple=True,
@@ -161,15 +163,26 @@ def run(settings: Settings) -> Result:
 
     Raises what loading and running the model raise; Qwen2VLError where the process dies.
     """
+    from qwen2vl_q.benchmark import file_bytes
+    from qwen2vl_q.devices import cuda_index
+
+    index = cuda_index(settings.device)
+    # "auto" is settled here: the model must not end up on another device than the ceilings are of.
+    settings = replace(settings, device="cpu" if index is None else f"cuda:{index}")
+    before = _limits(index, settings.threads)
+    measured = _in_own_process(settings)
+    print_note(measured.note)
+    return Result(settings, file_bytes(settings), measured, before, _limits(index, settings.threads))
+
+
+def _limits(cuda_index: int | None, threads: int | None) -> Limits:
     import os
 
-    from qwen2vl_q.benchmark import file_bytes
     from qwen2vl_q.limits import Limits
 
-    isa, threads = os.environ.get("QWEN2VL_ISA", ""), settings.threads or 0
-    before = Limits.measure(isa, threads)
-    measured = _in_own_process(settings)
-    return Result(settings, file_bytes(settings), measured, before, Limits.measure(isa, threads))
+    if cuda_index is None:
+        return Limits.measure(os.environ.get("QWEN2VL_ISA", ""), threads or 0)
+    return Limits.measure_device(cuda_index)
 
 
 def _in_own_process(settings: Settings) -> Measured:
@@ -201,7 +214,7 @@ def summary_table(results: Sequence[Result]) -> str:
     rows = [("model", "what", "seconds", "tokens/s", "of the floor")]
     for result in results:
         m = result.measured
-        name = f"{Path(result.settings.model).name} ({m.isa}, {m.n_threads} threads, {m.precision})"
+        name = f"{Path(result.settings.model).name} ({computing_on(m.isa, m.n_threads)}, {m.precision})"
         rows.append((name, "load", f"{m.load_seconds:.2f}", "", ""))
         rows.append(("", "process start to first token", f"{m.start_seconds:.2f}", "", ""))
         if m.vision_load_seconds is not None:
@@ -246,7 +259,7 @@ def limits_line(result: Result) -> str:
         else ""
     )
     return (
-        f"Limits of {m.isa}, {m.n_threads} threads. Before: {rates(result.before)}. "
+        f"Limits of {computing_on(m.isa, m.n_threads)}. Before: {rates(result.before)}. "
         f"After: {rates(result.after)}. Floors take the higher of each.{decoding}"
     )
 
@@ -312,6 +325,7 @@ def as_dict(result: Result, profile: bool) -> dict[str, Any]:
     m = result.measured
     return {
         "model": result.settings.model,
+        "device": m.device,
         "isa": m.isa,
         "n_threads": m.n_threads,
         "precision": m.precision,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.model_file import model_file
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
     show_default=True,
     help="exact: float32 throughout.",
 )
+@device_option
 @click.option("--stats", "show_stats", is_flag=True, help="Print times and memory on stderr.")
 @click.option("-v", "--verbose", is_flag=True, help="Print what was loaded on stderr.")
 def chat(**options: Any) -> None:
@@ -168,8 +170,10 @@ def _start(options: dict[str, Any]) -> Conversation:
             mmproj=options["mmproj"],
             min_pixels=options["min_pixels"],
             max_pixels=options["max_pixels"],
+            device=options["device"],
             progress=bars,
         )
+    print_note(model.note)
     if options["verbose"]:
         click.echo(f"{file}: {model!r}, weights {model.weight_bytes / 1e9:.2f} GB", err=True)
     settings = {name: options[name] for name in ("max_new_tokens", *_SAMPLING)}

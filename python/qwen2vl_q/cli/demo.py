@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qwen2vl_q.cli.device import computing_on, device_option, print_note
+
 if TYPE_CHECKING:
     from qwen2vl_q.cards import Thing
     from qwen2vl_q.stats import GenerationStats
@@ -33,8 +35,9 @@ def _png_path(context: click.Context, parameter: click.Parameter, value: Path | 
 @click.option(
     "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: the physical cores allowed]"
 )
+@device_option
 @click.option("--force", is_flag=True, help="Overwrite a FILE.png that holds something else.")
-def demo(output: Path | None, seed: int, threads: int | None, force: bool) -> None:
+def demo(output: Path | None, seed: int, threads: int | None, device: str, force: bool) -> None:
     """Draw a card, save it, and ask the packaged model about it: its answers beside the truth.
 
     The model has 8 million parameters and knows nothing but such cards. It was not trained on this very one,
@@ -58,7 +61,8 @@ def demo(output: Path | None, seed: int, threads: int | None, force: bool) -> No
     _save(path, png.getvalue(), force)
     click.echo(f"{path}: {card.width} x {card.height} pixels")
 
-    model = Qwen2VL.from_gguf(DEMO_MODEL, threads)
+    model = Qwen2VL.from_gguf(DEMO_MODEL, threads, device=device)
+    print_note(model.note)
     conversation = Conversation(model, None, {"temperature": 0, "max_new_tokens": 64})
     taken = []
     for talk in _talks(things):
@@ -69,7 +73,7 @@ def demo(output: Path | None, seed: int, threads: int | None, force: bool) -> No
             answer(conversation, question, prefix="  answer  ")
             click.echo(f"  truth   {truth}")
             taken.append(model.last_stats)
-    click.echo(f"\n{_describe(taken)} ({model.isa}, {model.n_threads} threads)", err=True)
+    click.echo(f"\n{_describe(taken)} ({computing_on(model.isa, model.n_threads)})", err=True)
 
 
 def _talks(things: Sequence[Thing]) -> list[list[tuple[str, str]]]:

@@ -75,7 +75,27 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
     click.echo(
         f"qwen2vl-q {_native.__version__}, instruction set {used}" + (f" (also {others})" if others else "")
     )
+    for line in _device_lines():
+        click.echo(line)
     ctx.exit()
+
+
+def _device_lines() -> list[str]:
+    """The plug-in's devices, or why it has none; nothing where it is not installed."""
+    from qwen2vl_q import devices
+    from qwen2vl_q.errors import DeviceError
+
+    if devices.cuda_plugin() is None:
+        return []
+    try:
+        found = devices.cuda_devices()
+    except DeviceError as error:
+        return [f"no cuda device: {error}"]
+    return [
+        f"device cuda:{device.index}: {device.name}, {device.total_bytes / 1e9:.0f} GB, "
+        f"compute capability {device.capability[0]}.{device.capability[1]}"
+        for device in found
+    ]
 
 
 @click.command(
@@ -89,7 +109,7 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
     is_eager=True,
     expose_value=False,
     callback=_show_version,
-    help="Show the version and the instruction set in use.",
+    help="Show the version, the instruction set in use, and devices.",
 )
 def cli() -> None:
     """Qwen2-VL on ordinary hardware: pictures in, answers out."""

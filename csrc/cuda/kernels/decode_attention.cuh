@@ -1,0 +1,223 @@
+#pragma once
+
+// Attention of single rows (decoding) over their sequences' pages; the query heads of a key-value head together.
+//
+// Memory-bound: every key and value is read once, in whole 16-byte (keys) and 4-byte neighbouring (values) pieces.
+// A sequence's pages are cut into chunks, as many as fill the chip and by its own length alone, so that a row's
+// result does not depend on its neighbours. A block takes the chunk of one row and key-value head: scores with four
+// threads a key, a running softmax page by page, values with a thread for two dimensions. The last block of a
+// row and head to arrive joins the chunks, in their order.
+
+#include "cuda/chip.h"
+#include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/norms.cuh"
+
+namespace qwen2vl::cuda {
+
+inline constexpr int kMaxChunks = 32, kMaxGroup = 8, kDecodeThreads = 256;
+
+CHIP_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+/// Pages of a chunk of a sequence of so many pages.
+CHIP_HOST_DEVICE constexpr int pages_per_chunk(int pages) { return ceil_div(pages, kMaxChunks); }
+
+struct DecodeAttention {
+  const uint16_t* queries;  ///< f16 [rows][heads][head_dim], times scale and log2(e)
+  const RowInfo* rows;
+  PageLayout pages;
+  int32_t layer;
+  int32_t group;  ///< query heads of a key-value head, kMaxGroup at most in a launch
+  int32_t heads;
+  int32_t first_head;  ///< of each key-value head's group (a larger group takes several launches)
+  int32_t group_heads; ///< all of the group
+  int32_t true_head_dim;
+  float* parts;       ///< [rows][kv_heads][kMaxChunks][group][2 + head_dim]: maximum, sum, values
+  uint32_t* arrived;  ///< [rows][kv_heads], zero before and after
+  uint16_t* out;      ///< bf16 [rows][stride]
+  int64_t stride;
+};
+
+/// Grid: (chunks of the longest sequence, key-value heads, rows).
+template <int kHeadDim>
+CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention p) {
+  constexpr int kQuarter = kHeadDim / 4, kVectors = kQuarter / 8;            // of 8 f16
+  constexpr int kPairs = kHeadDim / 2, kKeyGroups = kDecodeThreads / kPairs, kGroupKeys = ceil_div(kPageCells, kKeyGroups);
+  static_assert(kHeadDim % 32 == 0);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int kv_head = static_cast<int>(blockIdx.y), chunk = static_cast<int>(blockIdx.x);
+  const int64_t row = blockIdx.z;
+  const Shared<float> queries = shared_cast<float>(shared_memory());        // [group][head_dim]
+  const Shared<float> p_keys = queries + kMaxGroup * kHeadDim;              // [group][kPageCells]: scores, probabilities
+  const Shared<float> maxima = p_keys + kMaxGroup * kPageCells;             // [group]
+  const Shared<float> rescale = maxima + kMaxGroup;                         // [group]
+  const Shared<float> sums = rescale + kMaxGroup;                           // [group]
+  const Shared<uint32_t> last = shared_cast<uint32_t>(sums + kMaxGroup);
+  let_next_launch_start();
+  wait_for_previous_launch();
+
+  const RowInfo& info = p.rows[row];
+  const int cells = info.cell + 1, pages = ceil_div(cells, kPageCells), per_chunk = pages_per_chunk(pages);
+  const int chunks = ceil_div(pages, per_chunk);
+  if (chunk >= chunks) return;
+
+  const int first_head = kv_head * p.group_heads + p.first_head;
+  for (int i = thread; i < p.group * kPairs; i += kDecodeThreads) {
+    const float2 q = unpack_f16(reinterpret_cast<const uint32_t*>(
+        p.queries + (row * p.heads + first_head) * kHeadDim)[i]);
+    queries[2 * i] = q.x;
+    queries[2 * i + 1] = q.y;
+  }
+  if (thread < p.group) {
+    maxima[thread] = -1e30f;
+    sums[thread] = 0;
+  }
+  __syncthreads();
+
+  const int pair = thread % kPairs, key_group = thread / kPairs;
+  float2 values[kMaxGroup];
+#pragma unroll
+  for (int h = 0; h < kMaxGroup; ++h) values[h] = make_float2(0.0f, 0.0f);
+
+  for (int page = chunk * per_chunk; page < min(pages, (chunk + 1) * per_chunk); ++page) {
+    const uint16_t* base = reinterpret_cast<const uint16_t*>(info.pages[page]);
+    const int here = min(kPageCells, cells - page * kPageCells);
+    const uint16_t* v_rows = base + p.pages.panel(p.layer, 1, kv_head);
+    {
+      const int key = thread / 4, quarter = thread % 4;
+      float dots[kMaxGroup] = {};
+      if (key < here) {
+        const uint4* k = reinterpret_cast<const uint4*>(base + p.pages.panel(p.layer, 0, kv_head) + key * kHeadDim +
+                                                        quarter * kQuarter);
+        uint4 vectors[kVectors];
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) vectors[i] = k[i];
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          const uint32_t words[4] = {vectors[i].x, vectors[i].y, vectors[i].z, vectors[i].w};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float2 two = unpack_f16(words[j]);
+#pragma unroll
+            for (int h = 0; h < kMaxGroup; ++h) {
+              if (h >= p.group) continue;
+              const Shared<float> q = queries + h * kHeadDim + quarter * kQuarter + i * 8 + j * 2;
+              dots[h] += two.x * q[0] + two.y * q[1];
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < kMaxGroup; ++h) {
+        if (h >= p.group) continue;
+        dots[h] += __shfl_xor_sync(kAllLanes, dots[h], 1);
+        dots[h] += __shfl_xor_sync(kAllLanes, dots[h], 2);
+        if (quarter == 0) p_keys[h * kPageCells + key] = key < here ? dots[h] : -1e30f;
+      }
+    }
+    __syncthreads();
+    for (int h = warp; h < p.group; h += kDecodeThreads / 32) {
+      const float a = p_keys[h * kPageCells + lane], b = p_keys[h * kPageCells + 32 + lane];
+      const float before = maxima[h], maximum = fmaxf(before, warp_max(fmaxf(a, b)));
+      const float pa = lane < here ? fast_exp2(a - maximum) : 0.0f;
+      const float pb = 32 + lane < here ? fast_exp2(b - maximum) : 0.0f;
+      const float sum = warp_sum(pa + pb), factor = fast_exp2(before - maximum);
+      p_keys[h * kPageCells + lane] = pa;
+      p_keys[h * kPageCells + 32 + lane] = pb;
+      __syncwarp();
+      if (lane == 0) {
+        maxima[h] = maximum;
+        rescale[h] = factor;
+        sums[h] = sums[h] * factor + sum;
+      }
+    }
+    __syncthreads();
+    if (key_group < kKeyGroups) {
+#pragma unroll
+      for (int h = 0; h < kMaxGroup; ++h)
+        if (h < p.group) {
+          const float factor = rescale[h];
+          values[h] = make_float2(values[h].x * factor, values[h].y * factor);
+        }
+      const int begin = key_group * kGroupKeys, end = min(here, begin + kGroupKeys);
+#pragma unroll 8
+      for (int key = begin; key < end; ++key) {
+        const float2 two = unpack_f16(reinterpret_cast<const uint32_t*>(v_rows + key * kHeadDim)[pair]);
+#pragma unroll
+        for (int h = 0; h < kMaxGroup; ++h)
+          if (h < p.group) {
+            const float weight = p_keys[h * kPageCells + key];
+            values[h].x += weight * two.x;
+            values[h].y += weight * two.y;
+          }
+      }
+    }
+    __syncthreads();
+  }
+
+  // The key groups' values meet, in their order.
+  const Shared<float> meeting = p_keys + kMaxGroup * kPageCells + 4 * kMaxGroup;  // [key group][group][head_dim]
+  if (key_group < kKeyGroups)
+#pragma unroll
+    for (int h = 0; h < kMaxGroup; ++h)
+      if (h < p.group) {
+        const Shared<float> to = meeting + (key_group * p.group + h) * kHeadDim + 2 * pair;
+        to[0] = values[h].x;
+        to[1] = values[h].y;
+      }
+  __syncthreads();
+  const auto write = [&](int i, float value) {
+    const int h = i / kHeadDim, d = i % kHeadDim;
+    if (d < p.true_head_dim)
+      p.out[row * p.stride + static_cast<int64_t>(first_head + h) * p.true_head_dim + d] =
+          static_cast<uint16_t>(pack_bf16(value, 0.0f));
+  };
+  constexpr int kPart = 2 + kHeadDim;
+  float* parts = p.parts + (row * p.pages.kv_heads + kv_head) * kMaxChunks * p.group * kPart;
+  for (int i = thread; i < p.group * kHeadDim; i += kDecodeThreads) {
+    float value = 0;
+    for (int k = 0; k < kKeyGroups; ++k) value += meeting[k * p.group * kHeadDim + i];
+    const int h = i / kHeadDim, d = i % kHeadDim;
+    if (chunks == 1)
+      write(i, value / sums[h]);
+    else
+      parts[(chunk * p.group + h) * kPart + 2 + d] = value;
+  }
+  if (chunks == 1) return;
+  if (thread < p.group) {
+    parts[(chunk * p.group + thread) * kPart] = maxima[thread];
+    parts[(chunk * p.group + thread) * kPart + 1] = sums[thread];
+  }
+  __threadfence();
+  __syncthreads();
+  uint32_t* arrived = p.arrived + row * p.pages.kv_heads + kv_head;
+  if (thread == 0) last[0] = atomicAdd(arrived, 1u) + 1 == static_cast<uint32_t>(chunks) ? 1u : 0u;
+  __syncthreads();
+  if (last[0] == 0) return;
+  __threadfence();
+  const volatile float* all = parts;
+  const Shared<float> weights = queries;  // [group][kMaxChunks]: the queries are done with
+  for (int h = warp; h < p.group; h += kDecodeThreads / 32) {
+    const float maximum = lane < chunks ? all[(lane * p.group + h) * kPart] : -1e30f;
+    const float sum = lane < chunks ? all[(lane * p.group + h) * kPart + 1] : 0.0f;
+    const float weight = fast_exp2(maximum - warp_max(maximum));
+    const float total = warp_sum(sum * weight);
+    weights[h * kMaxChunks + lane] = weight / total;
+  }
+  __syncthreads();
+  for (int i = thread; i < p.group * kHeadDim; i += kDecodeThreads) {
+    const int h = i / kHeadDim, d = i % kHeadDim;
+    float value = 0;
+#pragma unroll 8
+    for (int c = 0; c < chunks; ++c) value += weights[h * kMaxChunks + c] * all[(c * p.group + h) * kPart + 2 + d];
+    write(i, value);
+  }
+  if (thread == 0) *arrived = 0;
+}
+
+CHIP_HOST_DEVICE constexpr int64_t decode_attention_shared_bytes(int head_dim, int group) {
+  const int key_groups = kDecodeThreads / (head_dim / 2);
+  return 4 * (kMaxGroup * head_dim + kMaxGroup * kPageCells + 4 * kMaxGroup +
+              static_cast<int64_t>(key_groups) * group * head_dim);
+}
+
+}  // namespace qwen2vl::cuda

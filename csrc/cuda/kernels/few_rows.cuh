@@ -1,0 +1,163 @@
+#pragma once
+
+// y = x W^T for a few rows (decoding: one a sequence), W quantized.
+//
+// What bounds it is reading W once. A block takes a tile of 16 output features after another; its warps split the
+// columns, so that a small matrix keeps the whole chip reading; each lane loads 16-byte vectors of weights straight
+// into registers, two pieces ahead, and hands them as bf16 to mma, whose other side holds 8 rows at a time: the
+// first 8 rows cost the same as one. Sums of a scale's block are multiplied by it in float32. The warps' sums meet
+// in shared memory, in the order of the columns, whatever the number of rows: a row's result has the same bits alone
+// and among others. RMSNorm of one or two rows is done by every block for itself, while its first weights come.
+
+#include "cuda/chip.h"
+#include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/norms.cuh"
+#include "cuda/kernels/packed.cuh"
+
+namespace qwen2vl::cuda {
+
+inline constexpr int kNormedRows = 2;  ///< that a block normalizes by itself
+
+struct FewRows {
+  PackedMatrix m;
+  int32_t rows = 0;
+  const uint16_t* input = nullptr;  ///< bf16 [rows][units * 64]
+  const float* x = nullptr;         ///< or float32 [rows][width], of which RMSNorm is taken first
+  const float* norm = nullptr;
+  float eps = 0;
+  int32_t width = 0;
+  Finish finish = Finish::Store;
+  Epilogue epilogue;
+};
+
+CHIP_HOST_DEVICE int64_t few_rows_shared_bytes(const FewRows& p, int warps, int tiles_of_rows) {
+  const int64_t sums = static_cast<int64_t>(warps) * tiles_of_rows * 8 * kTileSlots * 4;
+  return sums + (p.x != nullptr ? static_cast<int64_t>(p.rows) * p.m.units * kUnit * 2 : 0);
+}
+
+CHIP_DEVICE void apply_any(Finish finish, const Epilogue& e, int64_t row, int pair, float2 v) {
+  switch (finish) {
+    case Finish::Store:
+      return apply<Finish::Store>(e, row, pair, v);
+    case Finish::Residual:
+      return apply<Finish::Residual>(e, row, pair, v);
+    case Finish::SwiGlu:
+      return apply<Finish::SwiGlu>(e, row, pair, v);
+    case Finish::TextQkv:
+      return apply<Finish::TextQkv>(e, row, pair, v);
+    default:
+      return;  // the vision tower's products have many rows
+  }
+}
+
+/// Grid: (blocks, which take tiles in turns; groups of 8 kRowTiles rows).
+template <Format format, int kRowTiles>
+CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
+  // Units a piece: in the 2B shape a warp has three of most matrices; more rows need the registers.
+  constexpr int kAhead = kRowTiles == 1 ? 3 : format == Format::Sixes ? 1 : 2;
+  const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int begin = p.m.units * warp / warps, end = p.m.units * (warp + 1) / warps;
+  const int first_row = static_cast<int>(blockIdx.y) * 8 * kRowTiles;
+  const Shared<float> sums = shared_cast<float>(shared_memory());
+  const Shared<uint16_t> normed = shared_cast<uint16_t>(shared_memory() + warps * kRowTiles * 8 * kTileSlots * 4);
+
+  Unit<format> now[kAhead], next[kAhead];
+  const auto fetch = [&](int tile, int unit, Unit<format>(&to)[kAhead]) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (unit + i < end) to[i].load(p.m, static_cast<int64_t>(tile) * p.m.units + unit + i, lane);
+  };
+  int tile = static_cast<int>(blockIdx.x);
+  if (tile < p.m.tiles) fetch(tile, begin, now);
+  let_next_launch_start();
+  wait_for_previous_launch();
+  if (p.x != nullptr) {
+    const int stride = p.m.units * kUnit;
+    for (int row = 0; row < p.rows; ++row) {
+      const float* x = p.x + static_cast<int64_t>(row) * p.width;
+      const float r = warp_rms(x, p.width, p.eps, lane);
+      for (int i = static_cast<int>(threadIdx.x); i < stride; i += static_cast<int>(blockDim.x))
+        normed[row * stride + i] =
+            static_cast<uint16_t>(pack_bf16(i < p.width ? x[i] * r * p.norm[i] : 0.0f, 0.0f));
+    }
+    __syncthreads();
+  }
+
+  for (; tile < p.m.tiles; tile += static_cast<int>(gridDim.x)) {
+    float acc[kRowTiles][4] = {};
+    for (int unit = begin; unit < end; unit += kAhead) {
+      if (unit + kAhead < end)
+        fetch(tile, unit + kAhead, next);
+      else if (tile + static_cast<int>(gridDim.x) < p.m.tiles)
+        fetch(tile + static_cast<int>(gridDim.x), begin, next);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (unit + i >= end) continue;
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+          float part[kRowTiles][4];
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            uint32_t a[4];
+            now[i].operand(block, step, a);
+            const int column = (unit + i) * kUnit + block * kBlock + step * 16 + 4 * t;
+#pragma unroll
+            for (int n = 0; n < kRowTiles; ++n) {
+              const int row = first_row + n * 8 + g;
+              uint2 b = make_uint2(0, 0);
+              if (row < p.rows) {
+                if (kRowTiles == 1 && p.x != nullptr)
+                  b = shared_cast<uint2>(normed + row * p.m.units * kUnit + column)[0];
+                else
+                  b = *reinterpret_cast<const uint2*>(p.input + static_cast<int64_t>(row) * p.m.units * kUnit +
+                                                      column);
+              }
+              if constexpr (!Unit<format>::kScaled) {
+                mma_bf16(acc[n], a, b.x, b.y);
+              } else {
+                if (Unit<format>::kScalePerStep || step == 0)
+                  part[n][0] = part[n][1] = part[n][2] = part[n][3] = 0.0f;
+                mma_bf16(part[n], a, b.x, b.y);
+                if (Unit<format>::kScalePerStep || step == 1) {
+                  const float2 s = now[i].scale(block, step);
+                  acc[n][0] += s.x * part[n][0];
+                  acc[n][1] += s.x * part[n][1];
+                  acc[n][2] += s.y * part[n][2];
+                  acc[n][3] += s.y * part[n][3];
+                }
+              }
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) now[i] = next[i];
+    }
+
+    // [warp][row][slot]
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      const Shared<float> to = sums + ((warp * kRowTiles + n) * 8 + 2 * t) * kTileSlots;
+      to[g] = acc[n][0];
+      to[kTileSlots + g] = acc[n][1];
+      to[g + 8] = acc[n][2];
+      to[kTileSlots + g + 8] = acc[n][3];
+    }
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kRowTiles * 64; i += static_cast<int>(blockDim.x)) {
+      const int row = first_row + i / 8, pair = i % 8;
+      if (row >= p.rows) continue;
+      float2 v = make_float2(0.0f, 0.0f);
+      for (int w = 0; w < warps; ++w) {
+        const Shared<float> from = sums + (w * kRowTiles * 8 + i / 8) * kTileSlots + pair;
+        v.x += from[0];
+        v.y += from[8];
+      }
+      apply_any(p.finish, p.epilogue, row, p.m.first_pair + tile * kTilePairs + pair, v);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace qwen2vl::cuda

@@ -1,0 +1,115 @@
+#pragma once
+
+// many_rows.cuh's product on Hopper. Arithmetic-bound: a block computes 128 rows x kFeatures features, two groups of
+// four warps 64 rows each with wgmma, straight out of shared memory; one thread keeps bulk copies of the next steps of
+// 64 columns coming (three stages). A warp for the copies alone would leave 96 registers a thread. Two blocks fit a multiprocessor, so one's copies and epilogue hide behind
+// the other's products; 160 features take 80 registers of sums a thread, and cut 1,280 into eight.
+
+#include "cuda/kernels/epilogue.cuh"
+#include "cuda/kernels/hopper.cuh"
+#include "cuda/kernels/many_rows.cuh"
+
+namespace qwen2vl::cuda {
+
+inline constexpr int kWgmmaRows = 128, kWgmmaStep = 64, kWgmmaStages = 3, kWgmmaThreads = 256;
+
+constexpr int64_t wgmma_rows_shared_bytes(int features) {
+  return 1024 + kWgmmaStages * (kWgmmaRows + features) * kWgmmaStep * 2;
+}
+
+template <Finish finish, int kFeatures>
+__global__ void __launch_bounds__(kWgmmaThreads, 2)
+    wgmma_rows_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+                      const __grid_constant__ ManyRows p) {
+#ifdef QWEN2VL_HAS_WGMMA
+  constexpr int kXBytes = kWgmmaRows * kWgmmaStep * 2, kWBytes = kFeatures * kWgmmaStep * 2;
+  uint8_t* shared = shared_memory();  // 1,024-byte aligned, as the swizzle wants it
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + kWgmmaStages * (kXBytes + kWBytes));
+  uint64_t* empty = full + kWgmmaStages;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int first_row = static_cast<int>(blockIdx.y) * kWgmmaRows;
+  const int first_feature = static_cast<int>(blockIdx.x) * kFeatures;
+  const int steps = p.columns / kWgmmaStep;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kWgmmaStages; ++s) {
+      barrier_init(full + s, 1);
+      barrier_init(empty + s, 8);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  const auto fetch = [&](int step) {
+    const int s = step % kWgmmaStages;
+    uint8_t* stage = shared + s * (kXBytes + kWBytes);
+    barrier_expect(full + s, kXBytes + kWBytes);
+    copy_box(stage, &x_map, step * kWgmmaStep, first_row, full + s);
+    copy_box(stage + kXBytes, &w_map, step * kWgmmaStep, first_feature, full + s);
+  };
+  if (threadIdx.x == 0)
+    for (int step = 0; step < min(steps, kWgmmaStages); ++step) fetch(step);
+
+  float acc[kFeatures / 2];
+  const int group = warp / 4;
+  for (int step = 0; step < steps; ++step) {
+    const int s = step % kWgmmaStages;
+    barrier_wait(full + s, step / kWgmmaStages % 2);
+    const uint8_t* stage = shared + s * (kXBytes + kWBytes);
+    const uint64_t a = operand(stage + group * (kXBytes / 2), 128), b = operand(stage + kXBytes, 128);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kWgmmaStep / 16; ++k)
+      wgmma(WgmmaBF16(), acc, a + k * kOperandStep, b + k * kOperandStep, step > 0 || k > 0 ? 1 : 0);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (step == 0) continue;
+    const int done = step - 1;
+    if (lane == 0) barrier_arrive(empty + done % kWgmmaStages);
+    if (threadIdx.x == 0 && done + kWgmmaStages < steps) {
+      barrier_wait(empty + done % kWgmmaStages, done / kWgmmaStages % 2);
+      fetch(done + kWgmmaStages);
+    }
+  }
+  wgmma_wait<0>();
+
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + group * 64 + warp % 4 * 16 + half * 8 + g;
+    if (row >= p.rows) continue;
+#pragma unroll
+    for (int n = 0; n < kFeatures / 8; ++n) {
+      const int feature = first_feature + n * 8 + 2 * t;
+      if (feature < p.features)
+        apply<finish>(p.epilogue, row, p.first_pair + feature / 2,
+                      make_float2(acc[4 * n + 2 * half], acc[4 * n + 2 * half + 1]));
+    }
+  }
+#endif
+}
+
+/// The most that wgmma can do: the same products of one stage, over and over.
+__global__ void __launch_bounds__(256, 1) peak_wgmma(int rounds, float* never) {
+#ifdef QWEN2VL_HAS_WGMMA
+  uint8_t* shared = shared_memory();
+  for (int i = static_cast<int>(threadIdx.x); i < (128 + 160) * 64; i += 256)
+    reinterpret_cast<uint16_t*>(shared)[i] = static_cast<uint16_t>(0x3f80u + (i * 2654435761u >> 25));
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  float acc[80] = {};
+  const uint64_t a = operand(shared + threadIdx.x / 128 * 8192, 128), b = operand(shared + 16384, 128);
+  for (int r = 0; r < rounds; ++r) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma(WgmmaBF16(), acc, a + k * kOperandStep, b + k * kOperandStep, 1);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 80; ++i) sum += acc[i];
+  if (sum == 12345.0f) *never = sum;
+#endif
+}
+
+}  // namespace qwen2vl::cuda

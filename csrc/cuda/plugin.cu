@@ -1,0 +1,262 @@
+// The plug-in's one export: model/backend_abi.h over the classes of this folder.
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/language_model.h"
+#include "cuda/limits.h"
+#include "cuda/vision_encoder.h"
+#include "model/backend_abi.h"
+
+#ifdef _WIN32
+#define QWEN2VL_EXPORT __declspec(dllexport)
+#else
+#define QWEN2VL_EXPORT __attribute__((visibility("default")))
+#endif
+
+using namespace qwen2vl;
+
+struct qwen2vl_backend_handle {
+  qwen2vl_backend_handle(const qwen2vl_model& model, const qwen2vl_options& options, const cuda::Report& report)
+      : exact(options.exact != 0), ctx(options.device, options.memory_bytes),
+        language_model(ctx, model.text, exact, report) {
+    if (model.vision != nullptr) vision = *model.vision;
+  }
+
+  bool exact;
+  cuda::Context ctx;
+  cuda::LanguageModel language_model;
+  std::optional<qwen2vl_vision> vision;
+  std::optional<cuda::VisionEncoder> vision_encoder;  // from the first picture on
+};
+
+struct qwen2vl_cache_handle {
+  qwen2vl_backend_handle* backend;
+  std::unique_ptr<cuda::Cache> cache;
+};
+
+namespace {
+
+struct Cancelled {};
+
+template <size_t n>
+void copy_text(char (&to)[n], const std::string& text) {
+  std::snprintf(to, n, "%s", text.c_str());
+}
+
+/// Runs fn; its exception becomes a status and a message.
+template <typename Fn>
+int guarded(qwen2vl_error* error, const Fn& fn) {
+  const auto report = [&](int status, const char* message) {
+    std::snprintf(error->message, sizeof error->message, "%s", message);
+    return status;
+  };
+  try {
+    fn();
+    return QWEN2VL_OK;
+  } catch (const Cancelled&) {
+    return report(QWEN2VL_CANCELLED, "cancelled");
+  } catch (const std::invalid_argument& e) {
+    return report(QWEN2VL_INVALID, e.what());
+  } catch (const UnsupportedError& e) {
+    return report(QWEN2VL_UNSUPPORTED, e.what());
+  } catch (const DeviceError& e) {
+    return report(QWEN2VL_DEVICE, e.what());
+  } catch (const std::exception& e) {
+    return report(QWEN2VL_FAILED, e.what());
+  }
+}
+
+template <typename Fn>
+int on_device(qwen2vl_backend_handle* backend, qwen2vl_error* error, const Fn& fn) {
+  return guarded(error, [&] {
+    cuda::check(cudaSetDevice(backend->ctx.device), "cudaSetDevice");  // it is the calling thread's
+    fn();
+  });
+}
+
+cuda::Report to_report(qwen2vl_progress progress) {
+  return [progress](int64_t done, int64_t total) {
+    if (progress.report != nullptr && progress.report(progress.context, done, total) != 0) throw Cancelled();
+  };
+}
+
+int device_count() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorInsufficientDriver) {
+    (void)cudaGetLastError();
+    int driver = 0, runtime = 0;
+    (void)cudaDriverGetVersion(&driver);
+    (void)cudaRuntimeGetVersion(&runtime);
+    const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+    throw DeviceError(driver == 0 ? "there is no NVIDIA driver on this machine"
+                                  : "the NVIDIA driver is too old: it knows CUDA " + version(driver) +
+                                        ", expected " + version(runtime / 1000 * 1000) + " or newer");
+  }
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
+    (void)cudaGetLastError();
+    throw DeviceError("the NVIDIA driver finds no device");
+  }
+  cuda::check(status, "looking for devices");
+  return count;
+}
+
+int devices(qwen2vl_device* out, int32_t capacity, int32_t* count, qwen2vl_error* error) {
+  return guarded(error, [&] {
+    *count = device_count();
+    for (int i = 0; i < std::min<int>(capacity, *count); ++i) {
+      cudaDeviceProp properties{};
+      cuda::check(cudaGetDeviceProperties(&properties, i), "cudaGetDeviceProperties");
+      cuda::check(cudaSetDevice(i), "cudaSetDevice");
+      size_t free = 0, total = 0;
+      cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+      out[i] = {{}, static_cast<int64_t>(total), static_cast<int64_t>(free),
+                10 * properties.major + properties.minor, properties.multiProcessorCount};
+      copy_text(out[i].name, properties.name);
+    }
+  });
+}
+
+int measure_limits(int32_t device, double seconds, qwen2vl_limits* out, qwen2vl_error* error) {
+  return guarded(error, [&] { *out = cuda::measure_limits(device, seconds); });
+}
+
+int create(const qwen2vl_model* model, const qwen2vl_options* options, qwen2vl_progress progress,
+           qwen2vl_backend_handle** out, qwen2vl_error* error) {
+  return guarded(error, [&] {
+    const int count = device_count();
+    if (options->device < 0 || options->device >= count)
+      throw DeviceError("there is no device " + std::to_string(options->device) + ": the driver finds " +
+                        std::to_string(count));
+    cudaDeviceProp properties{};
+    cuda::check(cudaGetDeviceProperties(&properties, options->device), "cudaGetDeviceProperties");
+    if (properties.major < 8)
+      throw DeviceError(std::string(properties.name) + " has compute capability " +
+                        std::to_string(properties.major) + "." + std::to_string(properties.minor) +
+                        ", expected 8.0 or newer");
+    *out = new qwen2vl_backend_handle(*model, *options, to_report(progress));
+  });
+}
+
+void destroy(qwen2vl_backend_handle* backend) {
+  (void)cudaSetDevice(backend->ctx.device);
+  delete backend;
+}
+
+void info(const qwen2vl_backend_handle* backend, qwen2vl_info* out) {
+  const cuda::Context& ctx = backend->ctx;
+  *out = {};
+  copy_text(out->device, std::string(ctx.properties.name) + ", sm_" +
+                             std::to_string(10 * ctx.properties.major + ctx.properties.minor));
+  if (ctx.host_weight_bytes() > 0)
+    copy_text(out->note, "the device's memory does not hold the whole model: " +
+                             std::to_string(ctx.host_weight_bytes() >> 20) + " of " +
+                             std::to_string(ctx.weight_bytes() >> 20) +
+                             " MiB of weights stay in the host's memory, from where they are read at every step");
+  out->weight_bytes = ctx.weight_bytes();
+  out->max_batch_rows = cuda::kMaxBatchRows;
+}
+
+int new_cache(qwen2vl_backend_handle* backend, qwen2vl_cache_handle** out, qwen2vl_error* error) {
+  return on_device(backend, error,
+                   [&] { *out = new qwen2vl_cache_handle{backend, backend->language_model.new_cache()}; });
+}
+
+void free_cache(qwen2vl_cache_handle* cache) {
+  (void)cudaSetDevice(cache->backend->ctx.device);
+  cache->backend->language_model.forget(cache->cache.get());
+  delete cache;
+}
+
+int64_t cache_size(const qwen2vl_cache_handle* cache) { return cache->cache->size(); }
+void cache_truncate(qwen2vl_cache_handle* cache, int64_t size) { cache->cache->truncate(size); }
+int64_t cache_bytes(const qwen2vl_cache_handle* cache) { return cache->cache->allocated_bytes(); }
+
+int encode_vision(qwen2vl_backend_handle* backend, const float* pixel_values, int64_t t, int64_t h, int64_t w,
+                  float* out, qwen2vl_progress progress, qwen2vl_error* error) {
+  return on_device(backend, error, [&] {
+    if (!backend->vision) throw std::invalid_argument("this model has no vision tower");
+    const cuda::Report report = to_report(progress);
+    if (backend->vision_encoder) return (*backend->vision_encoder)(pixel_values, {t, h, w}, out, report);
+    const auto part = [&](int64_t first) {
+      return [&report, first](int64_t done, int64_t total) { report(first * total + done, 2 * total); };
+    };
+    backend->vision_encoder.emplace(backend->ctx, *backend->vision, backend->exact, part(0));
+    (*backend->vision_encoder)(pixel_values, {t, h, w}, out, part(1));
+  });
+}
+
+int forward(qwen2vl_backend_handle* backend, const qwen2vl_rows* batch, int64_t n, float* logits,
+            qwen2vl_progress progress, qwen2vl_error* error) {
+  return on_device(backend, error, [&] {
+    std::vector<cuda::Rows> rows;
+    for (const qwen2vl_rows& s : std::span(batch, static_cast<size_t>(n)))
+      rows.push_back({s.cache->cache.get(), s.n, s.token_ids, s.embeddings, s.positions, s.logits});
+    backend->language_model(rows, logits, to_report(progress));
+  });
+}
+
+int likeliest(qwen2vl_cache_handle* cache, int32_t* token, qwen2vl_error* error) {
+  return on_device(cache->backend, error,
+                   [&] { *token = cache->backend->language_model.likeliest(cache->cache.get()); });
+}
+
+int last_logits(qwen2vl_cache_handle* cache, float* out, qwen2vl_error* error) {
+  return on_device(cache->backend, error,
+                   [&] { cache->backend->language_model.last_logits(cache->cache.get(), out); });
+}
+
+int start_profile(qwen2vl_backend_handle* backend, qwen2vl_error* error) {
+  return on_device(backend, error, [&] { backend->ctx.timer.start(); });
+}
+
+int stop_profile(qwen2vl_backend_handle* backend, qwen2vl_stage* out, int32_t capacity, int32_t* count,
+                 qwen2vl_error* error) {
+  return on_device(backend, error, [&] {
+    const std::vector<StageRecord> records = backend->ctx.timer.stop();
+    *count = static_cast<int32_t>(records.size());
+    for (int32_t i = 0; i < std::min(capacity, *count); ++i) {
+      const StageRecord& r = records[static_cast<size_t>(i)];
+      out[i] = {{}, r.calls, r.seconds, r.work.int8_ops, r.work.float_ops, r.work.bytes};
+      copy_text(out[i].name, r.name);
+    }
+  });
+}
+
+int read_weights(qwen2vl_backend_handle* backend, int64_t* bytes, qwen2vl_error* error) {
+  return on_device(backend, error, [&] { *bytes = backend->language_model.read_weights(); });
+}
+
+constexpr qwen2vl_backend_api kApi{QWEN2VL_BACKEND_ABI,
+                                   sizeof(qwen2vl_backend_api),
+                                   "cuda",
+                                   devices,
+                                   measure_limits,
+                                   create,
+                                   destroy,
+                                   info,
+                                   new_cache,
+                                   free_cache,
+                                   cache_size,
+                                   cache_truncate,
+                                   cache_bytes,
+                                   encode_vision,
+                                   forward,
+                                   likeliest,
+                                   last_logits,
+                                   start_profile,
+                                   stop_profile,
+                                   read_weights};
+
+}  // namespace
+
+extern "C" QWEN2VL_EXPORT const qwen2vl_backend_api* qwen2vl_backend() { return &kApi; }

@@ -1,0 +1,293 @@
+#include "engine/plugin_backend.h"
+
+#include <algorithm>
+#include <exception>
+#include <mutex>
+#include <semaphore>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "engine/plugin.h"
+#include "engine/plugin_model.h"
+
+namespace qwen2vl {
+namespace {
+
+/// A Progress for plug-ins. What it throws waits here until their call has come back: exceptions must not
+/// cross the interface.
+class Reporter {
+ public:
+  explicit Reporter(const Progress& progress) : progress_(progress) {}
+  Reporter(const Reporter&) = delete;
+  Reporter& operator=(const Reporter&) = delete;
+
+  qwen2vl_progress get() { return {&report, this}; }
+
+  /// Throws what a call's status stands for.
+  void check(int status, const qwen2vl_error& error) const {
+    if (status == QWEN2VL_CANCELLED && thrown_) std::rethrow_exception(thrown_);
+    check_plugin(status, error);
+  }
+
+ private:
+  static int report(void* context, int64_t done, int64_t total) {
+    Reporter& self = *static_cast<Reporter*>(context);
+    try {
+      self.progress_(done, total);
+      return 0;
+    } catch (...) {
+      self.thrown_ = std::current_exception();
+      return 1;
+    }
+  }
+
+  const Progress& progress_;
+  std::exception_ptr thrown_;
+};
+
+/// A plug-in's backend and what it points at. The backend and every cache share it, so that it ends after the
+/// last of them.
+class Handle {
+ public:
+  /// While it lives no other call is made: a plug-in is promised one at a time, of caches too.
+  class Turn {
+   public:
+    explicit Turn(Handle& handle) : handle_(handle) {
+      handle_.turn_.acquire();
+      handle_.free_abandoned();
+    }
+    ~Turn() {
+      handle_.free_abandoned();
+      handle_.turn_.release();
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    Handle& handle_;
+  };
+
+  Handle(const qwen2vl_backend_api& api_, const ModelConfig& config, Weights&& weights,
+         const PluginOptions& options, const Progress& progress)
+      : api(api_), model_(config, weights) {
+    const qwen2vl_options c_options{options.device, options.precision == Precision::Exact,
+                                    options.memory_bytes};
+    Reporter reporter(progress);
+    qwen2vl_error error{};
+    reporter.check(api.create(&model_.get(), &c_options, reporter.get(), &backend, &error), error);
+    weights_ = std::move(weights);  // the numbers themselves stay where they are
+  }
+
+  ~Handle() {
+    free_abandoned();
+    api.destroy(backend);
+  }
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+
+  /// Frees a cache, now or after the call that is being made. Never waits: caches end where Python drops
+  /// them, and a call may be waiting for Python.
+  void abandon(qwen2vl_cache_handle* cache) {
+    {
+      const std::lock_guard lock(abandoned_mutex_);
+      abandoned_.push_back(cache);
+    }
+    if (!turn_.try_acquire()) return;
+    free_abandoned();
+    turn_.release();
+  }
+
+  const std::vector<std::unique_ptr<gguf::File>>& files() const { return weights_.files; }
+
+  /// The files' pages have been copied to where they are used.
+  void release_pages() const {
+    for (const auto& file : files()) file->mapping().release(0, file->mapping().bytes().size());
+  }
+
+  const qwen2vl_backend_api& api;
+  qwen2vl_backend_handle* backend = nullptr;
+
+ private:
+  void free_abandoned() {
+    const std::lock_guard lock(abandoned_mutex_);
+    for (qwen2vl_cache_handle* cache : abandoned_) api.free_cache(cache);
+    abandoned_.clear();
+  }
+
+  PluginModel model_;
+  Weights weights_;
+  std::binary_semaphore turn_{1};  // no mutex: Python may drop a cache in the very thread that makes a call
+  std::mutex abandoned_mutex_;
+  std::vector<qwen2vl_cache_handle*> abandoned_;
+};
+
+class PluginKvCache final : public KvCache {
+ public:
+  explicit PluginKvCache(std::shared_ptr<Handle> handle) : handle_(std::move(handle)) {
+    const Handle::Turn turn(*handle_);
+    qwen2vl_error error{};
+    check_plugin(handle_->api.new_cache(handle_->backend, &cache_, &error), error);
+  }
+  ~PluginKvCache() override { handle_->abandon(cache_); }
+  PluginKvCache(const PluginKvCache&) = delete;
+  PluginKvCache& operator=(const PluginKvCache&) = delete;
+
+  int64_t size() const override { return handle_->api.cache_size(cache_); }
+  int64_t allocated_bytes() const override { return handle_->api.cache_bytes(cache_); }
+
+  void truncate(int64_t size) override {
+    const Handle::Turn turn(*handle_);
+    handle_->api.cache_truncate(cache_, size);
+  }
+
+  void last_logits(float* out) override {
+    const Handle::Turn turn(*handle_);
+    qwen2vl_error error{};
+    check_plugin(handle_->api.last_logits(cache_, out, &error), error);
+  }
+
+  int32_t likeliest() override {
+    const Handle::Turn turn(*handle_);
+    int32_t token = -1;
+    qwen2vl_error error{};
+    check_plugin(handle_->api.likeliest(cache_, &token, &error), error);
+    return token;
+  }
+
+  qwen2vl_cache_handle* get() const { return cache_; }
+
+ private:
+  std::shared_ptr<Handle> handle_;
+  qwen2vl_cache_handle* cache_ = nullptr;
+};
+
+class PluginBackend final : public Backend {
+ public:
+  PluginBackend(const qwen2vl_backend_api& api, const ModelConfig& config, Weights&& weights,
+                const PluginOptions& options, const Progress& progress)
+      : handle_(std::make_shared<Handle>(api, config, std::move(weights), options, progress)),
+        has_vision_(config.vision.has_value()) {
+    handle_->release_pages();
+    read_info();
+    device_ = info_.device;
+  }
+
+  std::unique_ptr<KvCache> new_cache() const override { return std::make_unique<PluginKvCache>(handle_); }
+
+  void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
+                     const Progress& progress) override {
+    if (!has_vision_) throw std::invalid_argument("this model has no vision tower");
+    const bool first = !vision_loaded_;
+    if (first)
+      for (const auto& file : handle_->files()) file->mapping().require_unchanged();
+    Reporter reporter(progress);
+    qwen2vl_error error{};
+    const Handle::Turn turn(*handle_);
+    reporter.check(api().encode_vision(handle_->backend, pixel_values, grid.t, grid.h, grid.w, out,
+                                       reporter.get(), &error),
+                   error);
+    vision_loaded_ = true;
+    if (!first) return;
+    handle_->release_pages();
+    read_info();
+  }
+
+  void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) override {
+    std::vector<qwen2vl_rows> rows;
+    for (const SequenceRows& s : batch)
+      rows.push_back({static_cast<PluginKvCache*>(s.cache)->get(), static_cast<int64_t>(s.token_ids.size()),
+                      s.token_ids.data(), s.embeddings.data(),
+                      s.positions.empty() ? nullptr : s.positions.data()->data(),
+                      static_cast<int32_t>(s.logits)});
+    Reporter reporter(progress);
+    qwen2vl_error error{};
+    const Handle::Turn turn(*handle_);
+    reporter.check(api().forward(handle_->backend, rows.data(), static_cast<int64_t>(rows.size()), logits,
+                                 reporter.get(), &error),
+                   error);
+  }
+
+  bool keeps_logits() const override { return true; }
+
+  int64_t max_batch_rows() const override {
+    const std::lock_guard lock(info_mutex_);
+    return std::max<int64_t>(1, info_.max_batch_rows);
+  }
+
+  void start_profile() override {
+    const Handle::Turn turn(*handle_);
+    qwen2vl_error error{};
+    check_plugin(api().start_profile(handle_->backend, &error), error);
+  }
+
+  std::vector<StageRecord> stop_profile() override {
+    constexpr int32_t kMost = 256;
+    std::vector<qwen2vl_stage> stages(kMost);
+    int32_t count = 0;
+    qwen2vl_error error{};
+    {
+      const Handle::Turn turn(*handle_);
+      check_plugin(api().stop_profile(handle_->backend, stages.data(), kMost, &count, &error), error);
+    }
+    stages.resize(std::clamp(count, 0, kMost));
+    std::vector<StageRecord> records;
+    for (const qwen2vl_stage& s : stages)
+      records.push_back({s.name, s.calls, s.seconds, {s.int8_ops, s.float_ops, s.bytes}});
+    return records;
+  }
+
+  int64_t read_weights() override {
+    const Handle::Turn turn(*handle_);
+    int64_t bytes = 0;
+    qwen2vl_error error{};
+    check_plugin(api().read_weights(handle_->backend, &bytes, &error), error);
+    return bytes;
+  }
+
+  int64_t weight_bytes() const override {
+    const std::lock_guard lock(info_mutex_);
+    return info_.weight_bytes;
+  }
+  std::string device() const override { return device_; }
+  std::string_view isa() const override { return device_; }
+  int n_threads() const override { return 0; }
+  std::string note() const override {
+    const std::lock_guard lock(info_mutex_);
+    return info_.note;
+  }
+
+ private:
+  const qwen2vl_backend_api& api() const { return handle_->api; }
+
+  /// Kept, so that a look at it need not wait for a call that is being made.
+  void read_info() {
+    qwen2vl_info info{};
+    api().info(handle_->backend, &info);
+    const std::lock_guard lock(info_mutex_);
+    info_ = info;
+  }
+
+  std::shared_ptr<Handle> handle_;
+  bool has_vision_;
+  bool vision_loaded_ = false;
+  std::string device_;
+  mutable std::mutex info_mutex_;
+  qwen2vl_info info_{};
+};
+
+static_assert(sizeof(Position) == 3 * sizeof(int32_t), "positions go to plug-ins as [n][3]");
+static_assert(static_cast<int>(LogitsWanted::None) == 0 && static_cast<int>(LogitsWanted::Last) == 1 &&
+              static_cast<int>(LogitsWanted::All) == 2);
+
+}  // namespace
+
+std::unique_ptr<Backend> make_plugin_backend(const qwen2vl_backend_api& api, const ModelConfig& config,
+                                             Weights&& weights, const PluginOptions& options,
+                                             const Progress& progress) {
+  return std::make_unique<PluginBackend>(api, config, std::move(weights), options, progress);
+}
+
+}  // namespace qwen2vl

@@ -1,0 +1,320 @@
+"""The CUDA backend: against the CPU's plain kernels, its own plain twins, and itself in other company.
+
+Runs where a plug-in and a device are: a GPU, or the stand-in for one (CONTRIBUTING.md, "Working"), which computes on
+the processor what the kernels say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from checkpoints import CheckpointSpec, write_checkpoint
+from conversations import Parts, conversation, random_image
+from demo import cases
+from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
+from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
+from qwen2vl_q.devices import cuda_plugin
+from qwen2vl_q.errors import DeviceError
+from shapes import SHAPES
+from test_demo_answers import FIRST_SEED, same
+
+FloatArray = NDArray[np.float32]
+
+
+def missing() -> str:
+    """Why these tests cannot run, or an empty string."""
+    plugin = cuda_plugin()
+    if plugin is None:
+        return "needs the CUDA plug-in (qwen2vl-q-cuda, or QWEN2VL_CUDA_PLUGIN)"
+    try:
+        _native.plugin_devices(plugin)
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "there is a device")
+
+# Widths that K-quants divide, so that the embedding of a Q4_0 file is Q6_K; the real tower's head_dim.
+WIDE = CheckpointSpec(
+    hidden_size=256,
+    intermediate_size=512,
+    mrope_section=(8, 12, 12),
+    embed_dim=160,
+    num_heads=2,
+)
+MORE: dict[str, CheckpointSpec] = {
+    **SHAPES,
+    # 6 query heads a key-value head, head_dim 128, as the 2B model has.
+    "like_2b": CheckpointSpec(
+        hidden_size=768,
+        intermediate_size=1280,
+        num_attention_heads=6,
+        num_key_value_heads=1,
+        mrope_section=(16, 24, 24),
+        embed_dim=320,
+        num_heads=4,
+    ),
+    # A head_dim that is filled up, more query heads than a launch takes.
+    "head_dim_48": CheckpointSpec(
+        hidden_size=48 * 10,
+        num_attention_heads=10,
+        num_key_value_heads=1,
+        mrope_section=(8, 8, 8),
+        embed_dim=96,
+        num_heads=1,
+    ),
+}
+# Activations as bf16 lose 2^-9 of each value, in every layer; the plain twins lose rounding alone.
+FAST, EXACT = 4e-4, 1e-9
+
+
+def make(folder: Path, spec: CheckpointSpec, type: FileType = "q8_0") -> Path:
+    convert_checkpoint(write_checkpoint(folder / "checkpoint", spec, 7), folder / "model.gguf", Recipe(type))
+    return folder / "model.gguf"
+
+
+def nmse(values: FloatArray, reference: FloatArray) -> float:
+    return float(((values - reference) ** 2).sum() / (reference**2).sum())
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("wide"), WIDE)
+
+
+@pytest.fixture(scope="module")
+def model(wide: Path) -> Qwen2VL:
+    return Qwen2VL.from_gguf(wide, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def reference(wide: Path) -> Qwen2VL:
+    return Qwen2VL.from_gguf(wide, precision="exact")
+
+
+CONVERSATION: Parts = [5, (90, 130), 7, (56, 84), 3]
+
+
+@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_shapes(name: str, precision: str, tmp_path: Path) -> None:
+    path = make(tmp_path, MORE[name], "f32")
+    cpu = Qwen2VL.from_gguf(path, precision="exact")
+    gpu = Qwen2VL.from_gguf(path, precision=precision, device="cuda")  # type: ignore[arg-type]
+    bound = EXACT if precision == "exact" else FAST
+    c = conversation(1, CONVERSATION)
+    assert nmse(gpu.encode_image(c.images[0]), cpu.encode_image(c.images[0])) < bound
+    assert nmse(gpu.logits(c.token_ids, c.images), cpu.logits(c.token_ids, c.images)) < bound
+    few = conversation(2, [20]).token_ids
+    assert nmse(gpu.logits(few), cpu.logits(few)) < bound
+
+
+@pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_types(type: FileType, tmp_path: Path) -> None:
+    path = make(tmp_path, WIDE, type)
+    cpu = Qwen2VL.from_gguf(path, precision="exact")
+    c, few = conversation(3, [70, (60, 200), 3]), conversation(4, [9]).token_ids
+    for precision, bound in (("exact", EXACT), ("fast", FAST)):
+        gpu = Qwen2VL.from_gguf(path, precision=precision, device="cuda")  # type: ignore[arg-type]
+        assert nmse(gpu.logits(c.token_ids, c.images), cpu.logits(c.token_ids, c.images)) < bound
+        assert nmse(gpu.logits(few), cpu.logits(few)) < bound
+        assert gpu.precision == precision
+
+
+def test_outlier_channels(tmp_path: Path) -> None:
+    path = make(tmp_path, replace(WIDE, outlier_channels=4), "q8_0")
+    cpu = Qwen2VL.from_gguf(path, precision="exact")
+    gpu = Qwen2VL.from_gguf(path, device="cuda")
+    c = conversation(5, [6, (120, 90), 70])
+    assert nmse(gpu.encode_image(c.images[0]), cpu.encode_image(c.images[0])) < FAST
+    assert nmse(gpu.logits(c.token_ids, c.images), cpu.logits(c.token_ids, c.images)) < FAST
+
+
+def test_a_large_picture(model: Qwen2VL, reference: Qwen2VL) -> None:
+    """Several tiles of queries and of keys, the last ones cut."""
+    image = random_image(np.random.default_rng(6), 300, 430)
+    assert nmse(model.encode_image(image), reference.encode_image(image)) < FAST
+
+
+def test_temporal_steps_do_not_see_each_other(model: Qwen2VL, reference: Qwen2VL) -> None:
+    rng = np.random.default_rng(7)
+    pixels = rng.standard_normal((3 * 8 * 6, 1176)).astype(np.float32)
+    together = model._native.encode_image(pixels, (3, 8, 6))
+    assert nmse(together, reference._native.encode_image(pixels, (3, 8, 6))) < FAST
+    for t in range(3):
+        alone = model._native.encode_image(pixels[t * 48 : (t + 1) * 48], (1, 8, 6))
+        np.testing.assert_array_equal(together[t * 12 : (t + 1) * 12], alone)
+
+
+def test_a_long_prompt_and_decoding_at_depth(model: Qwen2VL, reference: Qwen2VL) -> None:
+    """More rows than a batch takes; then decoding over many chunks of pages."""
+    ids = conversation(8, [2300]).token_ids
+    prompt = np.array(ids, np.int32)
+    states = []
+    for m in (model, reference):
+        state = _native.SequenceState(m._native, 4096)
+        state.prefill(_native.Prompt(m._native, prompt), [])
+        states.append(state)
+    assert nmse(states[0].logits, states[1].logits) < FAST
+    for token in (3, 1000, 17):
+        for state in states:
+            state.accept(token)
+        assert nmse(states[0].logits, states[1].logits) < FAST
+
+
+def test_prompts_in_pieces(model: Qwen2VL) -> None:
+    """Rows of more than a few go the same way, however a prompt is cut."""
+    ids = np.array(conversation(9, [330]).token_ids, np.int32)
+    whole = _native.SequenceState(model._native, 1024)
+    whole.prefill(_native.Prompt(model._native, ids), [])
+    pieces = _native.SequenceState(model._native, 1024)
+    for n in (100, 257, 330):
+        prompt = _native.Prompt(model._native, ids[:n])
+        pieces.reuse(prompt)
+        pieces.prefill(prompt, [])
+    np.testing.assert_array_equal(pieces.logits, whole.logits)
+
+
+def alone(model: Qwen2VL, ids: NDArray[np.int32], n: int) -> tuple[list[int], list[FloatArray]]:
+    """Greedy tokens, and the logits after each."""
+    state = _native.SequenceState(model._native, 512)
+    state.prefill(_native.Prompt(model._native, ids), [])
+    greedy, tokens, logits = _native.Sampler(), [], []
+    for _ in range(n):
+        tokens.append(state.sample(greedy))
+        state.accept(tokens[-1])
+        logits.append(state.logits.copy())
+    return tokens, logits
+
+
+@pytest.mark.parametrize("streams", [2, 7, 40])
+def test_streams_together_equal_each_alone(model: Qwen2VL, streams: int) -> None:
+    rng = np.random.default_rng(streams)
+    prompts = [rng.integers(0, 1024, int(n)).astype(np.int32) for n in rng.integers(1, 90, streams)]
+    expected = [alone(model, ids, 4) for ids in prompts]
+    greedy, states = _native.Sampler(), []
+    for ids in prompts:
+        states.append(_native.SequenceState(model._native, 512))
+        states[-1].prefill(_native.Prompt(model._native, ids), [])
+    for step in range(4):
+        tokens = [state.sample(greedy) for state in states]
+        assert tokens == [found[0][step] for found in expected]
+        _native.accept_together(states, tokens)
+        for state, found in zip(states, expected, strict=True):
+            np.testing.assert_array_equal(state.logits, found[1][step])
+
+
+def test_a_step_ahead_is_forgotten_when_another_token_comes(model: Qwen2VL) -> None:
+    ids = np.array(conversation(10, [30]).token_ids, np.int32)
+    greedy = _native.Sampler()
+    ahead, plain = (_native.SequenceState(model._native, 512) for _ in range(2))
+    for state in (ahead, plain):
+        state.prefill(_native.Prompt(model._native, ids), [])
+    for _ in range(3):
+        token = ahead.sample(greedy)  # from here on a step is under way
+        assert token == int(plain.logits.argmax())
+        ahead.accept(token)
+        plain.accept(token)
+    other = (ahead.sample(greedy) + 1) % 1024
+    ahead.accept(other)
+    plain.accept(other)
+    np.testing.assert_array_equal(ahead.logits, plain.logits)
+    # A prompt that shares a prefix cuts the cache back under a step that is under way.
+    prompt = _native.Prompt(model._native, np.append(ids[:20], [5, 6]).astype(np.int32))
+    ahead.sample(greedy)
+    for state in (ahead, plain):
+        assert state.reuse(prompt) == 20
+        state.prefill(prompt, [])
+    np.testing.assert_array_equal(ahead.logits, plain.logits)
+
+
+def test_sequences_keep_their_logits_while_others_go_on(model: Qwen2VL) -> None:
+    greedy, states, best = _native.Sampler(), [], []
+    for seed in range(5):
+        ids = np.array(conversation(20 + seed, [12]).token_ids, np.int32)
+        states.append(_native.SequenceState(model._native, 64))
+        states[-1].prefill(_native.Prompt(model._native, ids), [])
+        best.append(alone(model, ids, 1)[0][0])
+    assert [state.sample(greedy) for state in states] == best
+    assert [int(state.logits.argmax()) for state in states] == best
+
+
+def test_a_cancelled_call_leaves_the_cache_as_it_was(model: Qwen2VL) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise Stop
+
+    ids = np.array(conversation(11, [200]).token_ids, np.int32)
+    state = _native.SequenceState(model._native, 512)
+    prompt = _native.Prompt(model._native, ids)
+    with pytest.raises(Stop):
+        state.prefill(prompt, [], stop)
+    assert state.n_cells == 0
+    state.prefill(prompt, [])
+    fresh = _native.SequenceState(model._native, 512)
+    fresh.prefill(prompt, [])
+    np.testing.assert_array_equal(state.logits, fresh.logits)
+
+
+def test_memory_grows_with_use(model: Qwen2VL) -> None:
+    state = _native.SequenceState(model._native, 32768)
+    assert state.kv_bytes == 0
+    state.prefill(_native.Prompt(model._native, np.arange(64, dtype=np.int32)), [])
+    page = 2 * 2 * 2 * 64 * 64 * 2  # layers, keys and values, heads, cells, head_dim, bytes of f16
+    assert state.kv_bytes == 2 * page  # 64 cells, and one that a step ahead may need
+
+
+def test_weights_without_room_stay_in_the_hosts_memory(wide: Path, model: Qwen2VL) -> None:
+    native = _native.Model(str(wide), device="cuda", plugin=cuda_plugin(), device_memory=500_000)
+    assert "stay in the host's memory" in native.note
+    assert model.note == ""
+    prompt = np.array(conversation(12, [100]).token_ids, np.int32)
+    logits = []
+    for m in (native, model._native):
+        state = _native.SequenceState(m, 256)
+        state.prefill(_native.Prompt(m, prompt), [])
+        state.accept(3)
+        logits.append(state.logits)
+    np.testing.assert_array_equal(*logits)
+
+
+def test_profile_times_every_stage(model: Qwen2VL) -> None:
+    c = conversation(13, [70, (60, 60), 3])
+    with model.profile() as stages:
+        model.reset()
+        list(model.generate(c.token_ids, c.images, max_new_tokens=3, ignore_eos=True))
+    names = {stage.name for stage in stages}
+    assert {"image attention", "image fc1", "text qkv_proj", "text attention", "text lm_head"} <= names
+    assert all(stage.seconds >= 0 and stage.calls > 0 for stage in stages)
+    assert model.read_weights() > 0
+
+
+def test_answers_about_cards() -> None:
+    """The demo model says on the device what it says on the CPU; boxes may differ in their last digits."""
+    gpu, cpu = (Qwen2VL.from_gguf(DEMO_MODEL, device=device) for device in ("cuda", "cpu"))
+    assert gpu.device != "cpu"
+    differing = []
+    for task in ("what", "read", "count", "box"):
+        for k in range(3):
+            case = cases.case(task, FIRST_SEED + k)
+            question = case.turns[-1].question
+            content = [*({"type": "image", "image": image} for image in case.images), {"type": "text", "text": question}]
+            found = [
+                m.chat([{"role": "user", "content": content}], False, temperature=0, max_new_tokens=32) for m in (gpu, cpu)
+            ]
+            if not same(*found):
+                differing.append((question, *found))
+    assert len(differing) <= 1, differing
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(DeviceError, match="99"):
+        Qwen2VL.from_gguf(DEMO_MODEL, device="cuda:99")
