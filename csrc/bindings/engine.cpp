@@ -148,6 +148,31 @@ FloatArray encode_image(Model& model, const FloatArray& pixel_values, const Grid
   return out;
 }
 
+using PixelArray = py::array_t<uint8_t, py::array::c_style>;
+
+FloatArray encode_pixels(Model& model, const PixelArray& pixels, const FloatArray& levels,
+                         const GridTuple& grid_thw, const PyProgress& progress) {
+  if (!model.config().vision) throw std::invalid_argument("this model has no vision tower");
+  const VisionConfig& vision = *model.config().vision;
+  const GridTHW grid = to_grid(grid_thw);
+  const int64_t cells = vision_cells(grid, vision), side = vision.patch_size;
+  if (grid.t != 1)
+    throw std::invalid_argument("grid_thw: expected one temporal step, found " + std::to_string(grid.t));
+  require_shape(levels, vision.in_channels, 256, "levels");
+  if (pixels.ndim() != 3 || pixels.shape(0) != grid.h * side || pixels.shape(1) != grid.w * side ||
+      pixels.shape(2) != vision.in_channels)
+    throw std::invalid_argument("pixels: expected shape (" + std::to_string(grid.h * side) + ", " +
+                                std::to_string(grid.w * side) + ", " + std::to_string(vision.in_channels) + ")");
+  FloatArray out({cells, vision.hidden_size});
+  float* result = out.mutable_data();
+  const Progress report = make_progress(progress);
+  {
+    py::gil_scoped_release release;
+    model.lock().backend.encode_pixels(pixels.data(), levels.data(), grid, result, report);
+  }
+  return out;
+}
+
 py::array_t<int64_t> position_ids(const Model& model, const IdArray& token_ids,
                                   const std::vector<GridTuple>& grids) {
   std::vector<GridTHW> sizes;
@@ -264,6 +289,8 @@ void register_engine(py::module_& m) {
       .def_property_readonly("weight_bytes",
                              [](const Model& model) { return model.backend().weight_bytes(); })
       .def("encode_image", &encode_image, py::arg("pixel_values"), py::arg("grid_thw"),
+           py::arg("progress") = py::none())
+      .def("encode_pixels", &encode_pixels, py::arg("pixels"), py::arg("levels"), py::arg("grid_thw"),
            py::arg("progress") = py::none())
       .def(
           "start_profile", [](Model& model) { model.lock().backend.start_profile(); },

@@ -7,6 +7,7 @@
 
 #include "cpu/language_model.h"
 #include "cpu/vision_encoder.h"
+#include "model/pixels.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -40,6 +41,12 @@ class CpuBackend final : public Backend {
     load_vision([&](int64_t done, int64_t total) { progress(done, 2 * total); });
     (*vision_encoder_)(ctx_, pixel_values, grid, out,
                        [&](int64_t done, int64_t total) { progress(total + done, 2 * total); });
+  }
+
+  void encode_pixels(const uint8_t* pixels, const float* levels, const GridTHW& grid, float* out,
+                     const Progress& progress) override {
+    if (!config_.vision) throw std::invalid_argument("this model has no vision tower");
+    encode_vision(pixel_values(pixels, levels, grid, *config_.vision).data(), grid, out, progress);
   }
 
   void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) override {

@@ -93,8 +93,8 @@ LanguageModel::LanguageModel(Context& ctx, const qwen2vl_text& text, bool exact,
   arrived_.resize(counters);
   likeliest_arrived_.resize(kFewRows * 4);
   likeliest_parts_.resize(kFewRows * kLikeliestParts * static_cast<int64_t>(sizeof(Likeliest)));
-  check(cudaMemset(arrived_.as(), 0, static_cast<size_t>(counters)), "cudaMemset");
-  check(cudaMemset(likeliest_arrived_.as(), 0, kFewRows * 4), "cudaMemset");
+  check(cudaMemsetAsync(arrived_.as(), 0, static_cast<size_t>(counters), ctx.stream), "cudaMemset");
+  check(cudaMemsetAsync(likeliest_arrived_.as(), 0, kFewRows * 4, ctx.stream), "cudaMemset");
   check(cudaEventCreateWithFlags(&staged_, cudaEventDisableTiming), "cudaEventCreate");
   for (Result& result : results_) {
     result.tokens = PinnedBuffer(kFewRows * 4);
@@ -230,7 +230,7 @@ void LanguageModel::operator()(std::span<const Rows> batch, float* logits, const
     if (exact_)
       layer_plain(i, rows);
     else if (rows <= kFewRows)
-      layer_few(i, rows, chunks);
+      layer_few(i, rows, chunks, false);
     else
       layer_many(i, batch, rows);
   }
@@ -357,7 +357,7 @@ int64_t LanguageModel::chunks_of(int64_t cells) {
   return ceil_div(pages, pages_per_chunk(pages));
 }
 
-void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, int64_t chunks) {
+void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, int64_t chunks, bool single) {
   const int64_t heads = text_.num_attention_heads, kv_heads = text_.num_key_value_heads, all = heads / kv_heads;
   const auto stage = ctx_.stage("text attention");
   for (int64_t first = 0; first < all; first += kMaxGroup) {
@@ -375,6 +375,7 @@ void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, 
     p.arrived = arrived_.as<uint32_t>();
     p.stride = layers_[layer].o_proj.stride;
     p.out = attended_.as<uint16_t>() + first_row * p.stride;
+    p.single = single ? 1 : 0;
     const Launch how{"text attention",
                      dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(kv_heads), static_cast<unsigned>(rows)),
                      kDecodeThreads, decode_attention_shared_bytes(static_cast<int>(padded_head_dim_), p.group), true};
@@ -395,7 +396,7 @@ void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, 
 }
 
 // Qwen2VLDecoderLayer for few rows: five launches.
-void LanguageModel::layer_few(int64_t index, int64_t rows, int64_t chunks) {
+void LanguageModel::layer_few(int64_t index, int64_t rows, int64_t chunks, bool single) {
   const Layer& l = layers_[index];
   const int64_t hidden = text_.hidden_size;
   float* x = x_.as<float>();
@@ -405,7 +406,7 @@ void LanguageModel::layer_few(int64_t index, int64_t rows, int64_t chunks) {
     return {normed_.as<uint16_t>(), nullptr, nullptr, 0};
   };
   few_rows_linear(ctx_, l.qkv_proj, normed(l.input_layernorm), rows, Finish::TextQkv, qkv_epilogue(index));
-  attend_rows(index, 0, rows, chunks);
+  attend_rows(index, 0, rows, chunks, single);
   few_rows_linear(ctx_, l.o_proj, {attended_.as<uint16_t>(), nullptr, nullptr, 0}, rows, Finish::Residual,
                   residual(x_, hidden));
   Epilogue wide;
@@ -428,7 +429,7 @@ void LanguageModel::layer_many(int64_t index, std::span<const Rows> batch, int64
   int64_t row = 0;
   for (const Rows& s : batch) {
     if (s.n == 1) {
-      attend_rows(index, row, 1, chunks_of(s.cache->size() + 1));
+      attend_rows(index, row, 1, chunks_of(s.cache->size() + 1), true);
     } else {
       const auto stage = ctx_.stage("text attention", {0, 4.0 * static_cast<double>(s.n) *
                                                               (static_cast<double>(s.cache->size()) +
@@ -589,7 +590,7 @@ bool LanguageModel::is_ahead(std::span<const Rows> batch) {
 
 void LanguageModel::run_step(int64_t rows, int64_t chunks, int slot) {
   embed(rows);
-  for (int64_t i = 0; i < text_.num_hidden_layers; ++i) layer_few(i, rows, chunks);
+  for (int64_t i = 0; i < text_.num_hidden_layers; ++i) layer_few(i, rows, chunks, true);
   head(x_.as<float>(), rows, results_[slot].logits.as<float>());
   find_likeliest(rows, results_[slot], true);
 }

@@ -71,8 +71,8 @@ class LanguageModel {
   int64_t upload(std::span<const Rows> batch);
   void embed(int64_t rows);
   Epilogue qkv_epilogue(int64_t layer) const;
-  void attend_rows(int64_t layer, int64_t first_row, int64_t rows, int64_t chunks);
-  void layer_few(int64_t index, int64_t rows, int64_t chunks);
+  void attend_rows(int64_t layer, int64_t first_row, int64_t rows, int64_t chunks, bool single);
+  void layer_few(int64_t index, int64_t rows, int64_t chunks, bool single);
   void layer_many(int64_t index, std::span<const Rows> batch, int64_t rows);
   void layer_plain(int64_t index, int64_t rows);
   void head(const float* x, int64_t rows, float* logits);

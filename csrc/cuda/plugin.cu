@@ -181,18 +181,28 @@ int64_t cache_size(const qwen2vl_cache_handle* cache) { return cache->cache->siz
 void cache_truncate(qwen2vl_cache_handle* cache, int64_t size) { cache->cache->truncate(size); }
 int64_t cache_bytes(const qwen2vl_cache_handle* cache) { return cache->cache->allocated_bytes(); }
 
-int encode_vision(qwen2vl_backend_handle* backend, const float* pixel_values, int64_t t, int64_t h, int64_t w,
-                  float* out, qwen2vl_progress progress, qwen2vl_error* error) {
+int encode(qwen2vl_backend_handle* backend, const cuda::Picture& picture, float* out, qwen2vl_progress progress,
+           qwen2vl_error* error) {
   return on_device(backend, error, [&] {
     if (!backend->vision) throw std::invalid_argument("this model has no vision tower");
     const cuda::Report report = to_report(progress);
-    if (backend->vision_encoder) return (*backend->vision_encoder)(pixel_values, {t, h, w}, out, report);
+    if (backend->vision_encoder) return (*backend->vision_encoder)(picture, out, report);
     const auto part = [&](int64_t first) {
       return [&report, first](int64_t done, int64_t total) { report(first * total + done, 2 * total); };
     };
     backend->vision_encoder.emplace(backend->ctx, *backend->vision, backend->exact, part(0));
-    (*backend->vision_encoder)(pixel_values, {t, h, w}, out, part(1));
+    (*backend->vision_encoder)(picture, out, part(1));
   });
+}
+
+int encode_vision(qwen2vl_backend_handle* backend, const float* pixel_values, int64_t t, int64_t h, int64_t w,
+                  float* out, qwen2vl_progress progress, qwen2vl_error* error) {
+  return encode(backend, {{t, h, w}, pixel_values, nullptr, nullptr}, out, progress, error);
+}
+
+int encode_pixels(qwen2vl_backend_handle* backend, const uint8_t* pixels, const float* levels, int64_t h, int64_t w,
+                  float* out, qwen2vl_progress progress, qwen2vl_error* error) {
+  return encode(backend, {{1, h, w}, nullptr, pixels, levels}, out, progress, error);
 }
 
 int forward(qwen2vl_backend_handle* backend, const qwen2vl_rows* batch, int64_t n, float* logits,
@@ -250,6 +260,7 @@ constexpr qwen2vl_backend_api kApi{QWEN2VL_BACKEND_ABI,
                                    cache_truncate,
                                    cache_bytes,
                                    encode_vision,
+                                   encode_pixels,
                                    forward,
                                    likeliest,
                                    last_logits,

@@ -92,6 +92,7 @@ struct Launch {
   int threads;
   int64_t shared_bytes = 0;
   bool overlaps = false;  ///< waits for the launch before by itself (wait_for_previous_launch)
+  int cluster = 1;        ///< cluster x cluster blocks that share their shared memory (Hopper on)
 };
 
 /// Puts a kernel on a stream. DeviceError with its name and size where that fails.
@@ -115,11 +116,19 @@ void launch(cudaStream_t stream, const Launch& how, void (*kernel)(Parameters...
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = how.overlaps ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (how.overlaps) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (how.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = attribute.val.clusterDim.y = static_cast<unsigned>(how.cluster);
+    attribute.val.clusterDim.z = 1;
+  }
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (status != cudaSuccess)
     check(status, std::string(how.name) + ", " + std::to_string(how.grid.x) + " x " +

@@ -1,5 +1,6 @@
 #include "cuda/vision_encoder.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -107,16 +108,14 @@ VisionEncoder::VisionEncoder(Context& ctx, const qwen2vl_vision& vision, bool ex
 }
 
 // Qwen2VisionTransformerPretrainedModel.forward
-void VisionEncoder::operator()(const float* pixel_values, const Grid& grid, float* out, const Report& report) {
+void VisionEncoder::operator()(const Picture& picture, float* out, const Report& report) {
   const qwen2vl_vision& c = vision_;
+  const Grid& grid = picture.grid;
   const int64_t rows = grid.t * grid.h * grid.w, half = c.head_dim / 2;
-  const int64_t patch_dim = c.in_channels * c.temporal_patch_size * c.patch_size * c.patch_size;
   const int64_t tokens = rows / (c.spatial_merge_size * c.spatial_merge_size);
-  pixels_.resize(rows * patch_dim * 4);
   x_.resize(rows * c.embed_dim * 4);
   rotation_.resize(rows * 2 * half * 4);
   out_.resize(tokens * c.hidden_size * 4);
-  ctx_.copy_to_device(pixels_.as(), pixel_values, rows * patch_dim * 4);
   {
     const auto stage = ctx_.stage("image rope");
     launch(ctx_.stream, {"image rope", dim3(blocks(rows * half, 256)), 256}, vision_rotation,
@@ -124,7 +123,7 @@ void VisionEncoder::operator()(const float* pixel_values, const Grid& grid, floa
                           static_cast<int32_t>(c.spatial_merge_size), static_cast<int32_t>(c.head_dim / 4), inv_freq_,
                           rotation_.as<float>(), rows});
   }
-  exact_ ? encode_plain(grid, report) : encode(grid, report);
+  exact_ ? encode_plain(picture, report) : encode(picture, report);
   ctx_.copy_to_host(out, out_.as(), tokens * c.hidden_size * 4);
   constexpr int64_t kKept = int64_t{512} << 20;  // a photo's buffers stay: the next one needs no allocation
   int64_t held = 0;
@@ -136,6 +135,32 @@ void VisionEncoder::operator()(const float* pixel_values, const Grid& grid, floa
   report(c.depth, c.depth);
 }
 
+/// The patches' values, as bf16 or float32 rows.
+void VisionEncoder::upload(const Picture& picture, uint16_t* half_out, float* out, int64_t stride) {
+  const qwen2vl_vision& c = vision_;
+  const Grid& grid = picture.grid;
+  const int64_t rows = grid.t * grid.h * grid.w;
+  const int64_t patch_dim = c.in_channels * c.temporal_patch_size * c.patch_size * c.patch_size;
+  const auto stage = ctx_.stage("image pixels");
+  if (picture.pixels == nullptr) {
+    pixels_.resize(rows * patch_dim * 4);
+    ctx_.copy_to_device(out != nullptr ? out : pixels_.as<float>(), picture.pixel_values, rows * patch_dim * 4);
+    if (half_out != nullptr)
+      launch(ctx_.stream, {"rows_to_bf16", dim3(static_cast<unsigned>(rows)), 256}, rows_to_bf16,
+             ToBf16{pixels_.as<float>(), patch_dim, half_out, stride});
+    return;
+  }
+  const int64_t bytes = rows * c.patch_size * c.patch_size * c.in_channels, levels = c.in_channels * 256 * 4;
+  pixels_.resize(levels + bytes);
+  ctx_.copy_to_device(pixels_.as(), picture.levels, levels);
+  ctx_.copy_to_device(pixels_.as() + levels, picture.pixels, bytes);
+  launch(ctx_.stream, {"pixel_rows", dim3(static_cast<unsigned>(rows)), 256}, pixel_rows,
+         PixelRows{pixels_.as() + levels, pixels_.as<float>(), static_cast<int32_t>(grid.w),
+                   static_cast<int32_t>(c.spatial_merge_size), static_cast<int32_t>(c.patch_size),
+                   static_cast<int32_t>(c.in_channels), static_cast<int32_t>(c.temporal_patch_size), stride, half_out,
+                   out});
+}
+
 void VisionEncoder::norm(const float* x, const float* weight, const float* bias, int64_t rows, uint16_t* half_out,
                          float* out, int64_t stride) {
   const auto stage = ctx_.stage("image norm");
@@ -144,8 +169,9 @@ void VisionEncoder::norm(const float* x, const float* weight, const float* bias,
               static_cast<int32_t>(rows), half_out, out, stride});
 }
 
-void VisionEncoder::encode(const Grid& grid, const Report& report) {
+void VisionEncoder::encode(const Picture& picture, const Report& report) {
   const qwen2vl_vision& c = vision_;
+  const Grid& grid = picture.grid;
   const int64_t rows = grid.t * grid.h * grid.w, width = c.embed_dim;
   const int64_t unit = c.spatial_merge_size * c.spatial_merge_size, merged = unit * width;
   const Block& first = blocks_.front();
@@ -183,12 +209,7 @@ void VisionEncoder::encode(const Grid& grid, const Report& report) {
   heads.half_rows = rows;
   heads.transposed_stride = transposed_stride_;
 
-  {
-    const auto stage = ctx_.stage("image pixels");
-    const int64_t patch_dim = patch_embed_.cols;
-    launch(ctx_.stream, {"rows_to_bf16", dim3(static_cast<unsigned>(rows)), 256}, rows_to_bf16,
-           ToBf16{pixels_.as<float>(), patch_dim, wide, patch_embed_.stride});
-  }
+  upload(picture, wide, nullptr, patch_embed_.stride);
   many_rows_linear(ctx_, patch_embed_, wide, rows, Finish::Store, residual, expanded_);
   check(cudaMemsetAsync(wide, 0, static_cast<size_t>(widest * 2), ctx_.stream), "cudaMemset");  // another stride
   for (size_t i = 0; i < blocks_.size(); ++i) {
@@ -269,20 +290,22 @@ void VisionEncoder::attend(const Grid& grid) {
   }
 }
 
-void VisionEncoder::encode_plain(const Grid& grid, const Report& report) {
+void VisionEncoder::encode_plain(const Picture& picture, const Report& report) {
   const qwen2vl_vision& c = vision_;
+  const Grid& grid = picture.grid;
   const int64_t step_rows = grid.h * grid.w, rows = grid.t * step_rows, width = c.embed_dim;
   const int64_t unit = c.spatial_merge_size * c.spatial_merge_size, merged = unit * width;
   normed_.resize(rows * width * 4);
   qkv_.resize(rows * 3 * width * 4);
   attended_.resize(rows * width * 4);
-  wide_.resize(rows * std::max(c.intermediate_size, width) * 4);
+  wide_.resize(rows * std::max({c.intermediate_size, width, stored_patch_embed_.cols}) * 4);
   float *x = x_.as<float>(), *normed = normed_.as<float>(), *qkv = qkv_.as<float>(), *wide = wide_.as<float>();
   const auto activate = [&](Activation what, int64_t count) {
     launch(ctx_.stream, {"image activation", dim3(blocks(count, 256)), 256}, plain_activation,
            Activate{what, wide, nullptr, count});
   };
-  plain_linear_rows(ctx_, stored_patch_embed_, pixels_.as<float>(), stored_patch_embed_.cols, rows, x, width, false);
+  upload(picture, nullptr, wide, stored_patch_embed_.cols);
+  plain_linear_rows(ctx_, stored_patch_embed_, wide, stored_patch_embed_.cols, rows, x, width, false);
   for (size_t i = 0; i < blocks_.size(); ++i) {
     report(static_cast<int64_t>(i), c.depth);
     const Block& b = blocks_[i];

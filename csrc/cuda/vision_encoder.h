@@ -11,13 +11,22 @@ struct Grid {
   int64_t t, h, w;
 };
 
+/// A vision item in the host's memory: the values of its patches [t h w][patch_dim], or a still's pixels
+/// [h patch][w patch][channels] with what a byte of each channel becomes [channels][256].
+struct Picture {
+  Grid grid;
+  const float* pixel_values = nullptr;
+  const uint8_t* pixels = nullptr;
+  const float* levels = nullptr;
+};
+
 /// Qwen2VisionTransformerPretrainedModel on one device; `exact` through the plain kernels.
 class VisionEncoder {
  public:
   VisionEncoder(Context& ctx, const qwen2vl_vision& vision, bool exact, const Report& report);
 
-  /// pixel_values [t h w][patch_dim] -> out [t h w / merge^2][hidden_size], both in the host's memory.
-  void operator()(const float* pixel_values, const Grid& grid, float* out, const Report& report);
+  /// -> out [t h w / merge^2][hidden_size], in the host's memory.
+  void operator()(const Picture& picture, float* out, const Report& report);
 
  private:
   struct Block {
@@ -26,8 +35,9 @@ class VisionEncoder {
     StoredLinear q, k, v, stored_proj, stored_fc1, stored_fc2;  // exact
   };
 
-  void encode(const Grid& grid, const Report& report);
-  void encode_plain(const Grid& grid, const Report& report);
+  void upload(const Picture& picture, uint16_t* half_out, float* out, int64_t stride);
+  void encode(const Picture& picture, const Report& report);
+  void encode_plain(const Picture& picture, const Report& report);
   void attend(const Grid& grid);
   void norm(const float* x, const float* weight, const float* bias, int64_t rows, uint16_t* half_out, float* out,
             int64_t stride);

@@ -44,13 +44,11 @@ CUtensorMap tensor_map(const uint16_t* at, int64_t columns, int64_t rows, int64_
 
 template <int kFeatures>
 void run(Context& ctx, const char* name, const ManyRows& p, Finish finish) {
-  const CUtensorMap x = tensor_map(p.x, p.columns, p.rows, int64_t{2} * p.columns, kWgmmaStep, kWgmmaRows);
-  const CUtensorMap w = tensor_map(p.w, p.columns, p.features, int64_t{2} * p.columns, kWgmmaStep, kFeatures);
-  // Blocks of the same rows are neighbours: rows stay in the second-level cache, and so do the weights of a step.
-  const Launch how{name,
-                   dim3(static_cast<unsigned>((p.features + kFeatures - 1) / kFeatures),
-                        static_cast<unsigned>((p.rows + kWgmmaRows - 1) / kWgmmaRows)),
-                   kWgmmaThreads, wgmma_rows_shared_bytes(kFeatures)};
+  const CUtensorMap x = tensor_map(p.x, p.columns, p.rows, int64_t{2} * p.columns, kWgmmaStep, kWgmmaRows / 2);
+  const CUtensorMap w = tensor_map(p.w, p.columns, p.features, int64_t{2} * p.columns, kWgmmaStep, kFeatures / 2);
+  const auto tiles = [](int64_t n, int64_t each) { return static_cast<unsigned>((n + 2 * each - 1) / (2 * each) * 2); };
+  const Launch how{name, dim3(tiles(p.features, kFeatures), tiles(p.rows, kWgmmaRows)), kWgmmaThreads,
+                   wgmma_rows_shared_bytes(kFeatures), false, 2};
   switch (finish) {
     case Finish::Store:
       return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Store, kFeatures>, x, w, p);

@@ -179,20 +179,16 @@ class PluginBackend final : public Backend {
 
   void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
                      const Progress& progress) override {
-    if (!has_vision_) throw std::invalid_argument("this model has no vision tower");
-    const bool first = !vision_loaded_;
-    if (first)
-      for (const auto& file : handle_->files()) file->mapping().require_unchanged();
-    Reporter reporter(progress);
-    qwen2vl_error error{};
-    const Handle::Turn turn(*handle_);
-    reporter.check(api().encode_vision(handle_->backend, pixel_values, grid.t, grid.h, grid.w, out,
-                                       reporter.get(), &error),
-                   error);
-    vision_loaded_ = true;
-    if (!first) return;
-    handle_->release_pages();
-    read_info();
+    encode(progress, [&](qwen2vl_progress reports, qwen2vl_error* error) {
+      return api().encode_vision(handle_->backend, pixel_values, grid.t, grid.h, grid.w, out, reports, error);
+    });
+  }
+
+  void encode_pixels(const uint8_t* pixels, const float* levels, const GridTHW& grid, float* out,
+                     const Progress& progress) override {
+    encode(progress, [&](qwen2vl_progress reports, qwen2vl_error* error) {
+      return api().encode_pixels(handle_->backend, pixels, levels, grid.h, grid.w, out, reports, error);
+    });
   }
 
   void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) override {
@@ -260,6 +256,23 @@ class PluginBackend final : public Backend {
   }
 
  private:
+  /// `call` loads the vision tower the first time.
+  template <typename Call>
+  void encode(const Progress& progress, const Call& call) {
+    if (!has_vision_) throw std::invalid_argument("this model has no vision tower");
+    const bool first = !vision_loaded_;
+    if (first)
+      for (const auto& file : handle_->files()) file->mapping().require_unchanged();
+    Reporter reporter(progress);
+    qwen2vl_error error{};
+    const Handle::Turn turn(*handle_);
+    reporter.check(call(reporter.get(), &error), error);
+    vision_loaded_ = true;
+    if (!first) return;
+    handle_->release_pages();
+    read_info();
+  }
+
   const qwen2vl_backend_api& api() const { return handle_->api; }
 
   /// Kept, so that a look at it need not wait for a call that is being made.

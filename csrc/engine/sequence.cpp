@@ -130,7 +130,8 @@ void Sequence::accept_together(std::span<Sequence* const> sequences, std::span<c
   Model& model = *sequences[0]->model_;
   const int64_t n = static_cast<int64_t>(sequences.size()), vocab = model.config().text.vocab_size;
   if (n > model.backend().max_batch_rows())
-    throw std::invalid_argument("accept_together: expected " + std::to_string(model.backend().max_batch_rows()) +
+    throw std::invalid_argument("accept_together: expected " +
+                                std::to_string(model.backend().max_batch_rows()) +
                                 " sequences at most, found " + std::to_string(n));
   std::vector<Position> positions;
   std::vector<SequenceRows> batch;
@@ -138,11 +139,13 @@ void Sequence::accept_together(std::span<Sequence* const> sequences, std::span<c
   const float* no_embedding = nullptr;
   for (size_t i = 0; i < sequences.size(); ++i) {
     Sequence& s = *sequences[i];
-    if (s.model_.get() != &model || std::find(sequences.begin(), sequences.begin() + i, &s) != sequences.begin() + i)
+    if (s.model_.get() != &model ||
+        std::find(sequences.begin(), sequences.begin() + i, &s) != sequences.begin() + i)
       throw std::invalid_argument("accept_together: expected different sequences of one model");
     s.require_acceptable(tokens[i]);
     positions.push_back({s.next_position_, s.next_position_, s.next_position_});
-    batch.push_back({s.cache_.get(), {&tokens[i], 1}, {&no_embedding, 1}, {&positions[i], 1}, LogitsWanted::Last});
+    batch.push_back(
+        {s.cache_.get(), {&tokens[i], 1}, {&no_embedding, 1}, {&positions[i], 1}, LogitsWanted::Last});
   }
   const bool kept = model.backend().keeps_logits();
   std::vector<float> logits(kept ? 0 : n * vocab);

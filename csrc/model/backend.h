@@ -59,6 +59,11 @@ class Backend {
   virtual void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
                              const Progress& progress) = 0;
 
+  /// The same for a still, from its pixels [h * patch_size, w * patch_size, in_channels] and what a byte of each
+  /// channel becomes [in_channels, 256].
+  virtual void encode_pixels(const uint8_t* pixels, const float* levels, const GridTHW& grid, float* out,
+                             const Progress& progress) = 0;
+
   /// Appends the rows of every sequence; writes the logits wanted, [rows, vocab_size], sequence after
   /// sequence. A backend that keeps logits may be given none to write to unless all rows' are wanted: then
   /// they stay on the device, and each cache tells its own.

@@ -1,11 +1,13 @@
 #pragma once
 
-/* What a backend that is loaded at run time exports: plain C, so that it may be built by another compiler with
- * another C++ library. A plug-in exports one function, `qwen2vl_backend`. The host (engine/plugin_backend.cpp)
- * turns its table into a Backend; config.h and weights.h say what the fields mean.
+/* What a backend that is loaded at run time exports: plain C, so that it may be built by another compiler
+ * with another C++ library. A plug-in exports one function, `qwen2vl_backend`. The host
+ * (engine/plugin_backend.cpp) turns its table into a Backend; config.h and weights.h say what the fields
+ * mean.
  *
- * Every call returns a qwen2vl_status; where it is not OK, `error` holds a message for the user. Pointers that
- * the host passes live as long as the call, those in qwen2vl_model as long as the backend. */
+ * Every call returns a qwen2vl_status; where it is not OK, `error` holds a message for the user. Pointers
+ * that the host passes live as long as the call, those in qwen2vl_model as long as the backend. Calls on one
+ * backend and its caches come one at a time, from any thread; cache_size and cache_bytes at any time. */
 
 #include <stdint.h>
 
@@ -35,7 +37,7 @@ typedef struct qwen2vl_progress {
   void* context;
 } qwen2vl_progress;
 
-/* --- the model ------------------------------------------------------------------------------------------- */
+/* --- the model ---------------------------------------------------------------------------------------- */
 
 typedef struct qwen2vl_matrix { /* MatrixView; data is NULL for an absent matrix */
   uint32_t type;                /* as GGUF numbers types */
@@ -65,8 +67,8 @@ typedef struct qwen2vl_decoder_layer {
 } qwen2vl_decoder_layer;
 
 typedef struct qwen2vl_text {
-  int64_t hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
-      vocab_size, max_position_embeddings;
+  int64_t hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+      head_dim, vocab_size, max_position_embeddings;
   float rms_norm_eps, rope_theta;
   int64_t mrope_section[3];
   qwen2vl_matrix embed_tokens;
@@ -83,8 +85,8 @@ typedef struct qwen2vl_vision_block {
 } qwen2vl_vision_block;
 
 typedef struct qwen2vl_vision {
-  int64_t embed_dim, depth, num_heads, head_dim, intermediate_size, hidden_size, patch_size, temporal_patch_size,
-      spatial_merge_size, in_channels;
+  int64_t embed_dim, depth, num_heads, head_dim, intermediate_size, hidden_size, patch_size,
+      temporal_patch_size, spatial_merge_size, in_channels;
   float layer_norm_eps;
   qwen2vl_matrix patch_embed[2];
   const qwen2vl_vision_block* blocks; /* depth of them */
@@ -97,12 +99,13 @@ typedef struct qwen2vl_model {
   const qwen2vl_vision* vision; /* NULL in a file with the language model alone */
 } qwen2vl_model;
 
-/* --- the backend ----------------------------------------------------------------------------------------- */
+/* --- the backend -------------------------------------------------------------------------------------- */
 
 typedef struct qwen2vl_options {
-  int32_t device;       /* index among `devices` */
-  int32_t exact;        /* Precision::Exact */
-  int64_t memory_bytes; /* of the device that may be used; 0: what is free. Layers beyond stay in the host's. */
+  int32_t device; /* index among `devices` */
+  int32_t exact;  /* Precision::Exact */
+  int64_t
+      memory_bytes; /* of the device that may be used; 0: what is free. Layers beyond stay in the host's. */
 } qwen2vl_options;
 
 typedef struct qwen2vl_device {
@@ -144,7 +147,7 @@ typedef struct qwen2vl_rows { /* SequenceRows */
 } qwen2vl_rows;
 
 typedef struct qwen2vl_backend_api {
-  uint32_t abi; /* QWEN2VL_BACKEND_ABI */
+  uint32_t abi;  /* QWEN2VL_BACKEND_ABI */
   uint32_t size; /* sizeof(qwen2vl_backend_api) */
   const char* name;
 
@@ -163,8 +166,12 @@ typedef struct qwen2vl_backend_api {
   void (*cache_truncate)(qwen2vl_cache_handle* cache, int64_t size);
   int64_t (*cache_bytes)(const qwen2vl_cache_handle* cache);
 
-  int (*encode_vision)(qwen2vl_backend_handle* backend, const float* pixel_values, int64_t t, int64_t h, int64_t w,
-                       float* out, qwen2vl_progress progress, qwen2vl_error* error);
+  int (*encode_vision)(qwen2vl_backend_handle* backend, const float* pixel_values, int64_t t, int64_t h,
+                       int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error);
+  /* A still, of h x w patches: its pixels [h patch_size][w patch_size][in_channels], and what a byte of each channel
+   * becomes [in_channels][256]. */
+  int (*encode_pixels)(qwen2vl_backend_handle* backend, const uint8_t* pixels, const float* levels, int64_t h,
+                       int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error);
   /* Backend::forward. With logits NULL the last rows' logits stay on the device, in each cache, until it is
    * used again: `likeliest` and `last_logits` ask for them. */
   int (*forward)(qwen2vl_backend_handle* backend, const qwen2vl_rows* batch, int64_t n, float* logits,

@@ -156,6 +156,15 @@ class Model:
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
         """Patches [t*h*w, in_channels*temporal_patch_size*patch_size**2] -> [t*h*w/merge**2, hidden_size]."""
+    def encode_pixels(
+        self,
+        pixels: NDArray[np.uint8],
+        levels: NDArray[np.float32],
+        grid_thw: tuple[int, int, int],
+        progress: Progress | None = None,
+    ) -> NDArray[np.float32]:
+        """encode_image of a still: its pixels [h*patch_size, w*patch_size, in_channels], and what a byte of each
+        channel becomes, [in_channels, 256]."""
     def position_ids(
         self, token_ids: NDArray[np.int32], grids: AbstractSequence[tuple[int, int, int]]
     ) -> NDArray[np.int64]:

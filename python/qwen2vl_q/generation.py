@@ -109,8 +109,9 @@ class Generation:
         with self.lock:
             found = self._embeddings.get(image.key)
             if found is None:
-                patches = self._processor.patchify(image)
-                found = self._native.encode_image(patches, image.grid_thw, stage(progress, "image"))
+                found = self._native.encode_pixels(
+                    image.pixels, self._processor.levels(), image.grid_thw, stage(progress, "image")
+                )
                 self._embeddings.put(image.key, found)
             return found
 

@@ -166,6 +166,16 @@ class ImageProcessor:
             pixels, (1, height // self.patch_size, width // self.patch_size), digest.digest()
         )
 
+    def levels(self) -> NDArray[np.float32]:
+        """float32 [3, 256]: what a byte of each channel becomes.
+
+        The reference's roundings: x * (1/255) in double, then float32 throughout.
+        """
+        scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
+        mean, std = (np.array(values, np.float32)[:, None] for values in (self.image_mean, self.image_std))
+        levels: NDArray[np.float32] = (scaled - mean) / std
+        return levels
+
     def patchify(self, image: ProcessedImage) -> NDArray[np.float32]:
         """float32 [n_patches, 3 * temporal_patch_size * patch_size**2], values in the order channel, time,
         row, column; the four patches that will be merged are neighbours."""
@@ -176,10 +186,7 @@ class ImageProcessor:
             6, 0, 3, 1, 4, 2, 5
         )  # channel, block row and column, patch row and column, y, x
         patches = np.empty((*blocks.shape[1:5], 3, frames, side, side), np.float32)
-        # The reference's roundings: x * (1/255) in double, then float32 throughout. A table has all 256.
-        levels = (np.arange(256) * (1 / 255)).astype(np.float32)
-        for channel, (mean, std) in enumerate(zip(self.image_mean, self.image_std, strict=True)):
-            table = (levels - np.float32(mean)) / np.float32(std)
+        for channel, table in enumerate(self.levels()):
             patches[:, :, :, :, channel] = table[blocks[channel]][
                 :, :, :, :, None
             ]  # a still repeats its frame

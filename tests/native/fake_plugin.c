@@ -155,6 +155,11 @@ static int encode_vision(qwen2vl_backend_handle* backend, const float* pixel_val
   return status;
 }
 
+static int encode_pixels(qwen2vl_backend_handle* backend, const uint8_t* pixels, const float* levels, int64_t h,
+                         int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error) {
+  return encode_vision(backend, &levels[pixels[0]], 1, h, w, out, progress, error);
+}
+
 static int32_t next_token(const qwen2vl_cache_handle* cache) {
   return (cache->last + 1) % (int32_t)cache->backend->model->text.vocab_size;
 }
@@ -278,6 +283,7 @@ const qwen2vl_backend_api* FAKE_SYMBOL(void) {
       .cache_truncate = cache_truncate,
       .cache_bytes = cache_bytes,
       .encode_vision = encode_vision,
+      .encode_pixels = encode_pixels,
       .forward = forward,
       .likeliest = likeliest,
       .last_logits = last_logits,

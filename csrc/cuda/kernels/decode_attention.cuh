@@ -35,6 +35,9 @@ struct DecodeAttention {
   uint32_t* arrived;  ///< [rows][kv_heads], zero before and after
   uint16_t* out;      ///< bf16 [rows][stride]
   int64_t stride;
+  /// Each row is the one new cell of its sequence: what is before it was there before the launch before this one,
+  /// so a block may read its first page, but for that cell, without waiting.
+  int32_t single;
 };
 
 /// Grid: (chunks of the longest sequence, key-value heads, rows).
@@ -46,6 +49,7 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int kv_head = static_cast<int>(blockIdx.y), chunk = static_cast<int>(blockIdx.x);
   const int64_t row = blockIdx.z;
+  const int pair = thread % kPairs, key_group = thread / kPairs;
   const Shared<float> queries = shared_cast<float>(shared_memory());        // [group][head_dim]
   const Shared<float> p_keys = queries + kMaxGroup * kHeadDim;              // [group][kPageCells]: scores, probabilities
   const Shared<float> maxima = p_keys + kMaxGroup * kPageCells;             // [group]
@@ -53,12 +57,42 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
   const Shared<float> sums = rescale + kMaxGroup;                           // [group]
   const Shared<uint32_t> last = shared_cast<uint32_t>(sums + kMaxGroup);
   let_next_launch_start();
-  wait_for_previous_launch();
-
+  if (!p.single) wait_for_previous_launch();
   const RowInfo& info = p.rows[row];
   const int cells = info.cell + 1, pages = ceil_div(cells, kPageCells), per_chunk = pages_per_chunk(pages);
   const int chunks = ceil_div(pages, per_chunk);
   if (chunk >= chunks) return;
+
+  const int key = thread / 4, quarter = thread % 4;
+  uint4 k_vectors[kVectors];
+  uint32_t v_words[kGroupKeys];
+  const auto load_keys = [&](const uint16_t* page) {
+    const uint4* k = reinterpret_cast<const uint4*>(page + p.pages.panel(p.layer, 0, kv_head) + key * kHeadDim +
+                                                    quarter * kQuarter);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) k_vectors[i] = k[i];
+  };
+  const auto load_value = [&](const uint16_t* page, int j) {
+    const uint16_t* rows = page + p.pages.panel(p.layer, 1, kv_head);
+    v_words[j] = reinterpret_cast<const uint32_t*>(rows + (key_group * kGroupKeys + j) * kHeadDim)[pair];
+  };
+  /// Keys and values of cells [begin, end) of a page, as far as they are this thread's.
+  const auto load = [&](int page, int begin, int end) {
+    const uint16_t* at = reinterpret_cast<const uint16_t*>(info.pages[page]);
+    if (key >= begin && key < end) load_keys(at);
+    if (key_group < kKeyGroups)
+#pragma unroll
+      for (int j = 0; j < kGroupKeys; ++j)
+        if (key_group * kGroupKeys + j >= begin && key_group * kGroupKeys + j < end) load_value(at, j);
+  };
+  const int first_page = chunk * per_chunk;
+  const int first_cells = min(kPageCells, cells - first_page * kPageCells);
+  const int newest = cells - 1 - first_page * kPageCells;  // among those, if it is below kPageCells
+  load(first_page, 0, p.single ? min(first_cells, newest) : first_cells);
+  if (p.single) {
+    wait_for_previous_launch();
+    load(first_page, newest, first_cells);
+  }
 
   const int first_head = kv_head * p.group_heads + p.first_head;
   for (int i = thread; i < p.group * kPairs; i += kDecodeThreads) {
@@ -73,35 +107,27 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
   }
   __syncthreads();
 
-  const int pair = thread % kPairs, key_group = thread / kPairs;
   float2 values[kMaxGroup];
 #pragma unroll
   for (int h = 0; h < kMaxGroup; ++h) values[h] = make_float2(0.0f, 0.0f);
 
-  for (int page = chunk * per_chunk; page < min(pages, (chunk + 1) * per_chunk); ++page) {
-    const uint16_t* base = reinterpret_cast<const uint16_t*>(info.pages[page]);
+  for (int page = first_page; page < min(pages, first_page + per_chunk); ++page) {
     const int here = min(kPageCells, cells - page * kPageCells);
-    const uint16_t* v_rows = base + p.pages.panel(p.layer, 1, kv_head);
+    if (page > first_page) load(page, 0, here);
     {
-      const int key = thread / 4, quarter = thread % 4;
       float dots[kMaxGroup] = {};
       if (key < here) {
-        const uint4* k = reinterpret_cast<const uint4*>(base + p.pages.panel(p.layer, 0, kv_head) + key * kHeadDim +
-                                                        quarter * kQuarter);
-        uint4 vectors[kVectors];
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) vectors[i] = k[i];
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
-          const uint32_t words[4] = {vectors[i].x, vectors[i].y, vectors[i].z, vectors[i].w};
+          const uint32_t words[4] = {k_vectors[i].x, k_vectors[i].y, k_vectors[i].z, k_vectors[i].w};
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const float2 two = unpack_f16(words[j]);
 #pragma unroll
             for (int h = 0; h < kMaxGroup; ++h) {
               if (h >= p.group) continue;
-              const Shared<float> q = queries + h * kHeadDim + quarter * kQuarter + i * 8 + j * 2;
-              dots[h] += two.x * q[0] + two.y * q[1];
+              const float2 q = shared_cast<float2>(queries)[(h * kHeadDim + quarter * kQuarter + i * 8 + j * 2) / 2];
+              dots[h] += two.x * q.x + two.y * q.y;
             }
           }
         }
@@ -138,14 +164,15 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
           const float factor = rescale[h];
           values[h] = make_float2(values[h].x * factor, values[h].y * factor);
         }
-      const int begin = key_group * kGroupKeys, end = min(here, begin + kGroupKeys);
-#pragma unroll 8
-      for (int key = begin; key < end; ++key) {
-        const float2 two = unpack_f16(reinterpret_cast<const uint32_t*>(v_rows + key * kHeadDim)[pair]);
+#pragma unroll
+      for (int j = 0; j < kGroupKeys; ++j) {
+        const int cell = key_group * kGroupKeys + j;
+        if (cell >= here) continue;
+        const float2 two = unpack_f16(v_words[j]);
 #pragma unroll
         for (int h = 0; h < kMaxGroup; ++h)
           if (h < p.group) {
-            const float weight = p_keys[h * kPageCells + key];
+            const float weight = p_keys[h * kPageCells + cell];
             values[h].x += weight * two.x;
             values[h].y += weight * two.y;
           }

@@ -57,14 +57,47 @@ CHIP_DEVICE float2 rotate(float2 v, float cos, float sin) {
   return make_float2(v.x * cos - v.y * sin, v.y * cos + v.x * sin);
 }
 
+/// What finishing a pair reads, apart: it can be on its way while the product is computed.
+struct Place {
+  float2 bias = {0, 0};
+  float2 old = {0, 0};          ///< Residual: what is there
+  float cos = 0, sin = 0;       ///< the rotation of a pair of dimensions
+  uint16_t* cell = nullptr;     ///< TextQkv, keys and values: the head's dimensions in the cache
+};
+
+template <Finish finish>
+CHIP_DEVICE Place prepare(const Epilogue& e, int64_t row, int pair) {
+  Place place;
+  if (e.bias != nullptr) place.bias = e.bias[pair];
+  if constexpr (finish == Finish::Residual) {
+    const float* from = e.out + row * e.stride + 2 * pair;
+    if (2 * pair + 1 < e.columns && e.stride % 2 == 0)
+      place.old = *reinterpret_cast<const float2*>(from);
+    else
+      place.old = make_float2(2 * pair < e.columns ? from[0] : 0.0f, 2 * pair + 1 < e.columns ? from[1] : 0.0f);
+  }
+  if constexpr (finish == Finish::TextQkv || finish == Finish::VisionQkv) {
+    const int head = pair / e.pairs_per_head, i = pair % e.pairs_per_head;
+    if (i >= e.half) return place;
+    place.cos = e.rotation[row * 2 * e.half + i];
+    place.sin = e.rotation[row * 2 * e.half + e.half + i];
+    if constexpr (finish == Finish::TextQkv) {
+      const int key_head = head - e.heads, value_head = key_head - e.pages.kv_heads;
+      if (key_head < 0 || value_head >= e.pages.kv_heads) return place;
+      const RowInfo& info = e.rows[row];
+      uint16_t* page = reinterpret_cast<uint16_t*>(info.pages[info.cell / kPageCells]);
+      place.cell = page + e.pages.panel(e.layer, value_head >= 0, value_head >= 0 ? value_head : key_head) +
+                   static_cast<int64_t>(info.cell % kPageCells) * e.head_dim;
+    }
+  }
+  return place;
+}
+
 /// Pair `pair` of row `row` is v.
 template <Finish finish>
-CHIP_DEVICE void apply(const Epilogue& e, int64_t row, int pair, float2 v) {
-  if (e.bias != nullptr) {
-    const float2 bias = e.bias[pair];
-    v.x += bias.x;
-    v.y += bias.y;
-  }
+CHIP_DEVICE void apply(const Epilogue& e, int64_t row, int pair, float2 v, const Place& place) {
+  v.x += place.bias.x;
+  v.y += place.bias.y;
   const int column = 2 * pair;
   if constexpr (finish == Finish::Store) {
     float* to = e.out + row * e.stride + column;
@@ -72,13 +105,12 @@ CHIP_DEVICE void apply(const Epilogue& e, int64_t row, int pair, float2 v) {
     if (column + 1 < e.columns) to[1] = v.y;
   } else if constexpr (finish == Finish::Residual) {
     float* to = e.out + row * e.stride + column;
+    v = make_float2(place.old.x + v.x, place.old.y + v.y);
     if (column + 1 < e.columns && e.stride % 2 == 0) {
-      float2* both = reinterpret_cast<float2*>(to);
-      const float2 old = *both;
-      *both = make_float2(old.x + v.x, old.y + v.y);
+      *reinterpret_cast<float2*>(to) = v;
     } else {
-      if (column < e.columns) to[0] += v.x;
-      if (column + 1 < e.columns) to[1] += v.y;
+      if (column < e.columns) to[0] = v.x;
+      if (column + 1 < e.columns) to[1] = v.y;
     }
   } else if constexpr (finish == Finish::SwiGlu) {
     if (pair < e.columns)
@@ -94,27 +126,21 @@ CHIP_DEVICE void apply(const Epilogue& e, int64_t row, int pair, float2 v) {
   } else {
     const int head = pair / e.pairs_per_head, i = pair % e.pairs_per_head;
     if (i >= e.half) return;
-    const float* turn = e.rotation + row * 2 * e.half + i;
     if constexpr (finish == Finish::TextQkv) {
-      const int key_head = head - e.heads, value_head = key_head - e.pages.kv_heads;
+      const int value_head = head - e.heads - e.pages.kv_heads;
       if (value_head >= e.pages.kv_heads) return;
-      if (value_head < 0) v = rotate(v, turn[0], turn[e.half]);
-      uint16_t* to;
-      if (key_head < 0) {
+      if (value_head < 0) v = rotate(v, place.cos, place.sin);
+      uint16_t* to = place.cell;
+      if (head < e.heads) {
         v = make_float2(v.x * e.query_scale, v.y * e.query_scale);
         to = e.half_out + (row * e.heads + head) * e.head_dim;
-      } else {
-        const RowInfo& info = e.rows[row];
-        uint16_t* page = reinterpret_cast<uint16_t*>(info.pages[info.cell / kPageCells]);
-        to = page + e.pages.panel(e.layer, value_head >= 0, value_head >= 0 ? value_head : key_head) +
-             static_cast<int64_t>(info.cell % kPageCells) * e.head_dim;
       }
       store_half(to + i, v.x);
       store_half(to + e.half + i, v.y);
     } else {
       const int part = head / e.heads;
       if (part > 2) return;
-      if (part < 2) v = rotate(v, turn[0], turn[e.half]);
+      if (part < 2) v = rotate(v, place.cos, place.sin);
       if (part == 0) v = make_float2(v.x * e.query_scale, v.y * e.query_scale);
       uint16_t* to = e.half_out + (static_cast<int64_t>(head) * e.half_rows + row) * e.head_dim;
       if (part == 2 && e.transposed_stride > 0) {
@@ -127,6 +153,11 @@ CHIP_DEVICE void apply(const Epilogue& e, int64_t row, int pair, float2 v) {
       store_half(to + e.half + i, v.y);
     }
   }
+}
+
+template <Finish finish>
+CHIP_DEVICE void apply(const Epilogue& e, int64_t row, int pair, float2 v) {
+  apply<finish>(e, row, pair, v, prepare<finish>(e, row, pair));
 }
 
 }  // namespace qwen2vl::cuda

@@ -9,6 +9,8 @@
 // in shared memory, in the order of the columns, whatever the number of rows: a row's result has the same bits alone
 // and among others. RMSNorm of one or two rows is done by every block for itself, while its first weights come.
 
+#include <type_traits>
+
 #include "cuda/chip.h"
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/norms.cuh"
@@ -35,18 +37,20 @@ CHIP_HOST_DEVICE int64_t few_rows_shared_bytes(const FewRows& p, int warps, int 
   return sums + (p.x != nullptr ? static_cast<int64_t>(p.rows) * p.m.units * kUnit * 2 : 0);
 }
 
-CHIP_DEVICE void apply_any(Finish finish, const Epilogue& e, int64_t row, int pair, float2 v) {
+/// Calls fn with the way of finishing as a compile-time constant; the vision tower's have many rows.
+template <typename Fn>
+CHIP_DEVICE void with_finish(Finish finish, const Fn& fn) {
   switch (finish) {
     case Finish::Store:
-      return apply<Finish::Store>(e, row, pair, v);
+      return fn(std::integral_constant<Finish, Finish::Store>());
     case Finish::Residual:
-      return apply<Finish::Residual>(e, row, pair, v);
+      return fn(std::integral_constant<Finish, Finish::Residual>());
     case Finish::SwiGlu:
-      return apply<Finish::SwiGlu>(e, row, pair, v);
+      return fn(std::integral_constant<Finish, Finish::SwiGlu>());
     case Finish::TextQkv:
-      return apply<Finish::TextQkv>(e, row, pair, v);
+      return fn(std::integral_constant<Finish, Finish::TextQkv>());
     default:
-      return;  // the vision tower's products have many rows
+      return;
   }
 }
 
@@ -70,16 +74,46 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
   };
   int tile = static_cast<int>(blockIdx.x);
   if (tile < p.m.tiles) fetch(tile, begin, now);
+  const int stride = p.m.units * kUnit, thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  constexpr int kNorms = 3;  // weights of the norm that a thread has at hand: with 128 threads, all of 1,536
+  float4 norms[kNorms];
+  const bool whole = p.width % 4 == 0;
+  if (p.x != nullptr && whole)
+#pragma unroll
+    for (int i = 0; i < kNorms; ++i)
+      if (thread + i * threads < p.width / 4)
+        norms[i] = reinterpret_cast<const float4*>(p.norm)[thread + i * threads];
   let_next_launch_start();
   wait_for_previous_launch();
+
+  // What the first tile's pair of this thread needs at the end comes meanwhile.
+  const int own_row = first_row + thread / 8, own_pair = p.m.first_pair + tile * kTilePairs + thread % 8;
+  const bool own = kRowTiles == 1 && thread < 64 && own_row < p.rows && tile < p.m.tiles;
+  Place place;
+  if (own)
+    with_finish(p.finish, [&](auto finish) { place = prepare<decltype(finish)::value>(p.epilogue, own_row, own_pair); });
+
   if (p.x != nullptr) {
-    const int stride = p.m.units * kUnit;
     for (int row = 0; row < p.rows; ++row) {
       const float* x = p.x + static_cast<int64_t>(row) * p.width;
       const float r = warp_rms(x, p.width, p.eps, lane);
-      for (int i = static_cast<int>(threadIdx.x); i < stride; i += static_cast<int>(blockDim.x))
-        normed[row * stride + i] =
-            static_cast<uint16_t>(pack_bf16(i < p.width ? x[i] * r * p.norm[i] : 0.0f, 0.0f));
+      const Shared<uint16_t> to = normed + row * stride;
+      if (whole) {
+        const auto put = [&](int i, float4 w) {
+          const float4 v = reinterpret_cast<const float4*>(x)[i];
+          shared_cast<uint2>(to)[i] =
+              make_uint2(pack_bf16(v.x * r * w.x, v.y * r * w.y), pack_bf16(v.z * r * w.z, v.w * r * w.w));
+        };
+#pragma unroll
+        for (int i = 0; i < kNorms; ++i)
+          if (thread + i * threads < p.width / 4) put(thread + i * threads, norms[i]);
+        for (int i = thread + kNorms * threads; i < p.width / 4; i += threads)
+          put(i, reinterpret_cast<const float4*>(p.norm)[i]);
+        for (int i = p.width + thread; i < stride; i += threads) to[i] = 0;
+      } else {
+        for (int i = thread; i < stride; i += threads)
+          to[i] = static_cast<uint16_t>(pack_bf16(i < p.width ? x[i] * r * p.norm[i] : 0.0f, 0.0f));
+      }
     }
     __syncthreads();
   }
@@ -94,6 +128,21 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (unit + i >= end) continue;
+        uint2 b[kRowTiles][4];
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+          const int row = first_row + n * 8 + g, column = (unit + i) * kUnit + 4 * t;
+#pragma unroll
+          for (int step = 0; step < 4; ++step) {
+            b[n][step] = make_uint2(0, 0);
+            if (row >= p.rows) continue;
+            if (kRowTiles == 1 && p.x != nullptr)
+              b[n][step] = shared_cast<uint2>(normed + row * stride + column + step * 16)[0];
+            else
+              b[n][step] = *reinterpret_cast<const uint2*>(p.input + static_cast<int64_t>(row) * stride + column +
+                                                           step * 16);
+          }
+        }
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
           float part[kRowTiles][4];
@@ -101,24 +150,16 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
           for (int step = 0; step < 2; ++step) {
             uint32_t a[4];
             now[i].operand(block, step, a);
-            const int column = (unit + i) * kUnit + block * kBlock + step * 16 + 4 * t;
 #pragma unroll
             for (int n = 0; n < kRowTiles; ++n) {
-              const int row = first_row + n * 8 + g;
-              uint2 b = make_uint2(0, 0);
-              if (row < p.rows) {
-                if (kRowTiles == 1 && p.x != nullptr)
-                  b = shared_cast<uint2>(normed + row * p.m.units * kUnit + column)[0];
-                else
-                  b = *reinterpret_cast<const uint2*>(p.input + static_cast<int64_t>(row) * p.m.units * kUnit +
-                                                      column);
-              }
+              const uint2 bn = b[n][2 * block + step];
               if constexpr (!Unit<format>::kScaled) {
-                mma_bf16(acc[n], a, b.x, b.y);
+                mma_bf16(acc[n], a, bn.x, bn.y);
               } else {
                 if (Unit<format>::kScalePerStep || step == 0)
-                  part[n][0] = part[n][1] = part[n][2] = part[n][3] = 0.0f;
-                mma_bf16(part[n], a, b.x, b.y);
+                  mma_bf16_first(part[n], a, bn.x, bn.y);
+                else
+                  mma_bf16(part[n], a, bn.x, bn.y);
                 if (Unit<format>::kScalePerStep || step == 1) {
                   const float2 s = now[i].scale(block, step);
                   acc[n][0] += s.x * part[n][0];
@@ -145,18 +186,23 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
       to[kTileSlots + g + 8] = acc[n][3];
     }
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < kRowTiles * 64; i += static_cast<int>(blockDim.x)) {
-      const int row = first_row + i / 8, pair = i % 8;
+    for (int i = thread; i < kRowTiles * 64; i += threads) {
+      const int row = first_row + i / 8, pair = p.m.first_pair + tile * kTilePairs + i % 8;
       if (row >= p.rows) continue;
       float2 v = make_float2(0.0f, 0.0f);
+#pragma unroll 8
       for (int w = 0; w < warps; ++w) {
-        const Shared<float> from = sums + (w * kRowTiles * 8 + i / 8) * kTileSlots + pair;
+        const Shared<float> from = sums + (w * kRowTiles * 8 + i / 8) * kTileSlots + i % 8;
         v.x += from[0];
         v.y += from[8];
       }
-      apply_any(p.finish, p.epilogue, row, p.m.first_pair + tile * kTilePairs + pair, v);
+      const bool prepared = own && i == thread && pair == own_pair;
+      with_finish(p.finish, [&](auto finish) {
+        constexpr Finish kFinish = decltype(finish)::value;
+        apply<kFinish>(p.epilogue, row, pair, v, prepared ? place : prepare<kFinish>(p.epilogue, row, pair));
+      });
     }
-    __syncthreads();
+    if (tile + static_cast<int>(gridDim.x) < p.m.tiles) __syncthreads();
   }
 }
 

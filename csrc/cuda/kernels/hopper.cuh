@@ -43,6 +43,30 @@ CHIP_DEVICE void copy_box(void* to, const CUtensorMap* map, int column, int row,
       : "memory");
 }
 
+/// The same, to that place of the blocks of the cluster whose bits are set; at each one's own barrier.
+CHIP_DEVICE void copy_box_to(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier, int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
+// --- clusters of blocks ---------------------------------------------------------------------------------------
+
+/// Arrives at that barrier of another block of the cluster (or of this one).
+CHIP_DEVICE void barrier_arrive_at(uint64_t* barrier, int block) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(
+          shared_address(barrier)),
+      "r"(block)
+      : "memory");
+}
+/// Until all threads of the cluster are here.
+CHIP_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // --- wgmma ----------------------------------------------------------------------------------------------------
 
 /// An operand in shared memory as bulk copies with a swizzle of `row_bytes` (128 or 32) leave it: rows of row_bytes,

@@ -19,12 +19,18 @@ CHIP_DEVICE float warp_max(float v) {
 
 /// 1 / sqrt(mean(x^2) + eps) in every lane: the same bits wherever a row is normalized.
 CHIP_DEVICE float warp_rms(const float* x, int width, float eps, int lane) {
+  constexpr int kBatch = 12;  // loads on their way at once: all of the 2B's 1,536
   float sum = 0;
   const int vectors = width % 4 == 0 ? width / 4 : 0;
-#pragma unroll 4
-  for (int i = lane; i < vectors; i += 32) {
-    const float4 v = reinterpret_cast<const float4*>(x)[i];
-    sum += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+  for (int first = lane; first < vectors; first += 32 * kBatch) {
+    float4 v[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      v[i] = first + 32 * i < vectors ? reinterpret_cast<const float4*>(x)[first + 32 * i]
+                                      : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      sum += v[i].x * v[i].x + v[i].y * v[i].y + (v[i].z * v[i].z + v[i].w * v[i].w);
   }
   for (int i = 4 * vectors + lane; i < width; i += 32) sum += x[i] * x[i];
   return rsqrtf(warp_sum(sum) / static_cast<float>(width) + eps);

@@ -119,11 +119,12 @@ struct Unit<Format::Sixes> {
   }
   CHIP_DEVICE void operand(int block, int step, uint32_t (&a)[4]) const {
     spread_nibbles(block == 0 ? q.x : q.z, block == 0 ? q.y : q.w, step, a);
+    // Bits 4, 5 and 20, 21 are a pair's: of slot a's pair 2 step where the word is shifted left by 4 - 4 step.
     const uint32_t bits = block == 0 ? h.x : h.y;
-    a[0] |= (bits >> (4 * step) & 0x00030003u) << 4;
-    a[1] |= (bits >> (4 * step + 8) & 0x00030003u) << 4;
-    a[2] |= (bits >> (4 * step + 2) & 0x00030003u) << 4;
-    a[3] |= (bits >> (4 * step + 10) & 0x00030003u) << 4;
+    a[0] |= (step == 0 ? bits << 4 : bits) & 0x00300030u;
+    a[1] |= bits >> (4 + 4 * step) & 0x00300030u;
+    a[2] |= (step == 0 ? bits << 2 : bits >> 2) & 0x00300030u;
+    a[3] |= bits >> (6 + 4 * step) & 0x00300030u;
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = subtract_bf16(a[i], 0x43204320u);  // 128 + 32
   }

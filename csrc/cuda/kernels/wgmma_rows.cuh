@@ -2,7 +2,12 @@
 
 // many_rows.cuh's product on Hopper. Arithmetic-bound: a block computes 128 rows x kFeatures features, two groups of
 // four warps 64 rows each with wgmma, straight out of shared memory; one thread keeps bulk copies of the next steps of
-// 64 columns coming (three stages). A warp for the copies alone would leave 96 registers a thread. Two blocks fit a multiprocessor, so one's copies and epilogue hide behind
+// 64 columns coming (three stages). A warp for the copies alone would leave 96 registers a thread.
+//
+// A tile of 128 x 160 reads 576 bytes for 40,960 operations: the second-level cache gives no more than half of what
+// wgmma could use. So four blocks, 2 x 2 tiles, are a cluster: each copies half of its rows and half of its features,
+// to its neighbour too (bulk copies with several receivers), and a stage is filled anew when all who use it are done.
+// Two blocks fit a multiprocessor, so one's copies and epilogue hide behind
 // the other's products; 160 features take 80 registers of sums a thread, and cut 1,280 into eight.
 
 #include "cuda/kernels/epilogue.cuh"
@@ -30,21 +35,26 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
   const int first_row = static_cast<int>(blockIdx.y) * kWgmmaRows;
   const int first_feature = static_cast<int>(blockIdx.x) * kFeatures;
   const int steps = p.columns / kWgmmaStep;
+  // The cluster's blocks are 2 y + x; those with this one's y share its rows, those with its x its features.
+  const int x = static_cast<int>(blockIdx.x) % 2, y = static_cast<int>(blockIdx.y) % 2;
+  const int self = 2 * y + x, beside = self ^ 1, below = self ^ 2;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kWgmmaStages; ++s) {
       barrier_init(full + s, 1);
-      barrier_init(empty + s, 8);
+      barrier_init(empty + s, 3 * 8);  // the warps of the three blocks that this one's copies reach
     }
     fence_barrier_init();
   }
-  __syncthreads();
+  cluster_sync();
 
   const auto fetch = [&](int step) {
     const int s = step % kWgmmaStages;
     uint8_t* stage = shared + s * (kXBytes + kWBytes);
     barrier_expect(full + s, kXBytes + kWBytes);
-    copy_box(stage, &x_map, step * kWgmmaStep, first_row, full + s);
-    copy_box(stage + kXBytes, &w_map, step * kWgmmaStep, first_feature, full + s);
+    copy_box_to(stage + x * (kXBytes / 2), &x_map, step * kWgmmaStep, first_row + x * (kWgmmaRows / 2), full + s,
+                1 << self | 1 << beside);
+    copy_box_to(stage + kXBytes + y * (kWBytes / 2), &w_map, step * kWgmmaStep, first_feature + y * (kFeatures / 2),
+                full + s, 1 << self | 1 << below);
   };
   if (threadIdx.x == 0)
     for (int step = 0; step < min(steps, kWgmmaStages); ++step) fetch(step);
@@ -64,13 +74,14 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
     wgmma_wait<1>();
     if (step == 0) continue;
     const int done = step - 1;
-    if (lane == 0) barrier_arrive(empty + done % kWgmmaStages);
+    if (lane < 3) barrier_arrive_at(empty + done % kWgmmaStages, lane == 0 ? self : lane == 1 ? beside : below);
     if (threadIdx.x == 0 && done + kWgmmaStages < steps) {
       barrier_wait(empty + done % kWgmmaStages, done / kWgmmaStages % 2);
       fetch(done + kWgmmaStages);
     }
   }
   wgmma_wait<0>();
+  cluster_sync();  // no block may end while another copies to it or arrives at its barriers
 
   const int g = lane / 4, t = lane % 4;
 #pragma unroll

@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string_view>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -590,19 +591,23 @@ bool ordered(uint32_t when, int who, int thread, bool whole_warp) {
   return who / kLanes == thread / kLanes && warp_ordered(when, who, thread);
 }
 
-[[noreturn]] void fail_copying(int thread, Access access, int64_t at, const char* verb, const Byte& byte) {
+[[noreturn]] void fail_copying(int thread, Access access, int64_t at, std::string_view verb,
+                               const Byte& byte) {
   fail_at(thread, std::string(verb) + " " + bytes_at(access, at) + ", which a copy_async of " +
                       name_of(byte.writer) + " writes; it has not been waited for (copy_wait)");
 }
 
 void note_read(Byte& byte, int thread, Access access, int64_t at, bool whole_warp) {
   const Chip& c = chip();
-  if (byte.copying) fail_copying(thread, access, at, "reads", byte);
+  const std::string_view verb = whole_warp ? "reads for its warp" : "reads";
+  if (byte.copying) fail_copying(thread, access, at, verb, byte);
   if (byte.written < c.block_start)
-    fail_at(thread, "reads " + bytes_at(access, at) + ", which no thread of the block has written");
+    fail_at(thread,
+            std::string(verb) + " " + bytes_at(access, at) + ", which no thread of the block has written");
   if (!ordered(byte.written, byte.writer, thread, whole_warp))
-    fail_at(thread, "reads " + bytes_at(access, at) + ", which " + name_of(byte.writer) + " has written " +
-                        since() + (byte.writer / kLanes == thread / kLanes ? ", without a __syncwarp" : ""));
+    fail_at(thread, std::string(verb) + " " + bytes_at(access, at) + ", which " + name_of(byte.writer) +
+                        " has written " + since() +
+                        (byte.writer / kLanes == thread / kLanes ? ", without a __syncwarp" : ""));
   const auto who = static_cast<uint16_t>(thread);
   const bool fresh = byte.read < c.barrier;
   const bool same_warp = byte.reader / kLanes == thread / kLanes;

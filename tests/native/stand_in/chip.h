@@ -290,6 +290,11 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
                      stand_in::Line line = stand_in::Line::current()) {
   stand_in::multiply(true, c, a, b0, b1, line);
 }
+inline void mma_bf16_first(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                           stand_in::Line line = stand_in::Line::current()) {
+  c[0] = c[1] = c[2] = c[3] = 0;
+  stand_in::multiply(true, c, a, b0, b1, line);
+}
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                     stand_in::Line line = stand_in::Line::current()) {
   stand_in::multiply(false, c, a, b0, b1, line);
