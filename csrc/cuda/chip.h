@@ -91,6 +91,13 @@ CHIP_DEVICE uint32_t subtract_bf16(uint32_t a, uint32_t b) {
   return d;
 }
 
+/// (x & mask) | bits in one instruction; of two constants the compiler would make two.
+CHIP_DEVICE uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t word;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(word) : "r"(x), "r"(mask), "r"(bits));
+  return word;
+}
+
 CHIP_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -17,6 +17,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kLikeliestParts = 64;
+constexpr int kTogether = 2;  // query heads of a block of attention, where there is much to read
 constexpr int64_t kHeadRows = 64;  // of which logits are computed together, where all are wanted
 
 qwen2vl_linear bare(const qwen2vl_matrix& matrix) { return {matrix, {nullptr, 0}}; }
@@ -89,7 +90,7 @@ LanguageModel::LanguageModel(Context& ctx, const qwen2vl_text& text, bool exact,
                        static_cast<double>(2 * i) / static_cast<double>(text.head_dim))));
   inv_freq_ = store_floats(ctx, inv_freq.data(), static_cast<int64_t>(inv_freq.size()));
 
-  const int64_t counters = kFewRows * std::max<int64_t>(text.num_key_value_heads, 1) * 4;
+  const int64_t counters = kFewRows * text.num_attention_heads * 4;
   arrived_.resize(counters);
   likeliest_arrived_.resize(kFewRows * 4);
   likeliest_parts_.resize(kFewRows * kLikeliestParts * static_cast<int64_t>(sizeof(Likeliest)));
@@ -159,8 +160,8 @@ void LanguageModel::reserve(int64_t rows) {
     zeroed(queries_, rows * text_.num_attention_heads * padded_head_dim_ * 2);
     zeroed(attended_, rows * l.o_proj.stride * 2);
     zeroed(wide_, rows * l.down_proj.stride * 2);
-    const int64_t group = std::min<int64_t>(text_.num_attention_heads / text_.num_key_value_heads, kMaxGroup);
-    parts_.resize(kFewRows * text_.num_key_value_heads * kMaxChunks * group * (2 + padded_head_dim_) * 4);
+    parts_.resize(kFewRows * (text_.num_attention_heads + text_.num_key_value_heads) * kMaxChunks *
+                  (2 + padded_head_dim_) * 4);
   }
   reserved_rows_ = rows;
 }
@@ -297,7 +298,7 @@ void LanguageModel::embed(int64_t rows) {
   p.hidden = static_cast<int32_t>(text_.hidden_size);
   p.x = x_.as<float>();
   p.rotation = rotation_.as<float>();
-  const Launch how{"text embed", dim3(static_cast<unsigned>(rows)), 256, 0, true};
+  const Launch how{"text embed", dim3(static_cast<unsigned>(rows), kEmbedParts), 128, 0, true};
   if (exact_) {
     p.raw_type = stored_embed_tokens_.type;
     p.raw_rows = stored_embed_tokens_.weight;
@@ -321,10 +322,9 @@ namespace {
 
 void norm(Context& ctx, const float* x, const float* weight, float eps, int64_t width, int64_t rows,
           uint16_t* half_out, float* out, int64_t stride) {
-  const auto stage = ctx.stage("text norm");
-  launch(ctx.stream, {"text norm", dim3(blocks(rows, 8)), 256, 0, true}, norm_rows,
-         Norm{x, weight, nullptr, eps, static_cast<int32_t>(width), static_cast<int32_t>(rows), half_out, out,
-              stride});
+  qwen2vl::cuda::norm(ctx, "text norm",
+                      {x, weight, nullptr, eps, static_cast<int32_t>(width), static_cast<int32_t>(rows), half_out,
+                       out, stride});
 }
 
 Epilogue residual(DeviceBuffer& x, int64_t hidden) {
@@ -358,40 +358,40 @@ int64_t LanguageModel::chunks_of(int64_t cells) {
 }
 
 void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, int64_t chunks, bool single) {
-  const int64_t heads = text_.num_attention_heads, kv_heads = text_.num_key_value_heads, all = heads / kv_heads;
+  const int64_t heads = text_.num_attention_heads, kv_heads = text_.num_key_value_heads, group = heads / kv_heads;
   const auto stage = ctx_.stage("text attention");
-  for (int64_t first = 0; first < all; first += kMaxGroup) {
-    DecodeAttention p{};
-    p.queries = queries_.as<uint16_t>() + first_row * heads * padded_head_dim_;
-    p.rows = row_info_.as<RowInfo>() + first_row;
-    p.pages = pool_->layout();
-    p.layer = static_cast<int32_t>(layer);
-    p.group = static_cast<int32_t>(std::min<int64_t>(kMaxGroup, all - first));
-    p.heads = static_cast<int32_t>(heads);
-    p.first_head = static_cast<int32_t>(first);
-    p.group_heads = static_cast<int32_t>(all);
-    p.true_head_dim = static_cast<int32_t>(text_.head_dim);
-    p.parts = parts_.as<float>();
-    p.arrived = arrived_.as<uint32_t>();
-    p.stride = layers_[layer].o_proj.stride;
-    p.out = attended_.as<uint16_t>() + first_row * p.stride;
-    p.single = single ? 1 : 0;
-    const Launch how{"text attention",
-                     dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(kv_heads), static_cast<unsigned>(rows)),
-                     kDecodeThreads, decode_attention_shared_bytes(static_cast<int>(padded_head_dim_), p.group), true};
-    switch (padded_head_dim_) {
-      case 32:
-        launch(ctx_.stream, how, decode_attention<32>, p);
-        break;
-      case 64:
-        launch(ctx_.stream, how, decode_attention<64>, p);
-        break;
-      case 96:
-        launch(ctx_.stream, how, decode_attention<96>, p);
-        break;
-      default:
-        launch(ctx_.stream, how, decode_attention<128>, p);
-    }
+  DecodeAttention p{};
+  p.queries = queries_.as<uint16_t>() + first_row * heads * padded_head_dim_;
+  p.rows = row_info_.as<RowInfo>() + first_row;
+  p.pages = pool_->layout();
+  p.layer = static_cast<int32_t>(layer);
+  p.group = static_cast<int32_t>(group);
+  p.heads = static_cast<int32_t>(heads);
+  p.true_head_dim = static_cast<int32_t>(text_.head_dim);
+  p.parts = parts_.as<float>();
+  p.arrived = arrived_.as<uint32_t>();
+  p.stride = layers_[layer].o_proj.stride;
+  p.out = attended_.as<uint16_t>() + first_row * p.stride;
+  p.single = single ? 1 : 0;
+  // Little to read: a head a block, on more of the chip.
+  const int together = chunks > 4 ? kTogether : 1;
+  const Launch how{"text attention",
+                   dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(kv_heads * ceil_div(static_cast<int>(group), together)),
+                        static_cast<unsigned>(rows)),
+                   kDecodeThreads, decode_attention_shared_bytes(static_cast<int>(padded_head_dim_), together), true};
+  const auto run = [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    launch(ctx_.stream, how, together == 1 ? decode_attention<kHeadDim, 1> : decode_attention<kHeadDim, kTogether>, p);
+  };
+  switch (padded_head_dim_) {
+    case 32:
+      return run(std::integral_constant<int, 32>());
+    case 64:
+      return run(std::integral_constant<int, 64>());
+    case 96:
+      return run(std::integral_constant<int, 96>());
+    default:
+      return run(std::integral_constant<int, 128>());
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include "cuda/kernels/few_rows.cuh"
 #include "cuda/kernels/many_rows.cuh"
+#include "cuda/kernels/norms.cuh"
 #include "cuda/kernels/pack.cuh"
 #include "cuda/kernels/plain.cuh"
 #include "cuda/wgmma.h"
@@ -232,7 +233,10 @@ void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& i
     p.epilogue = epilogue;
     const int64_t shared = few_rows_shared_bytes(p, warps, row_tiles);
     with_format(m.format, [&](auto format) {
-      const auto kernel = row_tiles == 1 ? few_rows<format.value, 1> : few_rows<format.value, 4>;
+      constexpr Format kFormat = decltype(format)::value;
+      const auto kernel = input.x != nullptr ? few_rows<kFormat, 1, true>
+                          : row_tiles == 1   ? few_rows<kFormat, 1, false>
+                                             : few_rows<kFormat, 4, false>;
       const int resident = ctx.resident_blocks(reinterpret_cast<const void*>(kernel), warps * 32, shared);
       const int turns = (m.tiles + resident - 1) / resident;
       launch(ctx.stream,
@@ -296,6 +300,18 @@ void many_rows_linear(Context& ctx, const PackedLinear& linear, const uint16_t* 
         break;
     }
   }
+}
+
+void norm(Context& ctx, const char* name, const Norm& p) {
+  const auto stage = ctx.stage(name);
+  const bool whole = p.width % 4 == 0 && p.stride % 4 == 0;
+  const int vectors = !whole || p.width > 4096 ? 0 : p.width <= 1536 ? 12 : 32;
+  const int warps = p.rows >= 1024 ? 8 : 1;
+  launch(ctx.stream, {name, dim3(static_cast<unsigned>((p.rows + warps - 1) / warps)), 32 * warps, 0, true},
+         vectors == 12   ? norm_rows<12>
+         : vectors == 32 ? norm_rows<32>
+                         : norm_rows<0>,
+         p);
 }
 
 void plain_linear_rows(Context& ctx, const StoredLinear& linear, const float* x, int64_t x_stride, int64_t rows,

@@ -72,6 +72,10 @@ void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& i
 void many_rows_linear(Context& ctx, const PackedLinear& linear, const uint16_t* x, int64_t rows, Finish finish,
                       Epilogue epilogue, DeviceBuffer& expanded);
 
+/// RMSNorm, or LayerNorm where there is a bias, of rows of float32 [rows][width] to bf16 or float32 [rows][stride].
+struct Norm;
+void norm(Context& ctx, const char* name, const Norm& p);
+
 void plain_linear_rows(Context& ctx, const StoredLinear& linear, const float* x, int64_t x_stride, int64_t rows,
                        float* out, int64_t stride, bool accumulate);
 

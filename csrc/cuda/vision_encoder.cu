@@ -163,10 +163,9 @@ void VisionEncoder::upload(const Picture& picture, uint16_t* half_out, float* ou
 
 void VisionEncoder::norm(const float* x, const float* weight, const float* bias, int64_t rows, uint16_t* half_out,
                          float* out, int64_t stride) {
-  const auto stage = ctx_.stage("image norm");
-  launch(ctx_.stream, {"image norm", dim3(blocks(rows, 8)), 256}, norm_rows,
-         Norm{x, weight, bias, vision_.layer_norm_eps, static_cast<int32_t>(vision_.embed_dim),
-              static_cast<int32_t>(rows), half_out, out, stride});
+  qwen2vl::cuda::norm(ctx_, "image norm",
+                      {x, weight, bias, vision_.layer_norm_eps, static_cast<int32_t>(vision_.embed_dim),
+                       static_cast<int32_t>(rows), half_out, out, stride});
 }
 
 void VisionEncoder::encode(const Picture& picture, const Report& report) {

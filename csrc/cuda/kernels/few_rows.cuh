@@ -55,7 +55,8 @@ CHIP_DEVICE void with_finish(Finish finish, const Fn& fn) {
 }
 
 /// Grid: (blocks, which take tiles in turns; groups of 8 kRowTiles rows).
-template <Format format, int kRowTiles>
+/// kNormed: of x, RMSNorm is taken first; else the input is bf16.
+template <Format format, int kRowTiles, bool kNormed>
 CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
   // Units a piece: in the 2B shape a warp has three of most matrices; more rows need the registers.
   constexpr int kAhead = kRowTiles == 1 ? 3 : format == Format::Sixes ? 1 : 2;
@@ -78,7 +79,7 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
   constexpr int kNorms = 3;  // weights of the norm that a thread has at hand: with 128 threads, all of 1,536
   float4 norms[kNorms];
   const bool whole = p.width % 4 == 0;
-  if (p.x != nullptr && whole)
+  if (kNormed && whole)
 #pragma unroll
     for (int i = 0; i < kNorms; ++i)
       if (thread + i * threads < p.width / 4)
@@ -89,11 +90,17 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
   // What the first tile's pair of this thread needs at the end comes meanwhile.
   const int own_row = first_row + thread / 8, own_pair = p.m.first_pair + tile * kTilePairs + thread % 8;
   const bool own = kRowTiles == 1 && thread < 64 && own_row < p.rows && tile < p.m.tiles;
-  Place place;
+  RowPlace own_place;
+  float2 own_start{}, own_rotation{};
   if (own)
-    with_finish(p.finish, [&](auto finish) { place = prepare<decltype(finish)::value>(p.epilogue, own_row, own_pair); });
+    with_finish(p.finish, [&](auto finish) {
+      constexpr Finish kFinish = decltype(finish)::value;
+      own_place = row_place<kFinish>(p.epilogue, own_row);
+      own_start = start<kFinish>(p.epilogue, own_row, own_pair);
+      own_rotation = rotation_of<kFinish>(p.epilogue, own_place, own_pair);
+    });
 
-  if (p.x != nullptr) {
+  if constexpr (kNormed) {
     for (int row = 0; row < p.rows; ++row) {
       const float* x = p.x + static_cast<int64_t>(row) * p.width;
       const float r = warp_rms(x, p.width, p.eps, lane);
@@ -131,17 +138,15 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
         uint2 b[kRowTiles][4];
 #pragma unroll
         for (int n = 0; n < kRowTiles; ++n) {
-          const int row = first_row + n * 8 + g, column = (unit + i) * kUnit + 4 * t;
+          // Columns of rows that there are not get the last one's: what becomes of them is not looked at.
+          const int row = min(first_row + n * 8 + g, p.rows - 1), column = (unit + i) * kUnit + 4 * t;
 #pragma unroll
-          for (int step = 0; step < 4; ++step) {
-            b[n][step] = make_uint2(0, 0);
-            if (row >= p.rows) continue;
-            if (kRowTiles == 1 && p.x != nullptr)
+          for (int step = 0; step < 4; ++step)
+            if constexpr (kNormed)
               b[n][step] = shared_cast<uint2>(normed + row * stride + column + step * 16)[0];
             else
-              b[n][step] = *reinterpret_cast<const uint2*>(p.input + static_cast<int64_t>(row) * stride + column +
-                                                           step * 16);
-          }
+              b[n][step] =
+                  *reinterpret_cast<const uint2*>(p.input + static_cast<int64_t>(row) * stride + column + step * 16);
         }
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
@@ -199,7 +204,10 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
       const bool prepared = own && i == thread && pair == own_pair;
       with_finish(p.finish, [&](auto finish) {
         constexpr Finish kFinish = decltype(finish)::value;
-        apply<kFinish>(p.epilogue, row, pair, v, prepared ? place : prepare<kFinish>(p.epilogue, row, pair));
+        const RowPlace place = prepared ? own_place : row_place<kFinish>(p.epilogue, row);
+        const float2 add = prepared ? own_start : start<kFinish>(p.epilogue, row, pair);
+        const float2 rotation = prepared ? own_rotation : rotation_of<kFinish>(p.epilogue, place, pair);
+        apply<kFinish>(p.epilogue, place, pair, make_float2(v.x + add.x, v.y + add.y), rotation);
       });
     }
     if (tile + static_cast<int>(gridDim.x) < p.m.tiles) __syncthreads();

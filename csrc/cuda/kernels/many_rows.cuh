@@ -87,12 +87,16 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 2) many_rows(ManyRows p) {
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + warp_row + m * 16 + half * 8 + g;
       if (row >= p.rows) continue;
+      const RowPlace place = row_place<finish>(p.epilogue, row);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const int feature = first_feature + warp_feature + n * 8 + 2 * t;
-        if (feature < p.features)
-          apply<finish>(p.epilogue, row, p.first_pair + feature / 2,
-                        make_float2(acc[m][n][2 * half], acc[m][n][2 * half + 1]));
+        const int feature = first_feature + warp_feature + n * 8;
+        if (feature >= p.features) continue;
+        const int pair = p.first_pair + feature / 16 * 8 + 2 * t + n % 2;  // as expand_rows orders them
+        const float2 add = start<finish>(p.epilogue, row, pair);
+        apply<finish>(p.epilogue, place, pair,
+                      make_float2(acc[m][n][2 * half] + add.x, acc[m][n][2 * half + 1] + add.y),
+                      rotation_of<finish>(p.epilogue, place, pair));
       }
     }
 }

@@ -107,8 +107,9 @@ CHIP_KERNEL void pack_rows(PackRows p) {
   }
 }
 
-/// Tiles back into rows of bf16 [tiles * 16][units * 64]: row 16 tile + 2 g is slot g, the one after it slot g + 8,
-/// so the two features of a pair are neighbouring columns of a product. Grid: tiles x units / 4 warps, a block of 4
+/// Tiles back into rows of bf16 [tiles * 16][units * 64]. A pair's two features are neighbours, so that both come out in
+/// one lane of a product; pairs 0, 2, 4, 6 of a tile come before 1, 3, 5, 7, so that a lane has two neighbouring pairs in
+/// two neighbouring matrices of 8 columns: the row of slot a of pair g is 16 tile + 8 (g % 2) + g - g % 2. Grid: tiles x units / 4 warps, a block of 4
 /// warps for four neighbouring units.
 template <Format format>
 CHIP_KERNEL void expand_rows(PackedMatrix m, uint16_t* out) {
@@ -119,7 +120,7 @@ CHIP_KERNEL void expand_rows(PackedMatrix m, uint16_t* out) {
   Unit<format> u;
   u.load(m, tile * m.units + unit, lane);
   const int64_t stride = static_cast<int64_t>(m.units) * kUnit;
-  uint16_t* to = out + (tile * kTileSlots + 2 * g) * stride + static_cast<int64_t>(unit) * kUnit + 4 * t;
+  uint16_t* to = out + (tile * kTileSlots + 8 * (g % 2) + g - g % 2) * stride + static_cast<int64_t>(unit) * kUnit + 4 * t;
 #pragma unroll
   for (int block = 0; block < 2; ++block)
 #pragma unroll

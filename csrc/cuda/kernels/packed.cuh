@@ -54,10 +54,10 @@ CHIP_DEVICE float2 scale_pair(uint2 scales, int block) { return unpack_f16(block
 
 /// Words of eight 4-bit values (two slots) -> mma's operand of one step, values 128 + q as bf16.
 CHIP_DEVICE void spread_nibbles(uint32_t slot_a, uint32_t slot_b, int step, uint32_t (&a)[4]) {
-  a[0] = (slot_a >> (8 * step) & 0x000f000fu) | 0x43004300u;
-  a[1] = (slot_b >> (8 * step) & 0x000f000fu) | 0x43004300u;
-  a[2] = (slot_a >> (8 * step + 4) & 0x000f000fu) | 0x43004300u;
-  a[3] = (slot_b >> (8 * step + 4) & 0x000f000fu) | 0x43004300u;
+  a[0] = mask_or(slot_a >> (8 * step), 0x000f000fu, 0x43004300u);
+  a[1] = mask_or(slot_b >> (8 * step), 0x000f000fu, 0x43004300u);
+  a[2] = mask_or(slot_a >> (8 * step + 4), 0x000f000fu, 0x43004300u);
+  a[3] = mask_or(slot_b >> (8 * step + 4), 0x000f000fu, 0x43004300u);
 }
 
 template <>
@@ -91,7 +91,7 @@ struct Unit<Format::Bytes> {
   }
   /// Two signed bytes in 16-bit halves to bf16: 128 + the low seven bits, less 128, or 256 where negative.
   static CHIP_DEVICE uint32_t widen(uint32_t halves) {
-    return subtract_bf16((halves & 0x007f007fu) | 0x43004300u, (halves & 0x00800080u) | 0x43004300u);
+    return subtract_bf16(mask_or(halves, 0x007f007fu, 0x43004300u), mask_or(halves, 0x00800080u, 0x43004300u));
   }
   CHIP_DEVICE void operand(int block, int step, uint32_t (&a)[4]) const {
     const uint4 v = q[block];
@@ -121,10 +121,10 @@ struct Unit<Format::Sixes> {
     spread_nibbles(block == 0 ? q.x : q.z, block == 0 ? q.y : q.w, step, a);
     // Bits 4, 5 and 20, 21 are a pair's: of slot a's pair 2 step where the word is shifted left by 4 - 4 step.
     const uint32_t bits = block == 0 ? h.x : h.y;
-    a[0] |= (step == 0 ? bits << 4 : bits) & 0x00300030u;
-    a[1] |= bits >> (4 + 4 * step) & 0x00300030u;
-    a[2] |= (step == 0 ? bits << 2 : bits >> 2) & 0x00300030u;
-    a[3] |= bits >> (6 + 4 * step) & 0x00300030u;
+    a[0] = mask_or(step == 0 ? bits << 4 : bits, 0x00300030u, a[0]);
+    a[1] = mask_or(bits >> (4 + 4 * step), 0x00300030u, a[1]);
+    a[2] = mask_or(step == 0 ? bits << 2 : bits >> 2, 0x00300030u, a[2]);
+    a[3] = mask_or(bits >> (6 + 4 * step), 0x00300030u, a[3]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = subtract_bf16(a[i], 0x43204320u);  // 128 + 32
   }

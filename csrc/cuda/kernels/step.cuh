@@ -24,7 +24,9 @@ struct Embed {
   float* rotation;  ///< [rows][cos: half | sin: half]
 };
 
-/// A block a row. The first mrope_section[0] frequencies turn with the time index, the next with the row, the last
+inline constexpr int kEmbedParts = 8;
+
+/// Grid: (rows, kEmbedParts). The first mrope_section[0] frequencies turn with the time index, the next with the row, the last
 /// with the column (apply_multimodal_rotary_pos_emb).
 template <Format format>
 CHIP_KERNEL void CHIP_BOUNDS(256, 4) embed_rows(Embed p) {
@@ -32,7 +34,9 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 4) embed_rows(Embed p) {
   wait_for_previous_launch();
   const int64_t row = blockIdx.x;
   const RowInfo& info = p.rows[row];
-  for (int i = static_cast<int>(threadIdx.x); i < p.hidden; i += static_cast<int>(blockDim.x)) {
+  const int first = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+  const int step = static_cast<int>(gridDim.y * blockDim.x);
+  for (int i = first; i < p.hidden; i += step) {
     float v;
     if (info.embedding != nullptr)
       v = info.embedding[i];
@@ -42,7 +46,7 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 4) embed_rows(Embed p) {
       v = packed_value<format>(p.embed_tokens, info.token, i);
     p.x[row * p.hidden + i] = v;
   }
-  for (int i = static_cast<int>(threadIdx.x); i < p.half; i += static_cast<int>(blockDim.x)) {
+  for (int i = first; i < p.half; i += step) {
     const int axis = i < p.section_ends[0] ? 0 : i < p.section_ends[1] ? 1 : 2;
     const float angle = static_cast<float>(info.position[axis]) * p.inv_freq[i];
     p.rotation[row * 2 * p.half + i] = cosf(angle);

@@ -59,20 +59,47 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
   if (threadIdx.x == 0)
     for (int step = 0; step < min(steps, kWgmmaStages); ++step) fetch(step);
 
+  // The sums begin with what the product is added to: it comes while the first copies do, and all of it at once.
   float acc[kFeatures / 2];
-  const int group = warp / 4;
-  for (int step = 0; step < steps; ++step) {
+  const int group = warp / 4, g = lane / 4, t = lane % 4;
+  const bool wide = lies_well(finish, p.epilogue);
+  const auto pair_of = [&](int tile) { return p.first_pair + (first_feature / 16 + tile) * 8 + 2 * t; };
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + group * 64 + warp % 4 * 16 + half * 8 + g;
+#pragma unroll
+    for (int tile = 0; tile < kFeatures / 16; ++tile) {
+      float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (row < p.rows && first_feature + tile * 16 < p.features) {
+        if (wide) {
+          v = start_both<finish>(p.epilogue, row, pair_of(tile));
+        } else {
+          const float2 a = start<finish>(p.epilogue, row, pair_of(tile));
+          const float2 b = start<finish>(p.epilogue, row, pair_of(tile) + 1);
+          v = make_float4(a.x, a.y, b.x, b.y);
+        }
+      }
+      acc[8 * tile + 2 * half] = v.x;
+      acc[8 * tile + 2 * half + 1] = v.y;
+      acc[8 * tile + 4 + 2 * half] = v.z;
+      acc[8 * tile + 4 + 2 * half + 1] = v.w;
+    }
+  }
+  const auto multiply = [&](int step) {
     const int s = step % kWgmmaStages;
     barrier_wait(full + s, step / kWgmmaStages % 2);
     const uint8_t* stage = shared + s * (kXBytes + kWBytes);
     const uint64_t a = operand(stage + group * (kXBytes / 2), 128), b = operand(stage + kXBytes, 128);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kWgmmaStep / 16; ++k)
-      wgmma(WgmmaBF16(), acc, a + k * kOperandStep, b + k * kOperandStep, step > 0 || k > 0 ? 1 : 0);
+    for (int k = 0; k < kWgmmaStep / 16; ++k) wgmma(WgmmaBF16(), acc, a + k * kOperandStep, b + k * kOperandStep, 1);
     wgmma_commit();
+  };
+  multiply(0);
+  wgmma_wait<0>();  // what others have put into the sums must not meet what is on its way
+  for (int step = 1; step < steps; ++step) {
+    multiply(step);
     wgmma_wait<1>();
-    if (step == 0) continue;
     const int done = step - 1;
     if (lane < 3) barrier_arrive_at(empty + done % kWgmmaStages, lane == 0 ? self : lane == 1 ? beside : below);
     if (threadIdx.x == 0 && done + kWgmmaStages < steps) {
@@ -83,17 +110,34 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
   wgmma_wait<0>();
   cluster_sync();  // no block may end while another copies to it or arrives at its barriers
 
-  const int g = lane / 4, t = lane % 4;
+  constexpr int kBatch = kFeatures / 32;  // tiles whose rotations are read together
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + group * 64 + warp % 4 * 16 + half * 8 + g;
     if (row >= p.rows) continue;
+    const RowPlace place = row_place<finish>(p.epilogue, row);
 #pragma unroll
-    for (int n = 0; n < kFeatures / 8; ++n) {
-      const int feature = first_feature + n * 8 + 2 * t;
-      if (feature < p.features)
-        apply<finish>(p.epilogue, row, p.first_pair + feature / 2,
-                      make_float2(acc[4 * n + 2 * half], acc[4 * n + 2 * half + 1]));
+    for (int batch = 0; batch < kFeatures / 16; batch += kBatch) {
+      float4 rotations[kBatch];
+      if (wide)
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (first_feature + (batch + i) * 16 < p.features)
+            rotations[i] = rotation_of_both<finish>(p.epilogue, place, pair_of(batch + i));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int tile = batch + i, pair = pair_of(tile);
+        if (first_feature + tile * 16 >= p.features) continue;
+        const float4 v = make_float4(acc[8 * tile + 2 * half], acc[8 * tile + 2 * half + 1],
+                                     acc[8 * tile + 4 + 2 * half], acc[8 * tile + 4 + 2 * half + 1]);
+        if (wide) {
+          apply_both<finish>(p.epilogue, place, pair, v, rotations[i]);
+        } else {
+          apply<finish>(p.epilogue, place, pair, make_float2(v.x, v.y), rotation_of<finish>(p.epilogue, place, pair));
+          apply<finish>(p.epilogue, place, pair + 1, make_float2(v.z, v.w),
+                        rotation_of<finish>(p.epilogue, place, pair + 1));
+        }
+      }
     }
   }
 #endif

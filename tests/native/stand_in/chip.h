@@ -241,6 +241,8 @@ Shared<T> shared_cast(Shared<U> pointer) {
 
 // --- numbers -----------------------------------------------------------------------------------------------
 
+inline uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+
 inline uint32_t pack_small_f16(float low, float high) {
   return f32_to_f16(low) | static_cast<uint32_t>(f32_to_f16(high)) << 16;
 }
