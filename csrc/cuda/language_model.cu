@@ -17,7 +17,6 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kLikeliestParts = 64;
-constexpr int kTogether = 2;  // query heads of a block of attention, where there is much to read
 constexpr int64_t kHeadRows = 64;  // of which logits are computed together, where all are wanted
 
 qwen2vl_linear bare(const qwen2vl_matrix& matrix) { return {matrix, {nullptr, 0}}; }
@@ -373,15 +372,13 @@ void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, 
   p.stride = layers_[layer].o_proj.stride;
   p.out = attended_.as<uint16_t>() + first_row * p.stride;
   p.single = single ? 1 : 0;
-  // Little to read: a head a block, on more of the chip.
-  const int together = chunks > 4 ? kTogether : 1;
   const Launch how{"text attention",
-                   dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(kv_heads * ceil_div(static_cast<int>(group), together)),
+                   dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(kv_heads * group),
                         static_cast<unsigned>(rows)),
-                   kDecodeThreads, decode_attention_shared_bytes(static_cast<int>(padded_head_dim_), together), true};
+                   kDecodeThreads, decode_attention_shared_bytes(static_cast<int>(padded_head_dim_), 1), true};
   const auto run = [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
-    launch(ctx_.stream, how, together == 1 ? decode_attention<kHeadDim, 1> : decode_attention<kHeadDim, kTogether>, p);
+    launch(ctx_.stream, how, decode_attention<kHeadDim, 1>, p);
   };
   switch (padded_head_dim_) {
     case 32:

@@ -220,7 +220,6 @@ void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& i
   for (const PackedMatrix& m : linear.parts) {
     // Enough warps that a matrix of few tiles is read by all of the chip; more would have too little to do.
     const int warps = m.units >= 64 ? 16 : m.tiles > 512 ? std::clamp(m.units / 6, 1, 4) : std::clamp(m.units / 3, 1, 8);
-    const int row_tiles = rows <= 8 ? 1 : 4;
     FewRows p;
     p.m = m;
     p.rows = static_cast<int32_t>(rows);
@@ -231,19 +230,28 @@ void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& i
     p.width = static_cast<int32_t>(linear.cols);
     p.finish = finish;
     p.epilogue = epilogue;
-    const int64_t shared = few_rows_shared_bytes(p, warps, row_tiles);
+    const int row_tiles = rows <= 8 ? 1 : 4;
+    // Rows of a layer of 29,568 inputs do not fit shared memory eight at a time.
+    const bool shared = row_tiles == 1 && few_rows_shared_bytes(p, warps, 1, true) <=
+                                              static_cast<int64_t>(ctx.properties.sharedMemPerBlockOptin);
+    if (!shared && input.x != nullptr)
+      throw UnsupportedError(std::string(linear.name) + ": " + std::to_string(linear.cols) +
+                             " inputs are more than the CUDA backend normalizes in shared memory");
+    const int64_t shared_bytes = few_rows_shared_bytes(p, warps, row_tiles, shared);
     with_format(m.format, [&](auto format) {
       constexpr Format kFormat = decltype(format)::value;
-      const auto kernel = input.x != nullptr ? few_rows<kFormat, 1, true>
-                          : row_tiles == 1   ? few_rows<kFormat, 1, false>
-                                             : few_rows<kFormat, 4, false>;
-      const int resident = ctx.resident_blocks(reinterpret_cast<const void*>(kernel), warps * 32, shared);
-      const int turns = (m.tiles + resident - 1) / resident;
+      const auto kernel = row_tiles == 4 ? (warps > 8 ? few_rows<kFormat, 4, false, 512> : few_rows<kFormat, 4, false, 256>)
+                          : !shared      ? few_rows<kFormat, 1, false, 512>
+                          : warps > 8    ? few_rows<kFormat, 1, true, 512>
+                                         : few_rows<kFormat, 1, true, 256>;
+      const int resident = ctx.resident_blocks(reinterpret_cast<const void*>(kernel), warps * 32, shared_bytes);
+      const int at_once = tiles_at_once(kFormat, row_tiles), tiles = (m.tiles + at_once - 1) / at_once;
+      const int turns = (tiles + resident - 1) / resident;
       launch(ctx.stream,
              {linear.name,
-              dim3(static_cast<unsigned>((m.tiles + turns - 1) / turns),
+              dim3(static_cast<unsigned>((tiles + turns - 1) / turns),
                    static_cast<unsigned>((rows + 8 * row_tiles - 1) / (8 * row_tiles))),
-              warps * 32, shared, true},
+              warps * 32, shared_bytes, true},
              kernel, p);
     });
   }

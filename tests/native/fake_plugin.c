@@ -155,8 +155,8 @@ static int encode_vision(qwen2vl_backend_handle* backend, const float* pixel_val
   return status;
 }
 
-static int encode_pixels(qwen2vl_backend_handle* backend, const uint8_t* pixels, const float* levels, int64_t h,
-                         int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error) {
+static int encode_pixels(qwen2vl_backend_handle* backend, const uint8_t* pixels, const float* levels,
+                         int64_t h, int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error) {
   return encode_vision(backend, &levels[pixels[0]], 1, h, w, out, progress, error);
 }
 

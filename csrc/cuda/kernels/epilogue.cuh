@@ -60,16 +60,42 @@ CHIP_DEVICE float2 rotate(float2 v, float cos, float sin) {
 /// What finishing the pairs of a row needs of the row.
 struct RowPlace {
   int64_t row = 0;
+  float* out = nullptr;         ///< its first column, or
+  uint16_t* half_out = nullptr;
   const float* turn = nullptr;  ///< its rotation
   uint16_t* page = nullptr;     ///< TextQkv: of the cache, with its cell's offset within a head
 };
 
+/// Where a pair of dimensions is.
+struct HeadPlace {
+  int head = 0, i = 0;
+};
+CHIP_DEVICE HeadPlace head_place(const Epilogue& e, int pair) {
+  if (e.pairs_per_head == 0) return {};
+  return {pair / e.pairs_per_head, pair % e.pairs_per_head};
+}
+/// Of the pair that is so many further, no more than a head.
+CHIP_DEVICE HeadPlace further(const Epilogue& e, HeadPlace at, int pairs) {
+  at.i += pairs;
+  if (at.i >= e.pairs_per_head) {
+    at.i -= e.pairs_per_head;
+    ++at.head;
+  }
+  return at;
+}
+
 template <Finish finish>
-CHIP_DEVICE RowPlace row_place(const Epilogue& e, int64_t row) {
+CHIP_DEVICE RowPlace row_place(const Epilogue& e, int64_t row, uint16_t* page = nullptr) {  // page: where it is known
   RowPlace place;
   place.row = row;
+  if constexpr (finish == Finish::Store || finish == Finish::Residual) place.out = e.out + row * e.stride;
+  if constexpr (finish == Finish::SwiGlu || finish == Finish::QuickGelu || finish == Finish::Gelu ||
+                finish == Finish::StoreBf16)
+    place.half_out = e.half_out + row * e.stride;
   if constexpr (finish == Finish::TextQkv || finish == Finish::VisionQkv) place.turn = e.rotation + row * 2 * e.half;
   if constexpr (finish == Finish::TextQkv) {
+    place.page = page;
+    if (page != nullptr) return place;
     const RowInfo& info = e.rows[row];
     place.page = reinterpret_cast<uint16_t*>(info.pages[info.cell / kPageCells]) +
                  static_cast<int64_t>(info.cell % kPageCells) * e.head_dim;
@@ -79,10 +105,10 @@ CHIP_DEVICE RowPlace row_place(const Epilogue& e, int64_t row) {
 
 /// What a product is added to: the bias, and what is there already.
 template <Finish finish>
-CHIP_DEVICE float2 start(const Epilogue& e, int64_t row, int pair) {
+CHIP_DEVICE float2 start(const Epilogue& e, const RowPlace& place, int pair) {
   float2 v = e.bias != nullptr ? e.bias[pair] : make_float2(0.0f, 0.0f);
   if constexpr (finish == Finish::Residual) {
-    const float* from = e.out + row * e.stride + 2 * pair;
+    const float* from = place.out + 2 * pair;
     if (2 * pair < e.columns) v.x += from[0];
     if (2 * pair + 1 < e.columns) v.y += from[1];
   }
@@ -91,10 +117,9 @@ CHIP_DEVICE float2 start(const Epilogue& e, int64_t row, int pair) {
 
 /// Cosine and sine of a pair of dimensions.
 template <Finish finish>
-CHIP_DEVICE float2 rotation_of(const Epilogue& e, const RowPlace& place, int pair) {
+CHIP_DEVICE float2 rotation_of(const Epilogue& e, const RowPlace& place, HeadPlace at) {
   if constexpr (finish == Finish::TextQkv || finish == Finish::VisionQkv) {
-    const int i = pair % e.pairs_per_head;
-    if (i < e.half) return make_float2(place.turn[i], place.turn[e.half + i]);
+    if (at.i < e.half) return make_float2(place.turn[at.i], place.turn[e.half + at.i]);
   }
   return make_float2(1.0f, 0.0f);
 }
@@ -133,23 +158,23 @@ CHIP_DEVICE void store_transposed(const Epilogue& e, int64_t row, int head, int 
 
 /// Pair `pair` of a row is v; bias and what was there are in it.
 template <Finish finish>
-CHIP_DEVICE void apply(const Epilogue& e, const RowPlace& place, int pair, float2 v, float2 rotation) {
+CHIP_DEVICE void apply(const Epilogue& e, const RowPlace& place, int pair, HeadPlace at, float2 v, float2 rotation) {
   const int column = 2 * pair;
   if constexpr (finish == Finish::Store || finish == Finish::Residual) {
-    float* to = e.out + place.row * e.stride + column;
+    float* to = place.out + column;
     if (column < e.columns) to[0] = v.x;
     if (column + 1 < e.columns) to[1] = v.y;
   } else if constexpr (finish == Finish::SwiGlu) {
     if (pair < e.columns)
-      e.half_out[place.row * e.stride + pair] = static_cast<uint16_t>(pack_bf16(silu(v.x) * v.y, 0.0f));
+      place.half_out[pair] = static_cast<uint16_t>(pack_bf16(silu(v.x) * v.y, 0.0f));
   } else if constexpr (finish == Finish::QuickGelu || finish == Finish::Gelu || finish == Finish::StoreBf16) {
     if constexpr (finish == Finish::QuickGelu) v = make_float2(quick_gelu(v.x), quick_gelu(v.y));
     if constexpr (finish == Finish::Gelu) v = make_float2(gelu(v.x), gelu(v.y));
     if (column + 1 >= e.columns) v.y = 0;  // the stride is even: what is beyond the columns stays zero
     if (column < e.columns)
-      *reinterpret_cast<uint32_t*>(e.half_out + place.row * e.stride + column) = pack_bf16(v.x, v.y);
+      *reinterpret_cast<uint32_t*>(place.half_out + column) = pack_bf16(v.x, v.y);
   } else {
-    const int head = pair / e.pairs_per_head, i = pair % e.pairs_per_head;
+    const int head = at.head, i = at.i;
     uint16_t* to = head_of<finish>(e, place, head);
     if (i >= e.half || to == nullptr) return;
     v = turned<finish>(e, head, v, rotation);
@@ -180,11 +205,11 @@ CHIP_HOST_DEVICE bool lies_well(Finish finish, const Epilogue& e) {
 }
 
 template <Finish finish>
-CHIP_DEVICE float4 start_both(const Epilogue& e, int64_t row, int pair) {
+CHIP_DEVICE float4 start_both(const Epilogue& e, const RowPlace& place, int pair) {
   float4 v = e.bias != nullptr ? *reinterpret_cast<const float4*>(e.bias + pair) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if constexpr (finish == Finish::Residual)
     if (2 * pair < e.columns) {
-      const float4 old = *reinterpret_cast<const float4*>(e.out + row * e.stride + 2 * pair);
+      const float4 old = *reinterpret_cast<const float4*>(place.out + 2 * pair);
       v = make_float4(v.x + old.x, v.y + old.y, v.z + old.z, v.w + old.w);
     }
   return v;
@@ -192,9 +217,9 @@ CHIP_DEVICE float4 start_both(const Epilogue& e, int64_t row, int pair) {
 
 /// cosines of both, then sines.
 template <Finish finish>
-CHIP_DEVICE float4 rotation_of_both(const Epilogue& e, const RowPlace& place, int pair) {
+CHIP_DEVICE float4 rotation_of_both(const Epilogue& e, const RowPlace& place, HeadPlace at) {
   if constexpr (finish == Finish::TextQkv || finish == Finish::VisionQkv) {
-    const int i = pair % e.pairs_per_head;
+    const int i = at.i;
     if (i < e.half) {
       const float2 cos = *reinterpret_cast<const float2*>(place.turn + i);
       const float2 sin = *reinterpret_cast<const float2*>(place.turn + e.half + i);
@@ -205,23 +230,24 @@ CHIP_DEVICE float4 rotation_of_both(const Epilogue& e, const RowPlace& place, in
 }
 
 template <Finish finish>
-CHIP_DEVICE void apply_both(const Epilogue& e, const RowPlace& place, int pair, float4 v, float4 rotation) {
+CHIP_DEVICE void apply_both(const Epilogue& e, const RowPlace& place, int pair, HeadPlace at, float4 v,
+                            float4 rotation) {
   const int column = 2 * pair;
   if constexpr (finish == Finish::Store || finish == Finish::Residual) {
-    if (column < e.columns) *reinterpret_cast<float4*>(e.out + place.row * e.stride + column) = v;
+    if (column < e.columns) *reinterpret_cast<float4*>(place.out + column) = v;
   } else if constexpr (finish == Finish::SwiGlu) {
     if (pair < e.columns)
-      *reinterpret_cast<uint32_t*>(e.half_out + place.row * e.stride + pair) =
+      *reinterpret_cast<uint32_t*>(place.half_out + pair) =
           pack_bf16(silu(v.x) * v.y, silu(v.z) * v.w);
   } else if constexpr (finish == Finish::QuickGelu || finish == Finish::Gelu || finish == Finish::StoreBf16) {
     if constexpr (finish == Finish::QuickGelu)
       v = make_float4(quick_gelu(v.x), quick_gelu(v.y), quick_gelu(v.z), quick_gelu(v.w));
     if constexpr (finish == Finish::Gelu) v = make_float4(gelu(v.x), gelu(v.y), gelu(v.z), gelu(v.w));
     if (column < e.columns)
-      *reinterpret_cast<uint2*>(e.half_out + place.row * e.stride + column) =
+      *reinterpret_cast<uint2*>(place.half_out + column) =
           make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
   } else {
-    const int head = pair / e.pairs_per_head, i = pair % e.pairs_per_head;
+    const int head = at.head, i = at.i;
     uint16_t* to = head_of<finish>(e, place, head);
     if (i >= e.half || to == nullptr) return;
     const float2 a = turned<finish>(e, head, make_float2(v.x, v.y), make_float2(rotation.x, rotation.z));

@@ -4,10 +4,12 @@
 //
 // What bounds it is reading W once. A block takes a tile of 16 output features after another; its warps split the
 // columns, so that a small matrix keeps the whole chip reading; each lane loads 16-byte vectors of weights straight
-// into registers, two pieces ahead, and hands them as bf16 to mma, whose other side holds 8 rows at a time: the
-// first 8 rows cost the same as one. Sums of a scale's block are multiplied by it in float32. The warps' sums meet
-// in shared memory, in the order of the columns, whatever the number of rows: a row's result has the same bits alone
-// and among others. RMSNorm of one or two rows is done by every block for itself, while its first weights come.
+// into registers, a piece ahead, and hands them as bf16 to mma, whose other side holds 8 rows at a time: the first 8
+// rows cost the same as one. Sums of a scale's block are multiplied by it in float32. The warps' sums meet in shared
+// memory, in the order of the columns, whatever the number of rows: a row's result has the same bits alone and among
+// others. What does not depend on the launch before (weights, a norm's weights) is on its way before the wait for it.
+// Up to 8 rows are brought into shared memory first, one or two through RMSNorm; more are read as they are needed, for
+// two tiles at a time.
 
 #include <type_traits>
 
@@ -32,9 +34,21 @@ struct FewRows {
   Epilogue epilogue;
 };
 
-CHIP_HOST_DEVICE int64_t few_rows_shared_bytes(const FewRows& p, int warps, int tiles_of_rows) {
-  const int64_t sums = static_cast<int64_t>(warps) * tiles_of_rows * 8 * kTileSlots * 4;
-  return sums + (p.x != nullptr ? static_cast<int64_t>(p.rows) * p.m.units * kUnit * 2 : 0);
+/// Tiles of features that a block computes at once.
+CHIP_HOST_DEVICE constexpr int tiles_at_once(Format format, int row_tiles) {
+  return row_tiles > 1 && format != Format::Bf16 ? 2 : 1;
+}
+
+/// Blocks of so many threads that are to fit a multiprocessor: registers are what keeps them out.
+CHIP_HOST_DEVICE constexpr int few_rows_blocks(Format format, int row_tiles, int threads) {
+  return row_tiles > 1 || threads > 256 ? 1 : format == Format::Bf16 ? 1 : format == Format::Nibbles ? 3 : 2;
+}
+
+/// Shared memory: the warps' sums, the rows as bf16, and as float32 where they are to be normalized.
+CHIP_HOST_DEVICE int64_t few_rows_shared_bytes(const FewRows& p, int warps, int row_tiles, bool shared) {
+  const int64_t sums = int64_t{4} * warps * tiles_at_once(p.m.format, row_tiles) * row_tiles * 8 * kTileSlots;
+  if (!shared) return sums;
+  return sums + int64_t{2} * p.rows * p.m.units * kUnit + (p.x != nullptr ? int64_t{4} * p.rows * p.width : 0);
 }
 
 /// Calls fn with the way of finishing as a compile-time constant; the vision tower's have many rows.
@@ -54,32 +68,79 @@ CHIP_DEVICE void with_finish(Finish finish, const Fn& fn) {
   }
 }
 
-/// Grid: (blocks, which take tiles in turns; groups of 8 kRowTiles rows).
-/// kNormed: of x, RMSNorm is taken first; else the input is bf16.
-template <Format format, int kRowTiles, bool kNormed>
-CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
-  // Units a piece: in the 2B shape a warp has three of most matrices; more rows need the registers.
-  constexpr int kAhead = kRowTiles == 1 ? 3 : format == Format::Sixes ? 1 : 2;
-  const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const int begin = p.m.units * warp / warps, end = p.m.units * (warp + 1) / warps;
-  const int first_row = static_cast<int>(blockIdx.y) * 8 * kRowTiles;
-  const Shared<float> sums = shared_cast<float>(shared_memory());
-  const Shared<uint16_t> normed = shared_cast<uint16_t>(shared_memory() + warps * kRowTiles * 8 * kTileSlots * 4);
-
-  Unit<format> now[kAhead], next[kAhead];
-  const auto fetch = [&](int tile, int unit, Unit<format>(&to)[kAhead]) {
+/// RMSNorm of x [rows][width] into `to` [rows][stride] as bf16, through `floats` [rows][width]. `norms`: what the thread
+/// has read of the norm's weights, vectors thread, thread + threads, ...
+template <int kNorms>
+CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms)[kNorms], Shared<uint16_t> to,
+                              Shared<float> floats) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % 32;
+  const int vectors = p.width / 4;
+  if (p.width % 4 != 0) {
+    for (int row = 0; row < p.rows; ++row) {
+      const float* x = p.x + static_cast<int64_t>(row) * p.width;
+      const float r = warp_rms(x, p.width, p.eps, lane);
+      for (int i = thread; i < stride; i += threads)
+        to[row * stride + i] =
+            static_cast<uint16_t>(pack_bf16(i < p.width ? x[i] * r * p.norm[i] : 0.0f, 0.0f));
+    }
+    return __syncthreads();
+  }
+  for (int i = thread; i < p.rows * vectors; i += threads)
+    shared_cast<float4>(floats)[i] = reinterpret_cast<const float4*>(p.x)[i];
+  __syncthreads();
+  for (int row = 0; row < p.rows; ++row) {
+    const Shared<float4> x = shared_cast<float4>(floats) + row * vectors;
+    float sum = 0;  // as warp_rms does
+    for (int i = lane; i < vectors; i += 32) {
+      const float4 v = x[i];
+      sum += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+    }
+    const float r = rsqrtf(warp_sum(sum) / static_cast<float>(p.width) + p.eps);
+    const auto put = [&](int i, float4 w) {
+      const float4 v = x[i];
+      shared_cast<uint2>(to + row * stride)[i] =
+          make_uint2(pack_bf16(v.x * r * w.x, v.y * r * w.y), pack_bf16(v.z * r * w.z, v.w * r * w.w));
+    };
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      if (unit + i < end) to[i].load(p.m, static_cast<int64_t>(tile) * p.m.units + unit + i, lane);
+    for (int i = 0; i < kNorms; ++i)
+      if (thread + i * threads < vectors) put(thread + i * threads, norms[i]);
+    for (int i = thread + kNorms * threads; i < vectors; i += threads)
+      put(i, reinterpret_cast<const float4*>(p.norm)[i]);
+    for (int i = p.width + thread; i < stride; i += threads) to[row * stride + i] = 0;
+  }
+  __syncthreads();
+}
+
+/// Grid: (blocks, which take tiles in turns; groups of 8 kRowTiles rows). kShared: rows are brought into shared memory.
+/// kThreads: at most.
+template <Format format, int kRowTiles, bool kShared, int kThreads>
+CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(format, kRowTiles, kThreads)) few_rows(FewRows p) {
+  constexpr int kTiles = tiles_at_once(format, kRowTiles);
+  // Units a piece: in the 2B shape a warp has three of most matrices; more rows need the registers.
+  constexpr int kAhead = kRowTiles == 1 ? (format == Format::Bf16 ? 1 : 3) : 1;
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int warps = threads / 32, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int begin = p.m.units * warp / warps, end = p.m.units * (warp + 1) / warps, stride = p.m.units * kUnit;
+  const int first_row = static_cast<int>(blockIdx.y) * 8 * kRowTiles;
+  const int step_tiles = static_cast<int>(gridDim.x) * kTiles;
+  const Shared<float> sums = shared_cast<float>(shared_memory());
+  const Shared<uint16_t> rows = shared_cast<uint16_t>(sums + warps * kTiles * kRowTiles * 8 * kTileSlots);
+
+  Unit<format> now[kTiles][kAhead], next[kTiles][kAhead];
+  const auto fetch = [&](int tile, int unit, Unit<format>(&to)[kTiles][kAhead]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const int64_t at = static_cast<int64_t>(min(tile + j, p.m.tiles - 1)) * p.m.units + unit;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (unit + i < end) to[j][i].load(p.m, at + i, lane);
+    }
   };
-  int tile = static_cast<int>(blockIdx.x);
-  if (tile < p.m.tiles) fetch(tile, begin, now);
-  const int stride = p.m.units * kUnit, thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  constexpr int kNorms = 3;  // weights of the norm that a thread has at hand: with 128 threads, all of 1,536
+  int tile = static_cast<int>(blockIdx.x) * kTiles;
+  if (tile < p.m.tiles && begin < end) fetch(tile, begin, now);
+  constexpr int kNorms = 2;  // vectors of the norm's weights that a thread has at hand: with 256 threads, all of 1,536
   float4 norms[kNorms];
-  const bool whole = p.width % 4 == 0;
-  if (kNormed && whole)
+  if (kShared && p.x != nullptr && p.width % 4 == 0)
 #pragma unroll
     for (int i = 0; i < kNorms; ++i)
       if (thread + i * threads < p.width / 4)
@@ -90,48 +151,36 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
   // What the first tile's pair of this thread needs at the end comes meanwhile.
   const int own_row = first_row + thread / 8, own_pair = p.m.first_pair + tile * kTilePairs + thread % 8;
   const bool own = kRowTiles == 1 && thread < 64 && own_row < p.rows && tile < p.m.tiles;
-  RowPlace own_place;
+  uint16_t* own_page = nullptr;
+  HeadPlace own_head;
   float2 own_start{}, own_rotation{};
   if (own)
     with_finish(p.finish, [&](auto finish) {
       constexpr Finish kFinish = decltype(finish)::value;
-      own_place = row_place<kFinish>(p.epilogue, own_row);
-      own_start = start<kFinish>(p.epilogue, own_row, own_pair);
-      own_rotation = rotation_of<kFinish>(p.epilogue, own_place, own_pair);
+      const RowPlace place = row_place<kFinish>(p.epilogue, own_row);
+      own_page = place.page;
+      own_head = head_place(p.epilogue, own_pair);
+      own_start = start<kFinish>(p.epilogue, place, own_pair);
+      own_rotation = rotation_of<kFinish>(p.epilogue, place, own_head);
     });
 
-  if constexpr (kNormed) {
-    for (int row = 0; row < p.rows; ++row) {
-      const float* x = p.x + static_cast<int64_t>(row) * p.width;
-      const float r = warp_rms(x, p.width, p.eps, lane);
-      const Shared<uint16_t> to = normed + row * stride;
-      if (whole) {
-        const auto put = [&](int i, float4 w) {
-          const float4 v = reinterpret_cast<const float4*>(x)[i];
-          shared_cast<uint2>(to)[i] =
-              make_uint2(pack_bf16(v.x * r * w.x, v.y * r * w.y), pack_bf16(v.z * r * w.z, v.w * r * w.w));
-        };
-#pragma unroll
-        for (int i = 0; i < kNorms; ++i)
-          if (thread + i * threads < p.width / 4) put(thread + i * threads, norms[i]);
-        for (int i = thread + kNorms * threads; i < p.width / 4; i += threads)
-          put(i, reinterpret_cast<const float4*>(p.norm)[i]);
-        for (int i = p.width + thread; i < stride; i += threads) to[i] = 0;
-      } else {
-        for (int i = thread; i < stride; i += threads)
-          to[i] = static_cast<uint16_t>(pack_bf16(i < p.width ? x[i] * r * p.norm[i] : 0.0f, 0.0f));
-      }
+  if constexpr (kShared) {
+    if (p.x != nullptr) {
+      share_normed(p, stride, norms, rows, shared_cast<float>(rows + p.rows * stride));
+    } else {
+      for (int i = thread; i < p.rows * stride / 8; i += threads)
+        shared_cast<uint4>(rows)[i] = reinterpret_cast<const uint4*>(p.input)[i];
+      __syncthreads();
     }
-    __syncthreads();
   }
 
-  for (; tile < p.m.tiles; tile += static_cast<int>(gridDim.x)) {
-    float acc[kRowTiles][4] = {};
+  for (; tile < p.m.tiles; tile += step_tiles) {
+    float acc[kTiles][kRowTiles][4] = {};
     for (int unit = begin; unit < end; unit += kAhead) {
       if (unit + kAhead < end)
         fetch(tile, unit + kAhead, next);
-      else if (tile + static_cast<int>(gridDim.x) < p.m.tiles)
-        fetch(tile + static_cast<int>(gridDim.x), begin, next);
+      else if (tile + step_tiles < p.m.tiles)
+        fetch(tile + step_tiles, begin, next);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (unit + i >= end) continue;
@@ -142,75 +191,83 @@ CHIP_KERNEL void CHIP_BOUNDS(512, 1) few_rows(FewRows p) {
           const int row = min(first_row + n * 8 + g, p.rows - 1), column = (unit + i) * kUnit + 4 * t;
 #pragma unroll
           for (int step = 0; step < 4; ++step)
-            if constexpr (kNormed)
-              b[n][step] = shared_cast<uint2>(normed + row * stride + column + step * 16)[0];
+            if constexpr (kShared)
+              b[n][step] = shared_cast<uint2>(rows + row * stride + column + step * 16)[0];
             else
               b[n][step] =
                   *reinterpret_cast<const uint2*>(p.input + static_cast<int64_t>(row) * stride + column + step * 16);
         }
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
-          float part[kRowTiles][4];
+        for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            uint32_t a[4];
-            now[i].operand(block, step, a);
+          for (int block = 0; block < 2; ++block) {
+            float part[kRowTiles][4];
 #pragma unroll
-            for (int n = 0; n < kRowTiles; ++n) {
-              const uint2 bn = b[n][2 * block + step];
-              if constexpr (!Unit<format>::kScaled) {
-                mma_bf16(acc[n], a, bn.x, bn.y);
-              } else {
-                if (Unit<format>::kScalePerStep || step == 0)
-                  mma_bf16_first(part[n], a, bn.x, bn.y);
-                else
-                  mma_bf16(part[n], a, bn.x, bn.y);
-                if (Unit<format>::kScalePerStep || step == 1) {
-                  const float2 s = now[i].scale(block, step);
-                  acc[n][0] += s.x * part[n][0];
-                  acc[n][1] += s.x * part[n][1];
-                  acc[n][2] += s.y * part[n][2];
-                  acc[n][3] += s.y * part[n][3];
+            for (int step = 0; step < 2; ++step) {
+              uint32_t a[4];
+              now[j][i].operand(block, step, a);
+              const float2 s = now[j][i].scale(block, step);
+#pragma unroll
+              for (int n = 0; n < kRowTiles; ++n) {
+                const uint2 bn = b[n][2 * block + step];
+                if constexpr (!Unit<format>::kScaled) {
+                  mma_bf16(acc[j][n], a, bn.x, bn.y);
+                } else {
+                  if (Unit<format>::kScalePerStep || step == 0)
+                    mma_bf16_first(part[n], a, bn.x, bn.y);
+                  else
+                    mma_bf16(part[n], a, bn.x, bn.y);
+                  if (Unit<format>::kScalePerStep || step == 1) {
+                    acc[j][n][0] += s.x * part[n][0];
+                    acc[j][n][1] += s.x * part[n][1];
+                    acc[j][n][2] += s.y * part[n][2];
+                    acc[j][n][3] += s.y * part[n][3];
+                  }
                 }
               }
             }
           }
-        }
       }
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) now[i] = next[i];
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) now[j][i] = next[j][i];
     }
 
-    // [warp][row][slot]
+    // [warp][tile][row][slot]
 #pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-      const Shared<float> to = sums + ((warp * kRowTiles + n) * 8 + 2 * t) * kTileSlots;
-      to[g] = acc[n][0];
-      to[kTileSlots + g] = acc[n][1];
-      to[g + 8] = acc[n][2];
-      to[kTileSlots + g + 8] = acc[n][3];
-    }
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+        const Shared<float> to = sums + (((warp * kTiles + j) * kRowTiles + n) * 8 + 2 * t) * kTileSlots;
+        to[g] = acc[j][n][0];
+        to[kTileSlots + g] = acc[j][n][1];
+        to[g + 8] = acc[j][n][2];
+        to[kTileSlots + g + 8] = acc[j][n][3];
+      }
     __syncthreads();
-    for (int i = thread; i < kRowTiles * 64; i += threads) {
-      const int row = first_row + i / 8, pair = p.m.first_pair + tile * kTilePairs + i % 8;
-      if (row >= p.rows) continue;
+    for (int i = thread; i < kTiles * kRowTiles * 64; i += threads) {
+      const int j = i / (kRowTiles * 64), row = first_row + i / 8 % (kRowTiles * 8);
+      const int pair = p.m.first_pair + (tile + j) * kTilePairs + i % 8;
+      if (row >= p.rows || tile + j >= p.m.tiles) continue;
       float2 v = make_float2(0.0f, 0.0f);
 #pragma unroll 8
       for (int w = 0; w < warps; ++w) {
-        const Shared<float> from = sums + (w * kRowTiles * 8 + i / 8) * kTileSlots + i % 8;
+        const Shared<float> from = sums + (w * kTiles * kRowTiles * 8 + i / 8) * kTileSlots + i % 8;
         v.x += from[0];
         v.y += from[8];
       }
       const bool prepared = own && i == thread && pair == own_pair;
       with_finish(p.finish, [&](auto finish) {
         constexpr Finish kFinish = decltype(finish)::value;
-        const RowPlace place = prepared ? own_place : row_place<kFinish>(p.epilogue, row);
-        const float2 add = prepared ? own_start : start<kFinish>(p.epilogue, row, pair);
-        const float2 rotation = prepared ? own_rotation : rotation_of<kFinish>(p.epilogue, place, pair);
-        apply<kFinish>(p.epilogue, place, pair, make_float2(v.x + add.x, v.y + add.y), rotation);
+        const RowPlace place = row_place<kFinish>(p.epilogue, row, prepared ? own_page : nullptr);
+        const HeadPlace head = prepared ? own_head : head_place(p.epilogue, pair);
+        const float2 add = prepared ? own_start : start<kFinish>(p.epilogue, place, pair);
+        const float2 rotation = prepared ? own_rotation : rotation_of<kFinish>(p.epilogue, place, head);
+        apply<kFinish>(p.epilogue, place, pair, head, make_float2(v.x + add.x, v.y + add.y), rotation);
       });
     }
-    if (tile + static_cast<int>(gridDim.x) < p.m.tiles) __syncthreads();
+    if (tile + step_tiles < p.m.tiles) __syncthreads();
   }
 }
 

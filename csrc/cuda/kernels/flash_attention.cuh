@@ -61,11 +61,14 @@ CHIP_KERNEL void CHIP_BOUNDS(kFlashThreads, 2) flash_attention(FlashAttention p)
 
   const int seen = p.first_cell < 0 ? p.cells : min(p.cells, p.first_cell + first_query + kQueries);
   const int steps = (seen + kFlashKeys - 1) / kFlashKeys;
+  // Addresses of pages come a step before they are needed: nothing waits for them.
+  const uint8_t* next_page = p.page_table != nullptr ? p.page_table[0] : nullptr;
   const auto fetch = [&](int step) {
     if (step < steps) {
       const uint16_t *k, *v;
       if (p.page_table != nullptr) {
-        const uint16_t* page = reinterpret_cast<const uint16_t*>(p.page_table[step]);
+        const uint16_t* page = reinterpret_cast<const uint16_t*>(next_page);
+        if (step + 1 < steps) next_page = p.page_table[step + 1];
         k = page + p.pages.panel(p.layer, 0, kv_head);
         v = page + p.pages.panel(p.layer, 1, kv_head);
       } else {

@@ -34,6 +34,11 @@ CHIP_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
 }
 CHIP_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+/// The description of a tensor, on its way to where copies look for it.
+CHIP_DEVICE void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 /// A box of a tensor of two dimensions, at (column, row), into shared memory; its bytes arrive at the barrier.
 CHIP_DEVICE void copy_box(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(

@@ -93,10 +93,11 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 2) many_rows(ManyRows p) {
         const int feature = first_feature + warp_feature + n * 8;
         if (feature >= p.features) continue;
         const int pair = p.first_pair + feature / 16 * 8 + 2 * t + n % 2;  // as expand_rows orders them
-        const float2 add = start<finish>(p.epilogue, row, pair);
-        apply<finish>(p.epilogue, place, pair,
+        const HeadPlace at = head_place(p.epilogue, pair);
+        const float2 add = start<finish>(p.epilogue, place, pair);
+        apply<finish>(p.epilogue, place, pair, at,
                       make_float2(acc[m][n][2 * half] + add.x, acc[m][n][2 * half + 1] + add.y),
-                      rotation_of<finish>(p.epilogue, place, pair));
+                      rotation_of<finish>(p.epilogue, place, at));
       }
     }
 }

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const int first_query = static_cast<int>(blockIdx.x) * kHopperQueries;
   const int tiles = (p.rows + kHopperKeys - 1) / kHopperKeys;
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&wide, &narrow, &values}) prefetch_map(map);
     for (int s = 0; s < kHopperStages; ++s) {
       barrier_init(full + s, 1);
       barrier_init(empty + s, 4 * kHopperGroups);

@@ -2,7 +2,7 @@
 
 // many_rows.cuh's product on Hopper. Arithmetic-bound: a block computes 128 rows x kFeatures features, two groups of
 // four warps 64 rows each with wgmma, straight out of shared memory; one thread keeps bulk copies of the next steps of
-// 64 columns coming (three stages). A warp for the copies alone would leave 96 registers a thread.
+// 64 columns coming. A warp for the copies alone would leave 96 registers a thread.
 //
 // A tile of 128 x 160 reads 576 bytes for 40,960 operations: the second-level cache gives no more than half of what
 // wgmma could use. So four blocks, 2 x 2 tiles, are a cluster: each copies half of its rows and half of its features,
@@ -16,21 +16,22 @@
 
 namespace qwen2vl::cuda {
 
-inline constexpr int kWgmmaRows = 128, kWgmmaStep = 64, kWgmmaStages = 3, kWgmmaThreads = 256;
+inline constexpr int kWgmmaRows = 128, kWgmmaStep = 64, kWgmmaThreads = 256;
 
-constexpr int64_t wgmma_rows_shared_bytes(int features) {
-  return 1024 + kWgmmaStages * (kWgmmaRows + features) * kWgmmaStep * 2;
+constexpr int64_t wgmma_rows_shared_bytes(int features, int stages) {
+  return 1024 + stages * (kWgmmaRows + features) * kWgmmaStep * 2;
 }
 
-template <Finish finish, int kFeatures>
-__global__ void __launch_bounds__(kWgmmaThreads, 2)
+/// kStages: 3 where two blocks share a multiprocessor, 6 where there are too few for that.
+template <Finish finish, int kFeatures, int kStages>
+__global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     wgmma_rows_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                       const __grid_constant__ ManyRows p) {
 #ifdef QWEN2VL_HAS_WGMMA
   constexpr int kXBytes = kWgmmaRows * kWgmmaStep * 2, kWBytes = kFeatures * kWgmmaStep * 2;
   uint8_t* shared = shared_memory();  // 1,024-byte aligned, as the swizzle wants it
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared + kWgmmaStages * (kXBytes + kWBytes));
-  uint64_t* empty = full + kWgmmaStages;
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + kStages * (kXBytes + kWBytes));
+  uint64_t* empty = full + kStages;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int first_row = static_cast<int>(blockIdx.y) * kWgmmaRows;
   const int first_feature = static_cast<int>(blockIdx.x) * kFeatures;
@@ -39,7 +40,9 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
   const int x = static_cast<int>(blockIdx.x) % 2, y = static_cast<int>(blockIdx.y) % 2;
   const int self = 2 * y + x, beside = self ^ 1, below = self ^ 2;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kWgmmaStages; ++s) {
+    prefetch_map(&x_map);
+    prefetch_map(&w_map);
+    for (int s = 0; s < kStages; ++s) {
       barrier_init(full + s, 1);
       barrier_init(empty + s, 3 * 8);  // the warps of the three blocks that this one's copies reach
     }
@@ -48,7 +51,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
   cluster_sync();
 
   const auto fetch = [&](int step) {
-    const int s = step % kWgmmaStages;
+    const int s = step % kStages;
     uint8_t* stage = shared + s * (kXBytes + kWBytes);
     barrier_expect(full + s, kXBytes + kWBytes);
     copy_box_to(stage + x * (kXBytes / 2), &x_map, step * kWgmmaStep, first_row + x * (kWgmmaRows / 2), full + s,
@@ -57,7 +60,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
                 full + s, 1 << self | 1 << below);
   };
   if (threadIdx.x == 0)
-    for (int step = 0; step < min(steps, kWgmmaStages); ++step) fetch(step);
+    for (int step = 0; step < min(steps, kStages); ++step) fetch(step);
 
   // The sums begin with what the product is added to: it comes while the first copies do, and all of it at once.
   float acc[kFeatures / 2];
@@ -67,15 +70,16 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + group * 64 + warp % 4 * 16 + half * 8 + g;
+    const RowPlace place = row_place<finish == Finish::Residual ? finish : Finish::Store>(p.epilogue, row);
 #pragma unroll
     for (int tile = 0; tile < kFeatures / 16; ++tile) {
       float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (row < p.rows && first_feature + tile * 16 < p.features) {
         if (wide) {
-          v = start_both<finish>(p.epilogue, row, pair_of(tile));
+          v = start_both<finish>(p.epilogue, place, pair_of(tile));
         } else {
-          const float2 a = start<finish>(p.epilogue, row, pair_of(tile));
-          const float2 b = start<finish>(p.epilogue, row, pair_of(tile) + 1);
+          const float2 a = start<finish>(p.epilogue, place, pair_of(tile));
+          const float2 b = start<finish>(p.epilogue, place, pair_of(tile) + 1);
           v = make_float4(a.x, a.y, b.x, b.y);
         }
       }
@@ -86,8 +90,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
     }
   }
   const auto multiply = [&](int step) {
-    const int s = step % kWgmmaStages;
-    barrier_wait(full + s, step / kWgmmaStages % 2);
+    const int s = step % kStages;
+    barrier_wait(full + s, step / kStages % 2);
     const uint8_t* stage = shared + s * (kXBytes + kWBytes);
     const uint64_t a = operand(stage + group * (kXBytes / 2), 128), b = operand(stage + kXBytes, 128);
     wgmma_fence();
@@ -101,29 +105,33 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
     multiply(step);
     wgmma_wait<1>();
     const int done = step - 1;
-    if (lane < 3) barrier_arrive_at(empty + done % kWgmmaStages, lane == 0 ? self : lane == 1 ? beside : below);
-    if (threadIdx.x == 0 && done + kWgmmaStages < steps) {
-      barrier_wait(empty + done % kWgmmaStages, done / kWgmmaStages % 2);
-      fetch(done + kWgmmaStages);
+    if (lane < 3) barrier_arrive_at(empty + done % kStages, lane == 0 ? self : lane == 1 ? beside : below);
+    if (threadIdx.x == 0 && done + kStages < steps) {
+      barrier_wait(empty + done % kStages, done / kStages % 2);
+      fetch(done + kStages);
     }
   }
   wgmma_wait<0>();
   cluster_sync();  // no block may end while another copies to it or arrives at its barriers
 
   constexpr int kBatch = kFeatures / 32;  // tiles whose rotations are read together
+  const HeadPlace first_head = head_place(p.epilogue, pair_of(0));
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + group * 64 + warp % 4 * 16 + half * 8 + g;
     if (row >= p.rows) continue;
     const RowPlace place = row_place<finish>(p.epilogue, row);
+    HeadPlace at = first_head;
 #pragma unroll
     for (int batch = 0; batch < kFeatures / 16; batch += kBatch) {
+      HeadPlace ahead = at;
       float4 rotations[kBatch];
-      if (wide)
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          if (first_feature + (batch + i) * 16 < p.features)
-            rotations[i] = rotation_of_both<finish>(p.epilogue, place, pair_of(batch + i));
+      for (int i = 0; i < kBatch; ++i) {
+        if (wide && first_feature + (batch + i) * 16 < p.features)
+          rotations[i] = rotation_of_both<finish>(p.epilogue, place, ahead);
+        ahead = further(p.epilogue, ahead, 8);
+      }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int tile = batch + i, pair = pair_of(tile);
@@ -131,12 +139,14 @@ __global__ void __launch_bounds__(kWgmmaThreads, 2)
         const float4 v = make_float4(acc[8 * tile + 2 * half], acc[8 * tile + 2 * half + 1],
                                      acc[8 * tile + 4 + 2 * half], acc[8 * tile + 4 + 2 * half + 1]);
         if (wide) {
-          apply_both<finish>(p.epilogue, place, pair, v, rotations[i]);
+          apply_both<finish>(p.epilogue, place, pair, at, v, rotations[i]);
         } else {
-          apply<finish>(p.epilogue, place, pair, make_float2(v.x, v.y), rotation_of<finish>(p.epilogue, place, pair));
-          apply<finish>(p.epilogue, place, pair + 1, make_float2(v.z, v.w),
-                        rotation_of<finish>(p.epilogue, place, pair + 1));
+          const HeadPlace next{at.head, at.i + 1};  // a tile is of one head
+          apply<finish>(p.epilogue, place, pair, at, make_float2(v.x, v.y), rotation_of<finish>(p.epilogue, place, at));
+          apply<finish>(p.epilogue, place, pair + 1, next, make_float2(v.z, v.w),
+                        rotation_of<finish>(p.epilogue, place, next));
         }
+        at = further(p.epilogue, at, 8);
       }
     }
   }
