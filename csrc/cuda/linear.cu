@@ -245,7 +245,7 @@ void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& i
                           : warps > 8    ? few_rows<kFormat, 1, true, 512>
                                          : few_rows<kFormat, 1, true, 256>;
       const int resident = ctx.resident_blocks(reinterpret_cast<const void*>(kernel), warps * 32, shared_bytes);
-      const int at_once = tiles_at_once(kFormat, row_tiles), tiles = (m.tiles + at_once - 1) / at_once;
+      const int at_once = tiles_at_once(kFormat, row_tiles, 32 * warps), tiles = (m.tiles + at_once - 1) / at_once;
       const int turns = (tiles + resident - 1) / resident;
       launch(ctx.stream,
              {linear.name,

@@ -34,21 +34,21 @@ struct FewRows {
   Epilogue epilogue;
 };
 
-/// Tiles of features that a block computes at once.
-CHIP_HOST_DEVICE constexpr int tiles_at_once(Format format, int row_tiles) {
-  return row_tiles > 1 && format != Format::Bf16 ? 2 : 1;
+/// Tiles of features that a block of so many threads at most computes at once: what its registers hold.
+CHIP_HOST_DEVICE constexpr int tiles_at_once(Format format, int row_tiles, int threads) {
+  return row_tiles > 1 && threads <= 256 && format != Format::Bf16 ? 2 : 1;
 }
 
 /// Blocks of so many threads that are to fit a multiprocessor: registers are what keeps them out.
 CHIP_HOST_DEVICE constexpr int few_rows_blocks(Format format, int row_tiles, int threads) {
-  return row_tiles > 1 || threads > 256 ? 1 : format == Format::Bf16 ? 1 : format == Format::Nibbles ? 3 : 2;
+  return row_tiles > 1 || threads > 256 ? 1 : 2;
 }
 
-/// Shared memory: the warps' sums, the rows as bf16, and as float32 where they are to be normalized.
+/// Shared memory: the warps' sums, and the rows.
 CHIP_HOST_DEVICE int64_t few_rows_shared_bytes(const FewRows& p, int warps, int row_tiles, bool shared) {
-  const int64_t sums = int64_t{4} * warps * tiles_at_once(p.m.format, row_tiles) * row_tiles * 8 * kTileSlots;
+  const int64_t sums = int64_t{4} * warps * tiles_at_once(p.m.format, row_tiles, 32 * warps) * row_tiles * 8 * kTileSlots;
   if (!shared) return sums;
-  return sums + int64_t{2} * p.rows * p.m.units * kUnit + (p.x != nullptr ? int64_t{4} * p.rows * p.width : 0);
+  return sums + int64_t{2} * p.rows * p.m.units * kUnit;
 }
 
 /// Calls fn with the way of finishing as a compile-time constant; the vision tower's have many rows.
@@ -68,36 +68,22 @@ CHIP_DEVICE void with_finish(Finish finish, const Fn& fn) {
   }
 }
 
-/// RMSNorm of x [rows][width] into `to` [rows][stride] as bf16, through `floats` [rows][width]. `norms`: what the thread
-/// has read of the norm's weights, vectors thread, thread + threads, ...
+/// RMSNorm of x [rows][width] into `to` [rows][stride] as bf16. `norms`: what the thread has read of the norm's weights,
+/// vectors thread, thread + threads, ...
 template <int kNorms>
-CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms)[kNorms], Shared<uint16_t> to,
-                              Shared<float> floats) {
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % 32;
-  const int vectors = p.width / 4;
-  if (p.width % 4 != 0) {
-    for (int row = 0; row < p.rows; ++row) {
-      const float* x = p.x + static_cast<int64_t>(row) * p.width;
-      const float r = warp_rms(x, p.width, p.eps, lane);
+CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms)[kNorms], Shared<uint16_t> to) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), vectors = p.width / 4;
+  for (int row = 0; row < p.rows; ++row) {
+    const float* x = p.x + static_cast<int64_t>(row) * p.width;
+    const float r = warp_rms(x, p.width, p.eps, thread % 32);  // by every warp for itself: no barrier
+    if (p.width % 4 != 0) {
       for (int i = thread; i < stride; i += threads)
         to[row * stride + i] =
             static_cast<uint16_t>(pack_bf16(i < p.width ? x[i] * r * p.norm[i] : 0.0f, 0.0f));
+      continue;
     }
-    return __syncthreads();
-  }
-  for (int i = thread; i < p.rows * vectors; i += threads)
-    shared_cast<float4>(floats)[i] = reinterpret_cast<const float4*>(p.x)[i];
-  __syncthreads();
-  for (int row = 0; row < p.rows; ++row) {
-    const Shared<float4> x = shared_cast<float4>(floats) + row * vectors;
-    float sum = 0;  // as warp_rms does
-    for (int i = lane; i < vectors; i += 32) {
-      const float4 v = x[i];
-      sum += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
-    }
-    const float r = rsqrtf(warp_sum(sum) / static_cast<float>(p.width) + p.eps);
     const auto put = [&](int i, float4 w) {
-      const float4 v = x[i];
+      const float4 v = reinterpret_cast<const float4*>(x)[i];
       shared_cast<uint2>(to + row * stride)[i] =
           make_uint2(pack_bf16(v.x * r * w.x, v.y * r * w.y), pack_bf16(v.z * r * w.z, v.w * r * w.w));
     };
@@ -115,7 +101,7 @@ CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms
 /// kThreads: at most.
 template <Format format, int kRowTiles, bool kShared, int kThreads>
 CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(format, kRowTiles, kThreads)) few_rows(FewRows p) {
-  constexpr int kTiles = tiles_at_once(format, kRowTiles);
+  constexpr int kTiles = tiles_at_once(format, kRowTiles, kThreads);
   // Units a piece: in the 2B shape a warp has three of most matrices; more rows need the registers.
   constexpr int kAhead = kRowTiles == 1 ? (format == Format::Bf16 ? 1 : 3) : 1;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
@@ -138,7 +124,7 @@ CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(format, kRowTiles, kThrea
   };
   int tile = static_cast<int>(blockIdx.x) * kTiles;
   if (tile < p.m.tiles && begin < end) fetch(tile, begin, now);
-  constexpr int kNorms = 2;  // vectors of the norm's weights that a thread has at hand: with 256 threads, all of 1,536
+  constexpr int kNorms = 3;  // vectors of the norm's weights that a thread has at hand: with 128 threads, all of 1,536
   float4 norms[kNorms];
   if (kShared && p.x != nullptr && p.width % 4 == 0)
 #pragma unroll
@@ -166,7 +152,7 @@ CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(format, kRowTiles, kThrea
 
   if constexpr (kShared) {
     if (p.x != nullptr) {
-      share_normed(p, stride, norms, rows, shared_cast<float>(rows + p.rows * stride));
+      share_normed(p, stride, norms, rows);
     } else {
       for (int i = thread; i < p.rows * stride / 8; i += threads)
         shared_cast<uint4>(rows)[i] = reinterpret_cast<const uint4*>(p.input)[i];

@@ -32,6 +32,16 @@ CHIP_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+/// Whether that phase is over; waits for nothing.
+CHIP_DEVICE bool barrier_passed(uint64_t* barrier, int parity) {
+  int passed;
+  asm volatile(
+      "{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
+      : "=r"(passed)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return passed != 0;
+}
 CHIP_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 /// The description of a tensor, on its way to where copies look for it.

@@ -59,8 +59,22 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     copy_box_to(stage + kXBytes + y * (kWBytes / 2), &w_map, step * kWgmmaStep, first_feature + y * (kFeatures / 2),
                 full + s, 1 << self | 1 << below);
   };
+  int fetched = min(steps, kStages);  // of thread 0
   if (threadIdx.x == 0)
-    for (int step = 0; step < min(steps, kStages); ++step) fetch(step);
+    for (int step = 0; step < fetched; ++step) fetch(step);
+  // Fills stages anew whose users are done, as far as `needed`; others only if nobody has to wait for that: this
+  // thread's group of warps would stand still.
+  const auto refill = [&](int needed) {
+    while (fetched < steps) {
+      const int user = fetched - kStages;
+      uint64_t* barrier = empty + user % kStages;
+      if (fetched <= needed)
+        barrier_wait(barrier, user / kStages % 2);
+      else if (user > needed || !barrier_passed(barrier, user / kStages % 2))
+        return;
+      fetch(fetched++);
+    }
+  };
 
   // The sums begin with what the product is added to: it comes while the first copies do, and all of it at once.
   float acc[kFeatures / 2];
@@ -102,14 +116,12 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
   multiply(0);
   wgmma_wait<0>();  // what others have put into the sums must not meet what is on its way
   for (int step = 1; step < steps; ++step) {
+    if (threadIdx.x == 0) refill(step);
     multiply(step);
     wgmma_wait<1>();
     const int done = step - 1;
     if (lane < 3) barrier_arrive_at(empty + done % kStages, lane == 0 ? self : lane == 1 ? beside : below);
-    if (threadIdx.x == 0 && done + kStages < steps) {
-      barrier_wait(empty + done % kStages, done / kStages % 2);
-      fetch(done + kStages);
-    }
+    if (threadIdx.x == 0) refill(step);
   }
   wgmma_wait<0>();
   cluster_sync();  // no block may end while another copies to it or arrives at its barriers
