@@ -42,51 +42,42 @@ CUtensorMap tensor_map(const uint16_t* at, int64_t columns, int64_t rows, int64_
   return map;
 }
 
-template <int kFeatures, int kStages>
+template <int kStages>
 void run(Context& ctx, const char* name, const ManyRows& p, Finish finish) {
   const CUtensorMap x = tensor_map(p.x, p.columns, p.rows, int64_t{2} * p.columns, kWgmmaStep, kWgmmaRows / 2);
-  const CUtensorMap w = tensor_map(p.w, p.columns, p.features, int64_t{2} * p.columns, kWgmmaStep, kFeatures / 2);
+  const CUtensorMap w = tensor_map(p.w, p.columns, p.features, int64_t{2} * p.columns, kWgmmaStep, kWgmmaFeatures / 2);
   const auto tiles = [](int64_t n, int64_t each) { return static_cast<unsigned>((n + 2 * each - 1) / (2 * each) * 2); };
-  const Launch how{name, dim3(tiles(p.features, kFeatures), tiles(p.rows, kWgmmaRows)), kWgmmaThreads,
-                   wgmma_rows_shared_bytes(kFeatures, kStages), false, 2};
+  const Launch how{name, dim3(tiles(p.features, kWgmmaFeatures), tiles(p.rows, kWgmmaRows)), kWgmmaThreads,
+                   wgmma_rows_shared_bytes(kStages), false, 2};
   switch (finish) {
     case Finish::Store:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Store, kFeatures, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Store, kStages>, x, w, p);
     case Finish::StoreBf16:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::StoreBf16, kFeatures, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::StoreBf16, kStages>, x, w, p);
     case Finish::Residual:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Residual, kFeatures, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Residual, kStages>, x, w, p);
     case Finish::SwiGlu:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::SwiGlu, kFeatures, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::SwiGlu, kStages>, x, w, p);
     case Finish::QuickGelu:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::QuickGelu, kFeatures, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::QuickGelu, kStages>, x, w, p);
     case Finish::Gelu:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Gelu, kFeatures, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Gelu, kStages>, x, w, p);
     case Finish::TextQkv:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::TextQkv, kFeatures, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::TextQkv, kStages>, x, w, p);
     case Finish::VisionQkv:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::VisionQkv, kFeatures, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::VisionQkv, kStages>, x, w, p);
   }
 }
 
 }  // namespace
 
 bool wgmma_rows(Context& ctx, const char* name, const ManyRows& p, Finish finish) {
-  // Two blocks a multiprocessor: the last round of them may find little to do. A wider tile is a little better at
-  // its work.
-  const int64_t places = 2 * ctx.properties.multiProcessorCount;
-  const auto cost = [&](int64_t features) {
-    const int64_t tiles =
-        (p.features + features - 1) / features * ((p.rows + kWgmmaRows - 1) / kWgmmaRows);
-    return static_cast<double>((tiles + places - 1) / places * features);
-  };
-  const int64_t few = (p.features + 127) / 128 * ((p.rows + kWgmmaRows - 1) / kWgmmaRows);
-  if (few <= ctx.properties.multiProcessorCount)
-    run<128, 6>(ctx, name, p, finish);
-  else if (cost(160) <= cost(128))
-    run<160, 3>(ctx, name, p, finish);
+  const int64_t tiles = int64_t{1} * ((p.features + kWgmmaFeatures - 1) / kWgmmaFeatures) *
+                        ((p.rows + kWgmmaRows - 1) / kWgmmaRows);
+  if (tiles <= ctx.properties.multiProcessorCount)
+    run<6>(ctx, name, p, finish);
   else
-    run<128, 3>(ctx, name, p, finish);
+    run<3>(ctx, name, p, finish);
   return true;
 }
 

@@ -1,14 +1,15 @@
 #pragma once
 
-// many_rows.cuh's product on Hopper. Arithmetic-bound: a block computes 128 rows x kFeatures features, two groups of
-// four warps 64 rows each with wgmma, straight out of shared memory; one thread keeps bulk copies of the next steps of
-// 64 columns coming. A warp for the copies alone would leave 96 registers a thread.
+// many_rows.cuh's product on Hopper. Arithmetic-bound: a block computes 128 rows x 128 features, two groups of four
+// warps 64 rows each with wgmma, straight out of shared memory; one warp more keeps bulk copies of the next steps of 64
+// columns coming. Where warps that multiply did that too, each copy kept the matrix units waiting: down_proj of 1,024
+// rows took 78 us that way, and 132 where they asked instead of waiting.
 //
-// A tile of 128 x 160 reads 576 bytes for 40,960 operations: the second-level cache gives no more than half of what
-// wgmma could use. So four blocks, 2 x 2 tiles, are a cluster: each copies half of its rows and half of its features,
-// to its neighbour too (bulk copies with several receivers), and a stage is filled anew when all who use it are done.
-// Two blocks fit a multiprocessor, so one's copies and epilogue hide behind
-// the other's products; 160 features take 80 registers of sums a thread, and cut 1,280 into eight.
+// A tile reads 512 bytes for 32,768 operations: the second-level cache gives no more than half of what wgmma could use.
+// So four blocks, 2 x 2 tiles, are a cluster: each copies half of its rows and half of its features, to its neighbour
+// too (bulk copies with several receivers), and a stage is filled anew when all who use it are done. Two blocks fit a
+// multiprocessor, so one's copies and epilogue hide behind the other's products; where there are too few blocks for
+// that, one has twice the stages.
 
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/hopper.cuh"
@@ -16,25 +17,25 @@
 
 namespace qwen2vl::cuda {
 
-inline constexpr int kWgmmaRows = 128, kWgmmaStep = 64, kWgmmaThreads = 256;
+inline constexpr int kWgmmaRows = 128, kWgmmaStep = 64, kWgmmaFeatures = 128, kWgmmaThreads = 288;
 
-constexpr int64_t wgmma_rows_shared_bytes(int features, int stages) {
-  return 1024 + stages * (kWgmmaRows + features) * kWgmmaStep * 2;
+constexpr int64_t wgmma_rows_shared_bytes(int stages) {
+  return 1024 + stages * (kWgmmaRows + kWgmmaFeatures) * kWgmmaStep * 2;
 }
 
 /// kStages: 3 where two blocks share a multiprocessor, 6 where there are too few for that.
-template <Finish finish, int kFeatures, int kStages>
+template <Finish finish, int kStages>
 __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     wgmma_rows_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                       const __grid_constant__ ManyRows p) {
 #ifdef QWEN2VL_HAS_WGMMA
-  constexpr int kXBytes = kWgmmaRows * kWgmmaStep * 2, kWBytes = kFeatures * kWgmmaStep * 2;
+  constexpr int kXBytes = kWgmmaRows * kWgmmaStep * 2, kWBytes = kWgmmaFeatures * kWgmmaStep * 2;
   uint8_t* shared = shared_memory();  // 1,024-byte aligned, as the swizzle wants it
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + kStages * (kXBytes + kWBytes));
   uint64_t* empty = full + kStages;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int first_row = static_cast<int>(blockIdx.y) * kWgmmaRows;
-  const int first_feature = static_cast<int>(blockIdx.x) * kFeatures;
+  const int first_feature = static_cast<int>(blockIdx.x) * kWgmmaFeatures;
   const int steps = p.columns / kWgmmaStep;
   // The cluster's blocks are 2 y + x; those with this one's y share its rows, those with its x its features.
   const int x = static_cast<int>(blockIdx.x) % 2, y = static_cast<int>(blockIdx.y) % 2;
@@ -56,28 +57,22 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     barrier_expect(full + s, kXBytes + kWBytes);
     copy_box_to(stage + x * (kXBytes / 2), &x_map, step * kWgmmaStep, first_row + x * (kWgmmaRows / 2), full + s,
                 1 << self | 1 << beside);
-    copy_box_to(stage + kXBytes + y * (kWBytes / 2), &w_map, step * kWgmmaStep, first_feature + y * (kFeatures / 2),
+    copy_box_to(stage + kXBytes + y * (kWBytes / 2), &w_map, step * kWgmmaStep, first_feature + y * (kWgmmaFeatures / 2),
                 full + s, 1 << self | 1 << below);
   };
-  int fetched = min(steps, kStages);  // of thread 0
-  if (threadIdx.x == 0)
-    for (int step = 0; step < fetched; ++step) fetch(step);
-  // Fills stages anew whose users are done, as far as `needed`; others only if nobody has to wait for that: this
-  // thread's group of warps would stand still.
-  const auto refill = [&](int needed) {
-    while (fetched < steps) {
-      const int user = fetched - kStages;
-      uint64_t* barrier = empty + user % kStages;
-      if (fetched <= needed)
-        barrier_wait(barrier, user / kStages % 2);
-      else if (user > needed || !barrier_passed(barrier, user / kStages % 2))
-        return;
-      fetch(fetched++);
-    }
-  };
+  if (warp == kWgmmaThreads / 32 - 1) {
+    if (lane == 0)
+      for (int step = 0; step < steps; ++step) {
+        if (step >= kStages) barrier_wait(empty + step % kStages, (step / kStages - 1) % 2);
+        fetch(step);
+      }
+    __syncwarp();
+    cluster_sync();  // no block may end while another copies to it or arrives at its barriers
+    return;
+  }
 
   // The sums begin with what the product is added to: it comes while the first copies do, and all of it at once.
-  float acc[kFeatures / 2];
+  float acc[kWgmmaFeatures / 2];
   const int group = warp / 4, g = lane / 4, t = lane % 4;
   const bool wide = lies_well(finish, p.epilogue);
   const auto pair_of = [&](int tile) { return p.first_pair + (first_feature / 16 + tile) * 8 + 2 * t; };
@@ -86,7 +81,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     const int row = first_row + group * 64 + warp % 4 * 16 + half * 8 + g;
     const RowPlace place = row_place<finish == Finish::Residual ? finish : Finish::Store>(p.epilogue, row);
 #pragma unroll
-    for (int tile = 0; tile < kFeatures / 16; ++tile) {
+    for (int tile = 0; tile < kWgmmaFeatures / 16; ++tile) {
       float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (row < p.rows && first_feature + tile * 16 < p.features) {
         if (wide) {
@@ -116,17 +111,15 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
   multiply(0);
   wgmma_wait<0>();  // what others have put into the sums must not meet what is on its way
   for (int step = 1; step < steps; ++step) {
-    if (threadIdx.x == 0) refill(step);
     multiply(step);
     wgmma_wait<1>();
     const int done = step - 1;
     if (lane < 3) barrier_arrive_at(empty + done % kStages, lane == 0 ? self : lane == 1 ? beside : below);
-    if (threadIdx.x == 0) refill(step);
   }
   wgmma_wait<0>();
-  cluster_sync();  // no block may end while another copies to it or arrives at its barriers
+  cluster_sync();
 
-  constexpr int kBatch = kFeatures / 32;  // tiles whose rotations are read together
+  constexpr int kBatch = finish == Finish::TextQkv ? 1 : 2;  // tiles whose rotations are read together
   const HeadPlace first_head = head_place(p.epilogue, pair_of(0));
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -135,7 +128,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     const RowPlace place = row_place<finish>(p.epilogue, row);
     HeadPlace at = first_head;
 #pragma unroll
-    for (int batch = 0; batch < kFeatures / 16; batch += kBatch) {
+    for (int batch = 0; batch < kWgmmaFeatures / 16; batch += kBatch) {
       HeadPlace ahead = at;
       float4 rotations[kBatch];
 #pragma unroll
