@@ -42,42 +42,47 @@ CUtensorMap tensor_map(const uint16_t* at, int64_t columns, int64_t rows, int64_
   return map;
 }
 
-template <int kStages>
+template <int kFeatures>
 void run(Context& ctx, const char* name, const ManyRows& p, Finish finish) {
   const CUtensorMap x = tensor_map(p.x, p.columns, p.rows, int64_t{2} * p.columns, kWgmmaStep, kWgmmaRows / 2);
-  const CUtensorMap w = tensor_map(p.w, p.columns, p.features, int64_t{2} * p.columns, kWgmmaStep, kWgmmaFeatures / 2);
+  const CUtensorMap w = tensor_map(p.w, p.columns, p.features, int64_t{2} * p.columns, kWgmmaStep, kFeatures / 2);
   const auto tiles = [](int64_t n, int64_t each) { return static_cast<unsigned>((n + 2 * each - 1) / (2 * each) * 2); };
-  const Launch how{name, dim3(tiles(p.features, kWgmmaFeatures), tiles(p.rows, kWgmmaRows)), kWgmmaThreads,
-                   wgmma_rows_shared_bytes(kStages), false, 2};
+  const Launch how{name, dim3(tiles(p.features, kFeatures), tiles(p.rows, kWgmmaRows)), kWgmmaThreads,
+                   wgmma_rows_shared_bytes(kFeatures), false, 2};
   switch (finish) {
     case Finish::Store:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Store, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Store, kFeatures>, x, w, p);
     case Finish::StoreBf16:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::StoreBf16, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::StoreBf16, kFeatures>, x, w, p);
     case Finish::Residual:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Residual, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Residual, kFeatures>, x, w, p);
     case Finish::SwiGlu:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::SwiGlu, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::SwiGlu, kFeatures>, x, w, p);
     case Finish::QuickGelu:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::QuickGelu, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::QuickGelu, kFeatures>, x, w, p);
     case Finish::Gelu:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Gelu, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::Gelu, kFeatures>, x, w, p);
     case Finish::TextQkv:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::TextQkv, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::TextQkv, kFeatures>, x, w, p);
     case Finish::VisionQkv:
-      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::VisionQkv, kStages>, x, w, p);
+      return launch(ctx.stream, how, wgmma_rows_kernel<Finish::VisionQkv, kFeatures>, x, w, p);
   }
 }
 
 }  // namespace
 
 bool wgmma_rows(Context& ctx, const char* name, const ManyRows& p, Finish finish) {
-  const int64_t tiles = int64_t{1} * ((p.features + kWgmmaFeatures - 1) / kWgmmaFeatures) *
-                        ((p.rows + kWgmmaRows - 1) / kWgmmaRows);
-  if (tiles <= ctx.properties.multiProcessorCount)
-    run<6>(ctx, name, p, finish);
+  // The last round of blocks may find little to do. Microseconds of a round as measured: what it takes to begin and to
+  // end, and its steps.
+  const auto cost = [&](int64_t features) {
+    const int64_t tiles = (p.features + features - 1) / features * ((p.rows + kWgmmaRows - 1) / kWgmmaRows);
+    const int64_t rounds = (tiles + ctx.properties.multiProcessorCount - 1) / ctx.properties.multiProcessorCount;
+    return static_cast<double>(rounds) * (5 + 0.00225 * static_cast<double>(features * p.columns / kWgmmaStep));
+  };
+  if (cost(160) <= cost(128))
+    run<160>(ctx, name, p, finish);
   else
-    run<3>(ctx, name, p, finish);
+    run<128>(ctx, name, p, finish);
   return true;
 }
 

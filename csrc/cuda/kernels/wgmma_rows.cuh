@@ -1,15 +1,14 @@
 #pragma once
 
-// many_rows.cuh's product on Hopper. Arithmetic-bound: a block computes 128 rows x 128 features, two groups of four
+// many_rows.cuh's product on Hopper. Arithmetic-bound: a block computes 128 rows x 128 or 160 features, two groups of four
 // warps 64 rows each with wgmma, straight out of shared memory; one warp more keeps bulk copies of the next steps of 64
 // columns coming. Where warps that multiply did that too, each copy kept the matrix units waiting: down_proj of 1,024
 // rows took 78 us that way, and 132 where they asked instead of waiting.
 //
-// A tile reads 512 bytes for 32,768 operations: the second-level cache gives no more than half of what wgmma could use.
-// So four blocks, 2 x 2 tiles, are a cluster: each copies half of its rows and half of its features, to its neighbour
-// too (bulk copies with several receivers), and a stage is filled anew when all who use it are done. Two blocks fit a
-// multiprocessor, so one's copies and epilogue hide behind the other's products; where there are too few blocks for
-// that, one has twice the stages.
+// A tile reads some 70 operations a byte: the second-level cache gives no more than half of what wgmma could use. So
+// four blocks, 2 x 2 tiles, are a cluster: each copies half of its rows and half of its features, to its neighbour too
+// (bulk copies with several receivers), and a stage is filled anew when all who use it are done. A block has a
+// multiprocessor for itself, and six stages; two blocks of three each were slower (fc2 of a photo: 94 us).
 
 #include "cuda/kernels/epilogue.cuh"
 #include "cuda/kernels/hopper.cuh"
@@ -17,25 +16,24 @@
 
 namespace qwen2vl::cuda {
 
-inline constexpr int kWgmmaRows = 128, kWgmmaStep = 64, kWgmmaFeatures = 128, kWgmmaThreads = 288;
+inline constexpr int kWgmmaRows = 128, kWgmmaStep = 64, kWgmmaStages = 6, kWgmmaThreads = 288;
 
-constexpr int64_t wgmma_rows_shared_bytes(int stages) {
-  return 1024 + stages * (kWgmmaRows + kWgmmaFeatures) * kWgmmaStep * 2;
+constexpr int64_t wgmma_rows_shared_bytes(int features) {
+  return 1024 + kWgmmaStages * (kWgmmaRows + features) * kWgmmaStep * 2;
 }
 
-/// kStages: 3 where two blocks share a multiprocessor, 6 where there are too few for that.
-template <Finish finish, int kStages>
-__global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
+template <Finish finish, int kFeatures>
+__global__ void __launch_bounds__(kWgmmaThreads, 1)
     wgmma_rows_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                       const __grid_constant__ ManyRows p) {
 #ifdef QWEN2VL_HAS_WGMMA
-  constexpr int kXBytes = kWgmmaRows * kWgmmaStep * 2, kWBytes = kWgmmaFeatures * kWgmmaStep * 2;
+  constexpr int kXBytes = kWgmmaRows * kWgmmaStep * 2, kWBytes = kFeatures * kWgmmaStep * 2;
   uint8_t* shared = shared_memory();  // 1,024-byte aligned, as the swizzle wants it
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared + kStages * (kXBytes + kWBytes));
-  uint64_t* empty = full + kStages;
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + kWgmmaStages * (kXBytes + kWBytes));
+  uint64_t* empty = full + kWgmmaStages;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int first_row = static_cast<int>(blockIdx.y) * kWgmmaRows;
-  const int first_feature = static_cast<int>(blockIdx.x) * kWgmmaFeatures;
+  const int first_feature = static_cast<int>(blockIdx.x) * kFeatures;
   const int steps = p.columns / kWgmmaStep;
   // The cluster's blocks are 2 y + x; those with this one's y share its rows, those with its x its features.
   const int x = static_cast<int>(blockIdx.x) % 2, y = static_cast<int>(blockIdx.y) % 2;
@@ -43,7 +41,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
     prefetch_map(&w_map);
-    for (int s = 0; s < kStages; ++s) {
+    for (int s = 0; s < kWgmmaStages; ++s) {
       barrier_init(full + s, 1);
       barrier_init(empty + s, 3 * 8);  // the warps of the three blocks that this one's copies reach
     }
@@ -52,18 +50,18 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
   cluster_sync();
 
   const auto fetch = [&](int step) {
-    const int s = step % kStages;
+    const int s = step % kWgmmaStages;
     uint8_t* stage = shared + s * (kXBytes + kWBytes);
     barrier_expect(full + s, kXBytes + kWBytes);
     copy_box_to(stage + x * (kXBytes / 2), &x_map, step * kWgmmaStep, first_row + x * (kWgmmaRows / 2), full + s,
                 1 << self | 1 << beside);
-    copy_box_to(stage + kXBytes + y * (kWBytes / 2), &w_map, step * kWgmmaStep, first_feature + y * (kWgmmaFeatures / 2),
+    copy_box_to(stage + kXBytes + y * (kWBytes / 2), &w_map, step * kWgmmaStep, first_feature + y * (kFeatures / 2),
                 full + s, 1 << self | 1 << below);
   };
   if (warp == kWgmmaThreads / 32 - 1) {
     if (lane == 0)
       for (int step = 0; step < steps; ++step) {
-        if (step >= kStages) barrier_wait(empty + step % kStages, (step / kStages - 1) % 2);
+        if (step >= kWgmmaStages) barrier_wait(empty + step % kWgmmaStages, (step / kWgmmaStages - 1) % 2);
         fetch(step);
       }
     __syncwarp();
@@ -72,7 +70,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
   }
 
   // The sums begin with what the product is added to: it comes while the first copies do, and all of it at once.
-  float acc[kWgmmaFeatures / 2];
+  float acc[kFeatures / 2];
   const int group = warp / 4, g = lane / 4, t = lane % 4;
   const bool wide = lies_well(finish, p.epilogue);
   const auto pair_of = [&](int tile) { return p.first_pair + (first_feature / 16 + tile) * 8 + 2 * t; };
@@ -81,7 +79,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     const int row = first_row + group * 64 + warp % 4 * 16 + half * 8 + g;
     const RowPlace place = row_place<finish == Finish::Residual ? finish : Finish::Store>(p.epilogue, row);
 #pragma unroll
-    for (int tile = 0; tile < kWgmmaFeatures / 16; ++tile) {
+    for (int tile = 0; tile < kFeatures / 16; ++tile) {
       float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (row < p.rows && first_feature + tile * 16 < p.features) {
         if (wide) {
@@ -99,8 +97,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     }
   }
   const auto multiply = [&](int step) {
-    const int s = step % kStages;
-    barrier_wait(full + s, step / kStages % 2);
+    const int s = step % kWgmmaStages;
+    barrier_wait(full + s, step / kWgmmaStages % 2);
     const uint8_t* stage = shared + s * (kXBytes + kWBytes);
     const uint64_t a = operand(stage + group * (kXBytes / 2), 128), b = operand(stage + kXBytes, 128);
     wgmma_fence();
@@ -114,12 +112,12 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     multiply(step);
     wgmma_wait<1>();
     const int done = step - 1;
-    if (lane < 3) barrier_arrive_at(empty + done % kStages, lane == 0 ? self : lane == 1 ? beside : below);
+    if (lane < 3) barrier_arrive_at(empty + done % kWgmmaStages, lane == 0 ? self : lane == 1 ? beside : below);
   }
   wgmma_wait<0>();
   cluster_sync();
 
-  constexpr int kBatch = finish == Finish::TextQkv ? 1 : 2;  // tiles whose rotations are read together
+  constexpr int kBatch = kFeatures / 32;  // tiles whose rotations are read together
   const HeadPlace first_head = head_place(p.epilogue, pair_of(0));
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -128,7 +126,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, kStages > 3 ? 1 : 2)
     const RowPlace place = row_place<finish>(p.epilogue, row);
     HeadPlace at = first_head;
 #pragma unroll
-    for (int batch = 0; batch < kWgmmaFeatures / 16; batch += kBatch) {
+    for (int batch = 0; batch < kFeatures / 16; batch += kBatch) {
       HeadPlace ahead = at;
       float4 rotations[kBatch];
 #pragma unroll
