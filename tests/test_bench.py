@@ -6,19 +6,21 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from qwen2vl_q import Qwen2VL, _native
-from qwen2vl_q.benchmark import Measured, Settings, Timing, drawn_picture
-from qwen2vl_q.cli.bench import Result, as_dict, limits_line, profile_table, summary_table
+from qwen2vl_q.benchmark import Benchmark, Measured, Settings, Timing, drawn_picture
+from qwen2vl_q.cli.bench import Result, as_dict, limits_line, profile_table, stage_rate, summary_table
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.errors import UnsupportedError
 from qwen2vl_q.limits import Limits, Stage, mean_stages
+from qwen2vl_q.stats import GenerationStats
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = 0.005  # seconds a loop: enough to run it, not to measure
@@ -131,7 +133,23 @@ def test_tables() -> None:
     profile = profile_table(hand_made_result()).splitlines()
     assert "| decode at 0 | text down_proj | 2 | 3000.0 | 68.2 % | 0.0 GB/s | 67 % |" in profile
     assert "| decode at 0 | text norm | 4 | 500.0 | 11.4 % |  |  |" in profile
+    assert "| decode at 0 | the rest |  | -1100.0 | -25.0 % |  |  |" in profile
     assert len({line.count("|") for line in profile}) == 1
+
+
+def test_shares_of_a_device_are_of_the_profiled_run() -> None:
+    result = hand_made_result()
+    result = replace(result, measured=replace(result.measured, device="NVIDIA Something"))
+    profile = profile_table(result).splitlines()
+    assert "| decode at 0 | text down_proj | 2 | 3000.0 | 54.5 % | 0.0 GB/s | 67 % |" in profile
+    assert not any("the rest" in line for line in profile)
+
+
+def test_high_rates_are_printed_in_larger_units() -> None:
+    stage = Stage("text qkv", 1, 1.0, int8_ops=0, float_ops=1e13, bytes=0)
+    assert stage_rate(LIMITS, stage) == "10000 GFLOP/s"
+    assert stage_rate(LIMITS, replace(stage, float_ops=6.54e14)) == "654.0 TFLOP/s"
+    assert stage_rate(LIMITS, replace(stage, float_ops=0, int8_ops=2e13)) == "20.0 Top/s"
 
 
 # --- the command ---
@@ -151,7 +169,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def test_bench(run: Run, tiny_gguf: Path) -> None:
     options = ["--image-size", "84x56", "--prompt-tokens", "20,8", "--depth", "0,30", "--decode-tokens", 5]
-    options += ["--repeat", 2, "-t", 1]
+    options += ["--repeat", 2, "-t", 1, "--streams", "1,3"]
     code, out, err = run("bench", "-m", tiny_gguf, "-m", tiny_gguf, *options, "--profile", "--json")
     assert code == 0, err
     assert err.count("measuring") == 2
@@ -159,20 +177,25 @@ def test_bench(run: Run, tiny_gguf: Path) -> None:
     assert first["model"] == second["model"] == str(tiny_gguf)
     assert set(first) == {
         *("model", "device", "isa", "n_threads", "precision", "file_bytes", "load_seconds", "start_seconds"),
-        *("vision_load_seconds", "image", "question", "prefill", "decode"),
+        *("vision_load_seconds", "image", "question", "prefill", "decode", "streams"),
         *("peak_memory_bytes", "limits_before", "limits_after"),
     }
     assert [t["what"] for t in first["image"]] == ["image 84 x 56"]
     assert [(t["what"], t["count"]) for t in first["prefill"]] == [("prefill 20", 20), ("prefill 8", 8)]
     assert [(t["what"], t["count"]) for t in first["decode"]] == [("decode at 0", 5), ("decode at 30", 5)]
+    assert [(t["what"], t["count"], t["floor_seconds"]) for t in first["streams"]] == [
+        ("decode, 1 streams", 5, None),
+        ("decode, 3 streams", 15, None),
+    ]
     assert len(first["question"]) == 3 and first["start_seconds"] > first["load_seconds"] > 0
     assert first["vision_load_seconds"] >= 0
-    for timing in (t for part in ("image", "question", "prefill", "decode") for t in first[part]):
+    for timing in (t for part in ("image", "question", "prefill", "decode", "streams") for t in first[part]):
         assert len(timing["seconds"]) == 2 and min(timing["seconds"]) > 0
         assert timing["median_tokens_per_second"] > 0
-    for timing in (t for part in ("image", "prefill", "decode") for t in first[part]):
+    for timing in (t for part in ("image", "prefill", "decode", "streams") for t in first[part]):
         prefix = "image" if timing["what"].startswith("image") else "text"
         assert timing["stages"] and all(stage["name"].startswith(prefix) for stage in timing["stages"])
+    for timing in (t for part in ("image", "prefill", "decode") for t in first[part]):
         assert timing["floor_seconds"] > 0
         assert timing["floor_fraction"] == timing["floor_seconds"] / timing["median_seconds"]
     for timing in first["decode"]:
@@ -183,6 +206,56 @@ def test_reading_the_weights_reads_what_a_token_reads(tiny_gguf: Path) -> None:
     model = Qwen2VL.from_gguf(tiny_gguf)
     # All of it, but for what is left of a matrix behind whole pages.
     assert 0 < model.read_weights() <= model._native.weight_bytes
+
+
+def test_streams_are_measured_where_they_are_asked_for(run: Run, tiny_gguf: Path) -> None:
+    options = ["--only", "streams", "--decode-tokens", 2, "--repeat", 1, "-t", 1]
+    code, out, _ = run("bench", "-m", tiny_gguf, *options, "--streams", "2")
+    row = next(line for line in out.splitlines() if "decode, 2 streams (4 tokens)" in line)
+    assert code == 0 and "prefill" not in out
+    _, seconds, rate, floor = (cell.strip() for cell in row.strip("|").split("|")[1:])
+    assert seconds and rate and not floor
+    code, out, _ = run("bench", "-m", tiny_gguf, *options)
+    assert code == 0 and "streams" not in out
+
+
+class OnADevice:
+    """A model that says so, and notes at the end of each run whether it was profiled."""
+
+    def __init__(self, model: Qwen2VL) -> None:
+        self._model = model
+        self._profiled = False
+        self.runs: list[tuple[str, bool]] = []
+        self.device = "NVIDIA Something"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    @contextmanager
+    def profile(self) -> Iterator[list[Stage]]:
+        self._profiled = True
+        with self._model.profile() as stages:
+            yield stages
+        self._profiled = False
+
+    @property
+    def last_stats(self) -> GenerationStats:
+        self.runs.append(("text", self._profiled))
+        return self._model.last_stats
+
+    def encode_image(self, image: Any) -> Any:
+        self.runs.append(("image", self._profiled))
+        return self._model.encode_image(image)
+
+
+def test_a_device_is_not_profiled_while_it_is_timed(tiny_gguf: Path) -> None:
+    model = OnADevice(Qwen2VL.from_gguf(tiny_gguf, 1))
+    settings = Settings("tiny", image_size=((56, 56),), decode_tokens=2, repeat=2)
+    bench = Benchmark(cast(Qwen2VL, model), settings)
+    for timing in (bench.prefill(8), bench.decode(0), bench.streams(2), *bench.images()):
+        assert len(timing.seconds) == 2 and timing.stages
+    once = [("text", False), ("text", False), ("text", True)]
+    assert model.runs == [*once, *once, *(("image", profiled) for _, profiled in once)]
 
 
 def test_bench_prints_a_part(run: Run, tiny_gguf: Path) -> None:

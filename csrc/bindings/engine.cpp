@@ -162,7 +162,8 @@ FloatArray encode_pixels(Model& model, const PixelArray& pixels, const FloatArra
   if (pixels.ndim() != 3 || pixels.shape(0) != grid.h * side || pixels.shape(1) != grid.w * side ||
       pixels.shape(2) != vision.in_channels)
     throw std::invalid_argument("pixels: expected shape (" + std::to_string(grid.h * side) + ", " +
-                                std::to_string(grid.w * side) + ", " + std::to_string(vision.in_channels) + ")");
+                                std::to_string(grid.w * side) + ", " + std::to_string(vision.in_channels) +
+                                ")");
   FloatArray out({cells, vision.hidden_size});
   float* result = out.mutable_data();
   const Progress report = make_progress(progress);

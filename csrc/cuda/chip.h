@@ -1,8 +1,9 @@
 #pragma once
 
 // What a kernel may ask of the chip, in one place: everything that is not plain C++ goes through these names.
-// Under nvcc they are instructions; with QWEN2VL_STAND_IN a C++ compiler builds the same kernels for a stand-in
-// of the chip (tests/native/stand_in/chip.h), which runs them thread by thread and checks what they do.
+// Under nvcc they are instructions; with QWEN2VL_STAND_IN a C++ compiler builds the same kernels for a
+// stand-in of the chip (tests/native/stand_in/chip.h), which runs them thread by thread and checks what they
+// do.
 //
 // Threads, blocks and barriers keep CUDA's spelling: threadIdx, blockIdx, blockDim, gridDim, __syncthreads,
 // __syncwarp, __shfl_sync, __shfl_xor_sync, __threadfence, atomicAdd, float2, float4, uint2, uint4, make_*.
@@ -30,7 +31,8 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // --- shared memory -----------------------------------------------------------------------------------------
 
-/// A pointer into the block's shared memory: indexing and pointer arithmetic. The stand-in checks each access.
+/// A pointer into the block's shared memory: indexing and pointer arithmetic. The stand-in checks each
+/// access.
 template <typename T>
 using Shared = T*;
 
@@ -106,15 +108,18 @@ CHIP_DEVICE float fast_exp2(float x) {
 
 // --- matrices ----------------------------------------------------------------------------------------------
 
-/// c[16][8] += a[16][16] b[16][8] over a warp; lane 4 g + t holds c[g][2t], c[g][2t+1], c[g+8][2t], c[g+8][2t+1];
-/// a: words (g; 2t, 2t+1), (g+8; same), (g; 2t+8, 2t+9), (g+8; same); b: words (2t, 2t+1; g), (2t+8, 2t+9; g).
+/// c[16][8] += a[16][16] b[16][8] over a warp; lane 4 g + t holds c[g][2t], c[g][2t+1], c[g+8][2t],
+/// c[g+8][2t+1]; a: words (g; 2t, 2t+1), (g+8; same), (g; 2t+8, 2t+9), (g+8; same); b: words (2t, 2t+1; g),
+/// (2t+8, 2t+9; g).
 CHIP_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 CHIP_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -126,8 +131,9 @@ CHIP_DEVICE void mma_bf16_first(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
-/// Four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes), and
-/// gets of each matrix the word at row lane / 4, columns 2 (lane % 4) and + 1; transposed: of its transpose.
+/// Four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes),
+/// and gets of each matrix the word at row lane / 4, columns 2 (lane % 4) and + 1; transposed: of its
+/// transpose.
 CHIP_DEVICE void load_matrices(uint32_t (&r)[4], Shared<const uint16_t> row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -141,8 +147,8 @@ CHIP_DEVICE void load_matrices_transposed(uint32_t (&r)[4], Shared<const uint16_
 
 // --- copies ------------------------------------------------------------------------------------------------
 
-/// Starts a copy of 16 bytes into shared memory; zeros where not `valid` (the source is then not read). Copies
-/// become visible to the thread that made them after copy_wait, to others after a barrier behind it.
+/// Starts a copy of 16 bytes into shared memory; zeros where not `valid` (the source is then not read).
+/// Copies become visible to the thread that made them after copy_wait, to others after a barrier behind it.
 CHIP_DEVICE void copy_async(Shared<uint4> to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid ? 16 : 0)

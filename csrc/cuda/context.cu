@@ -1,6 +1,6 @@
-#include "cuda/context.h"
-
 #include <algorithm>
+
+#include "cuda/context.h"
 
 namespace qwen2vl::cuda {
 namespace {
@@ -93,7 +93,8 @@ int Context::resident_blocks(const void* kernel, int threads, int64_t shared_byt
 #ifdef QWEN2VL_STAND_IN
   (void)kernel, (void)threads, (void)shared_bytes;
 #else
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes)),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads,
+                                                      static_cast<size_t>(shared_bytes)),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
 #endif
   return std::max(blocks, 1) * properties.multiProcessorCount;

@@ -53,7 +53,8 @@ class Context {
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
-  /// Memory for weights, for the life of the context: the device's, or the host's where that has no room left.
+  /// Memory for weights, for the life of the context: the device's, or the host's where that has no room
+  /// left.
   uint8_t* allocate_weights(int64_t bytes);
   int64_t weight_bytes() const { return weight_bytes_; }
   int64_t host_weight_bytes() const { return host_weight_bytes_; }

@@ -1,6 +1,6 @@
-#include "cuda/kv_cache.h"
-
 #include <algorithm>
+
+#include "cuda/kv_cache.h"
 
 namespace qwen2vl::cuda {
 namespace {

@@ -1,16 +1,15 @@
-#include "cuda/language_model.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 
 #include "cuda/kernels/decode_attention.cuh"
-#include "cuda/kernels/flash_attention.cuh"
 #include "cuda/kernels/few_rows.cuh"
+#include "cuda/kernels/flash_attention.cuh"
 #include "cuda/kernels/norms.cuh"
 #include "cuda/kernels/plain.cuh"
 #include "cuda/kernels/step.cuh"
+#include "cuda/language_model.h"
 
 namespace qwen2vl::cuda {
 namespace {
@@ -41,8 +40,7 @@ LanguageModel::LanguageModel(Context& ctx, const qwen2vl_text& text, bool exact,
                            std::to_string(text.head_dim));
   padded_head_dim_ = exact ? text.head_dim : padded(text.head_dim);
   pool_ = std::make_shared<PagePool>(
-      ctx,
-      PageLayout{static_cast<int32_t>(text.num_key_value_heads), static_cast<int32_t>(padded_head_dim_)},
+      ctx, PageLayout{static_cast<int32_t>(text.num_key_value_heads), static_cast<int32_t>(padded_head_dim_)},
       text.num_hidden_layers, exact ? 4 : 2);
   PackingBuffers buffers;
   const auto vector = [&](const qwen2vl_vector& v) { return store_floats(ctx, v.data, v.size); };
@@ -84,9 +82,9 @@ LanguageModel::LanguageModel(Context& ctx, const qwen2vl_text& text, bool exact,
   norm_ = vector(text.norm.weight);
   std::vector<float> inv_freq;
   for (int64_t i = 0; i < text.head_dim / 2; ++i)
-    inv_freq.push_back(static_cast<float>(
-        1.0 / std::pow(static_cast<double>(text.rope_theta),
-                       static_cast<double>(2 * i) / static_cast<double>(text.head_dim))));
+    inv_freq.push_back(
+        static_cast<float>(1.0 / std::pow(static_cast<double>(text.rope_theta),
+                                          static_cast<double>(2 * i) / static_cast<double>(text.head_dim))));
   inv_freq_ = store_floats(ctx, inv_freq.data(), static_cast<int64_t>(inv_freq.size()));
 
   const int64_t counters = kFewRows * text.num_attention_heads * 4;
@@ -322,8 +320,8 @@ namespace {
 void norm(Context& ctx, const float* x, const float* weight, float eps, int64_t width, int64_t rows,
           uint16_t* half_out, float* out, int64_t stride) {
   qwen2vl::cuda::norm(ctx, "text norm",
-                      {x, weight, nullptr, eps, static_cast<int32_t>(width), static_cast<int32_t>(rows), half_out,
-                       out, stride});
+                      {x, weight, nullptr, eps, static_cast<int32_t>(width), static_cast<int32_t>(rows),
+                       half_out, out, stride});
 }
 
 Epilogue residual(DeviceBuffer& x, int64_t hidden) {
@@ -357,7 +355,8 @@ int64_t LanguageModel::chunks_of(int64_t cells) {
 }
 
 void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, int64_t chunks, bool single) {
-  const int64_t heads = text_.num_attention_heads, kv_heads = text_.num_key_value_heads, group = heads / kv_heads;
+  const int64_t heads = text_.num_attention_heads, kv_heads = text_.num_key_value_heads,
+                group = heads / kv_heads;
   const auto stage = ctx_.stage("text attention");
   DecodeAttention p{};
   p.queries = queries_.as<uint16_t>() + first_row * heads * padded_head_dim_;
@@ -375,7 +374,8 @@ void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, 
   const Launch how{"text attention",
                    dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(kv_heads * group),
                         static_cast<unsigned>(rows)),
-                   kDecodeThreads, decode_attention_shared_bytes(static_cast<int>(padded_head_dim_), 1), true};
+                   kDecodeThreads, decode_attention_shared_bytes(static_cast<int>(padded_head_dim_), 1),
+                   true};
   const auto run = [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     launch(ctx_.stream, how, decode_attention<kHeadDim, 1>, p);
@@ -399,7 +399,8 @@ void LanguageModel::layer_few(int64_t index, int64_t rows, int64_t chunks, bool 
   float* x = x_.as<float>();
   const auto normed = [&](const float* weight) -> FewInput {
     if (rows <= kNormedRows) return {nullptr, x, weight, text_.rms_norm_eps};
-    norm(ctx_, x, weight, text_.rms_norm_eps, hidden, rows, normed_.as<uint16_t>(), nullptr, l.qkv_proj.stride);
+    norm(ctx_, x, weight, text_.rms_norm_eps, hidden, rows, normed_.as<uint16_t>(), nullptr,
+         l.qkv_proj.stride);
     return {normed_.as<uint16_t>(), nullptr, nullptr, 0};
   };
   few_rows_linear(ctx_, l.qkv_proj, normed(l.input_layernorm), rows, Finish::TextQkv, qkv_epilogue(index));
@@ -418,21 +419,24 @@ void LanguageModel::layer_few(int64_t index, int64_t rows, int64_t chunks, bool 
 // Qwen2VLDecoderLayer for many rows.
 void LanguageModel::layer_many(int64_t index, std::span<const Rows> batch, int64_t rows) {
   const Layer& l = layers_[index];
-  const int64_t hidden = text_.hidden_size, heads = text_.num_attention_heads, kv_heads = text_.num_key_value_heads;
+  const int64_t hidden = text_.hidden_size, heads = text_.num_attention_heads,
+                kv_heads = text_.num_key_value_heads;
   float* x = x_.as<float>();
   norm(ctx_, x, l.input_layernorm, text_.rms_norm_eps, hidden, rows, normed_.as<uint16_t>(), nullptr,
        l.qkv_proj.stride);
-  many_rows_linear(ctx_, l.qkv_proj, normed_.as<uint16_t>(), rows, Finish::TextQkv, qkv_epilogue(index), expanded_);
+  many_rows_linear(ctx_, l.qkv_proj, normed_.as<uint16_t>(), rows, Finish::TextQkv, qkv_epilogue(index),
+                   expanded_);
   int64_t row = 0;
   for (const Rows& s : batch) {
     if (s.n == 1) {
       attend_rows(index, row, 1, chunks_of(s.cache->size() + 1), true);
     } else {
-      const auto stage = ctx_.stage("text attention", {0, 4.0 * static_cast<double>(s.n) *
-                                                              (static_cast<double>(s.cache->size()) +
-                                                               static_cast<double>(s.n) / 2) *
-                                                              static_cast<double>(q_size_),
-                                                       0});
+      const auto stage = ctx_.stage(
+          "text attention", {0,
+                             4.0 * static_cast<double>(s.n) *
+                                 (static_cast<double>(s.cache->size()) + static_cast<double>(s.n) / 2) *
+                                 static_cast<double>(q_size_),
+                             0});
       FlashAttention p{};
       p.queries = queries_.as<uint16_t>() + row * heads * padded_head_dim_;
       p.query_row_stride = heads * padded_head_dim_;
@@ -465,7 +469,8 @@ void LanguageModel::layer_many(int64_t index, std::span<const Rows> batch, int64
     }
     row += s.n;
   }
-  many_rows_linear(ctx_, l.o_proj, attended_.as<uint16_t>(), rows, Finish::Residual, residual(x_, hidden), expanded_);
+  many_rows_linear(ctx_, l.o_proj, attended_.as<uint16_t>(), rows, Finish::Residual, residual(x_, hidden),
+                   expanded_);
   norm(ctx_, x, l.post_attention_layernorm, text_.rms_norm_eps, hidden, rows, normed_.as<uint16_t>(), nullptr,
        l.gate_up_proj.stride);
   Epilogue wide;
@@ -473,7 +478,8 @@ void LanguageModel::layer_many(int64_t index, std::span<const Rows> batch, int64
   wide.stride = l.down_proj.stride;
   wide.columns = static_cast<int32_t>(text_.intermediate_size);
   many_rows_linear(ctx_, l.gate_up_proj, normed_.as<uint16_t>(), rows, Finish::SwiGlu, wide, expanded_);
-  many_rows_linear(ctx_, l.down_proj, wide_.as<uint16_t>(), rows, Finish::Residual, residual(x_, hidden), expanded_);
+  many_rows_linear(ctx_, l.down_proj, wide_.as<uint16_t>(), rows, Finish::Residual, residual(x_, hidden),
+                   expanded_);
 }
 
 // Qwen2VLDecoderLayer in float32, one plain kernel after another.
@@ -501,8 +507,7 @@ void LanguageModel::layer_plain(int64_t index, int64_t rows) {
   p.layer = static_cast<int32_t>(index);
   p.out = float_attended_.as<float>();
   p.out_stride = q_size_;
-  launch(ctx_.stream,
-         {"text attention", dim3(static_cast<unsigned>(rows), static_cast<unsigned>(heads)), 32},
+  launch(ctx_.stream, {"text attention", dim3(static_cast<unsigned>(rows), static_cast<unsigned>(heads)), 32},
          plain_attention, p);
   plain_linear_rows(ctx_, l.o, float_attended_.as<float>(), q_size_, rows, x, hidden, true);
   norm(ctx_, x, l.post_attention_layernorm, text_.rms_norm_eps, hidden, rows, nullptr, normed, hidden);
@@ -535,12 +540,13 @@ void LanguageModel::head(const float* x, int64_t rows, float* logits) {
 }
 
 void LanguageModel::find_likeliest(int64_t rows, Result& result, bool advance) {
-  launch(ctx_.stream,
-         {"likeliest token", dim3(kLikeliestParts, static_cast<unsigned>(rows)), kLikeliestThreads, 128, true},
-         qwen2vl::cuda::find_likeliest,
-         FindLikeliest{result.logits.as<float>(), text_.vocab_size, likeliest_parts_.as<Likeliest>(),
-                       likeliest_arrived_.as<uint32_t>(), result.tokens.as<int32_t>(),
-                       advance ? row_info_.as<RowInfo>() : nullptr});
+  launch(
+      ctx_.stream,
+      {"likeliest token", dim3(kLikeliestParts, static_cast<unsigned>(rows)), kLikeliestThreads, 128, true},
+      qwen2vl::cuda::find_likeliest,
+      FindLikeliest{result.logits.as<float>(), text_.vocab_size, likeliest_parts_.as<Likeliest>(),
+                    likeliest_arrived_.as<uint32_t>(), result.tokens.as<int32_t>(),
+                    advance ? row_info_.as<RowInfo>() : nullptr});
 }
 
 // --- decoding steps ----------------------------------------------------------------------------------------
@@ -635,7 +641,8 @@ int LanguageModel::take_slot() {
     Saved& saved = saved_[cache];
     saved.token = result.tokens.as<int32_t>()[row];
     saved.logits.resize(text_.vocab_size * 4);
-    check(cudaMemcpyAsync(saved.logits.as(), result.logits.as<float>() + static_cast<int64_t>(row) * text_.vocab_size,
+    check(cudaMemcpyAsync(saved.logits.as(),
+                          result.logits.as<float>() + static_cast<int64_t>(row) * text_.vocab_size,
                           static_cast<size_t>(text_.vocab_size) * 4, cudaMemcpyDeviceToDevice, ctx_.stream),
           "copying logits");
   }
@@ -647,7 +654,8 @@ int LanguageModel::take_slot() {
 LanguageModel::Result* LanguageModel::result_of(const Cache* cache) {
   Result* found = nullptr;
   for (Result& result : results_)
-    if (result.step > 0 && std::find(result.caches.begin(), result.caches.end(), cache) != result.caches.end() &&
+    if (result.step > 0 &&
+        std::find(result.caches.begin(), result.caches.end(), cache) != result.caches.end() &&
         (found == nullptr || result.step > found->step))
       found = &result;
   return found;
@@ -679,18 +687,21 @@ void LanguageModel::last_logits(const Cache* cache, float* out) {
 int64_t LanguageModel::read_weights() {
   int64_t bytes = 0;
   const auto read = [&](const void* at, int64_t n) {
-    launch(ctx_.stream, {"read_memory", dim3(static_cast<unsigned>(8 * ctx_.properties.multiProcessorCount)), 256},
+    launch(ctx_.stream,
+           {"read_memory", dim3(static_cast<unsigned>(8 * ctx_.properties.multiProcessorCount)), 256},
            read_memory, static_cast<const uint4*>(at), n / 16, likeliest_arrived_.as<uint32_t>());
     bytes += n / 16 * 16;
   };
   const auto packed = [&](const PackedLinear& linear) {
-    if (!linear.parts.empty()) read(linear.parts[0].quants, linear.bytes / static_cast<int64_t>(linear.parts.size()));
+    if (!linear.parts.empty())
+      read(linear.parts[0].quants, linear.bytes / static_cast<int64_t>(linear.parts.size()));
   };
   const auto stored = [&](const StoredLinear& linear) {
     if (linear.weight != nullptr) read(linear.weight, linear.rows * linear.row_bytes);
   };
   for (const Layer& l : layers_) {
-    for (const PackedLinear* linear : {&l.qkv_proj, &l.o_proj, &l.gate_up_proj, &l.down_proj}) packed(*linear);
+    for (const PackedLinear* linear : {&l.qkv_proj, &l.o_proj, &l.gate_up_proj, &l.down_proj})
+      packed(*linear);
     for (const StoredLinear* linear : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) stored(*linear);
   }
   packed(lm_head_.parts.empty() ? embed_tokens_ : lm_head_);

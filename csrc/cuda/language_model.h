@@ -31,8 +31,8 @@ inline constexpr int64_t kFewRows = 64;  ///< up to so many, weights are read by
 ///
 /// Up to kFewRows rows go through few_rows.cuh, more through products of many rows; `exact` through the plain
 /// kernels. Decoding steps are captured once as a graph, for a number of rows and of chunks of attention.
-/// Who asks for the likeliest token will append it: the step after it is begun before its token is known here, since
-/// the device has it (step.cuh); another token, or another sequence, and it is forgotten.
+/// Who asks for the likeliest token will append it: the step after it is begun before its token is known
+/// here, since the device has it (step.cuh); another token, or another sequence, and it is forgotten.
 class LanguageModel {
  public:
   LanguageModel(Context& ctx, const qwen2vl_text& text, bool exact, const Report& report);
@@ -98,13 +98,14 @@ class LanguageModel {
   const float* inv_freq_ = nullptr;
 
   int64_t reserved_rows_ = 0;
-  DeviceBuffer row_info_, embeddings_;                 // RowInfo [rows], [rows][hidden]
+  DeviceBuffer row_info_, embeddings_;  // RowInfo [rows], [rows][hidden]
   PinnedBuffer staged_info_;
-  cudaEvent_t staged_ = nullptr;                       // staged_info_ has been read
-  DeviceBuffer x_, rotation_;                          // [rows][hidden], [rows][2 half]
-  DeviceBuffer normed_, queries_, attended_, wide_;    // bf16 [rows][stride]; f16 [rows][heads][head_dim]; bf16; bf16
+  cudaEvent_t staged_ = nullptr;  // staged_info_ has been read
+  DeviceBuffer x_, rotation_;     // [rows][hidden], [rows][2 half]
+  DeviceBuffer normed_, queries_, attended_,
+      wide_;  // bf16 [rows][stride]; f16 [rows][heads][head_dim]; bf16; bf16
   DeviceBuffer qkv_, gate_, up_, float_attended_, float_normed_;  // exact
-  DeviceBuffer expanded_;                              // a layer's weights as bf16
+  DeviceBuffer expanded_;                                         // a layer's weights as bf16
   DeviceBuffer parts_, arrived_, likeliest_parts_, likeliest_arrived_, head_rows_, head_logits_;
   std::array<Result, 2> results_;
   int64_t steps_ = 0;
@@ -112,8 +113,8 @@ class LanguageModel {
     DeviceBuffer logits;  // [vocab]
     int32_t token = 0;
   };
-  std::map<const Cache*, Saved> saved_;  // results whose place another sequence has taken
-  std::map<std::array<int64_t, 3>, Graph> graphs_;     // rows, chunks, slot
+  std::map<const Cache*, Saved> saved_;             // results whose place another sequence has taken
+  std::map<std::array<int64_t, 3>, Graph> graphs_;  // rows, chunks, slot
   struct {
     Cache* cache = nullptr;  // whose step is at work before it was asked for
     int slot = 0;

@@ -1,5 +1,3 @@
-#include "cuda/limits.h"
-
 #include <algorithm>
 #include <chrono>
 #include <functional>
@@ -7,6 +5,7 @@
 #include "cuda/context.h"
 #include "cuda/kernels/peaks.cuh"
 #include "cuda/kernels/step.cuh"
+#include "cuda/limits.h"
 #include "cuda/wgmma.h"
 
 namespace qwen2vl::cuda {

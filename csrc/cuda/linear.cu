@@ -1,5 +1,3 @@
-#include "cuda/linear.h"
-
 #include <algorithm>
 #include <map>
 
@@ -8,6 +6,7 @@
 #include "cuda/kernels/norms.cuh"
 #include "cuda/kernels/pack.cuh"
 #include "cuda/kernels/plain.cuh"
+#include "cuda/linear.h"
 #include "cuda/wgmma.h"
 
 namespace qwen2vl::cuda {
@@ -60,7 +59,8 @@ class RowAddresses {
     };
     for (int64_t i = begin; i < end; ++i)
       for (const Feature* f : {&pairs[i].first, &pairs[i].second})
-        if (f->linear != nullptr && places.try_emplace(f->linear->weight.data, bytes, &f->linear->weight).second)
+        if (f->linear != nullptr &&
+            places.try_emplace(f->linear->weight.data, bytes, &f->linear->weight).second)
           bytes += (size(f->linear->weight) + 255) / 256 * 256;
     buffers.raw.resize(bytes);
     for (const auto& [data, place] : places)
@@ -75,11 +75,13 @@ class RowAddresses {
         if (f.linear == nullptr) continue;
         const qwen2vl_matrix& m = f.linear->weight;
         addresses_[(i - begin) / kTilePairs * kTileSlots + 8 * b + (i - begin) % kTilePairs] =
-            buffers.raw.as() + places.at(m.data).first + f.row * row_bytes(static_cast<DType>(m.type), m.cols);
+            buffers.raw.as() + places.at(m.data).first +
+            f.row * row_bytes(static_cast<DType>(m.type), m.cols);
       }
     buffers.addresses.resize(static_cast<int64_t>(addresses_.size()) * 8);
-    check(cudaMemcpy(buffers.addresses.as(), addresses_.data(), addresses_.size() * 8, cudaMemcpyHostToDevice),
-          "copying row addresses to the device");
+    check(
+        cudaMemcpy(buffers.addresses.as(), addresses_.data(), addresses_.size() * 8, cudaMemcpyHostToDevice),
+        "copying row addresses to the device");
   }
 
  private:
@@ -144,7 +146,8 @@ PackedLinear pack(Context& ctx, const char* name, const Pairs& pairs, PackingBuf
     // As many pairs as have one type: parts end where the type changes, at a tile's border.
     DType type = type_of(pairs[begin].first, DType::F32);
     int64_t end = begin;
-    while (end < n && type_of(pairs[end].first, type) == type && type_of(pairs[end].second, type) == type) ++end;
+    while (end < n && type_of(pairs[end].first, type) == type && type_of(pairs[end].second, type) == type)
+      ++end;
     if (end < n && (end == begin || end % kTilePairs != 0))
       throw UnsupportedError(std::string(name) +
                              ": the CUDA backend cannot run gate and up projections of different types");
@@ -180,8 +183,8 @@ PackedLinear pack(Context& ctx, const char* name, const Pairs& pairs, PackingBuf
       some.scales += skipped * 8;
       some.supers += skipped / 4 * 8;
       launch(ctx.stream,
-             {"pack_rows", dim3(static_cast<unsigned>(units), static_cast<unsigned>(some.tiles)), 32}, pack_rows,
-             some);
+             {"pack_rows", dim3(static_cast<unsigned>(units), static_cast<unsigned>(some.tiles)), 32},
+             pack_rows, some);
     }
     ctx.synchronize();  // the buffers are needed again
     m.quants = p.quants;
@@ -197,8 +200,10 @@ PackedLinear pack(Context& ctx, const char* name, const Pairs& pairs, PackingBuf
 
 StoredLinear store(Context& ctx, const char* name, const qwen2vl_linear& linear) {
   const qwen2vl_matrix& m = linear.weight;
-  StoredLinear out{name, static_cast<DType>(m.type), nullptr, row_bytes(static_cast<DType>(m.type), m.cols),
-                   m.rows, m.cols, nullptr};
+  StoredLinear out{name,    static_cast<DType>(m.type),
+                   nullptr, row_bytes(static_cast<DType>(m.type), m.cols),
+                   m.rows,  m.cols,
+                   nullptr};
   uint8_t* at = ctx.allocate_weights(m.rows * out.row_bytes);
   check(cudaMemcpy(at, m.data, static_cast<size_t>(m.rows * out.row_bytes), cudaMemcpyDefault),
         "copying weights to the device");
@@ -209,17 +214,20 @@ StoredLinear store(Context& ctx, const char* name, const qwen2vl_linear& linear)
 
 const float* store_floats(Context& ctx, const float* values, int64_t n) {
   auto* at = reinterpret_cast<float*>(ctx.allocate_weights(n * 4));
-  check(cudaMemcpy(at, values, static_cast<size_t>(n) * 4, cudaMemcpyDefault), "copying weights to the device");
+  check(cudaMemcpy(at, values, static_cast<size_t>(n) * 4, cudaMemcpyDefault),
+        "copying weights to the device");
   return at;
 }
 
-void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& input, int64_t rows, Finish finish,
-                     Epilogue epilogue) {
+void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& input, int64_t rows,
+                     Finish finish, Epilogue epilogue) {
   const auto stage = ctx.stage(linear.name, linear.work(rows));
   epilogue.bias = linear.bias;
   for (const PackedMatrix& m : linear.parts) {
     // Enough warps that a matrix of few tiles is read by all of the chip; more would have too little to do.
-    const int warps = m.units >= 64 ? 16 : m.tiles > 512 ? std::clamp(m.units / 6, 1, 4) : std::clamp(m.units / 3, 1, 8);
+    const int warps = m.units >= 64   ? 16
+                      : m.tiles > 512 ? std::clamp(m.units / 6, 1, 4)
+                                      : std::clamp(m.units / 3, 1, 8);
     FewRows p;
     p.m = m;
     p.rows = static_cast<int32_t>(rows);
@@ -240,12 +248,15 @@ void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& i
     const int64_t shared_bytes = few_rows_shared_bytes(p, warps, row_tiles, shared);
     with_format(m.format, [&](auto format) {
       constexpr Format kFormat = decltype(format)::value;
-      const auto kernel = row_tiles == 4 ? (warps > 8 ? few_rows<kFormat, 4, false, 512> : few_rows<kFormat, 4, false, 256>)
-                          : !shared      ? few_rows<kFormat, 1, false, 512>
-                          : warps > 8    ? few_rows<kFormat, 1, true, 512>
-                                         : few_rows<kFormat, 1, true, 256>;
-      const int resident = ctx.resident_blocks(reinterpret_cast<const void*>(kernel), warps * 32, shared_bytes);
-      const int at_once = tiles_at_once(kFormat, row_tiles, 32 * warps), tiles = (m.tiles + at_once - 1) / at_once;
+      const auto kernel =
+          row_tiles == 4 ? (warps > 8 ? few_rows<kFormat, 4, false, 512> : few_rows<kFormat, 4, false, 256>)
+          : !shared      ? few_rows<kFormat, 1, false, 512>
+          : warps > 8    ? few_rows<kFormat, 1, true, 512>
+                         : few_rows<kFormat, 1, true, 256>;
+      const int resident =
+          ctx.resident_blocks(reinterpret_cast<const void*>(kernel), warps * 32, shared_bytes);
+      const int at_once = tiles_at_once(kFormat, row_tiles, 32 * warps),
+                tiles = (m.tiles + at_once - 1) / at_once;
       const int turns = (tiles + resident - 1) / resident;
       launch(ctx.stream,
              {linear.name,
@@ -257,8 +268,8 @@ void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& i
   }
 }
 
-void many_rows_linear(Context& ctx, const PackedLinear& linear, const uint16_t* x, int64_t rows, Finish finish,
-                      Epilogue epilogue, DeviceBuffer& expanded) {
+void many_rows_linear(Context& ctx, const PackedLinear& linear, const uint16_t* x, int64_t rows,
+                      Finish finish, Epilogue epilogue, DeviceBuffer& expanded) {
   const auto stage = ctx.stage(linear.name, linear.work(rows));
   epilogue.bias = linear.bias;
   for (const PackedMatrix& m : linear.parts) {
@@ -266,7 +277,8 @@ void many_rows_linear(Context& ctx, const PackedLinear& linear, const uint16_t* 
     expanded.resize(features * linear.stride * 2);
     with_format(m.format, [&](auto format) {
       launch(ctx.stream,
-             {"expand_rows", dim3(static_cast<unsigned>((m.units + 3) / 4), static_cast<unsigned>(m.tiles)), 128, 0},
+             {"expand_rows", dim3(static_cast<unsigned>((m.units + 3) / 4), static_cast<unsigned>(m.tiles)),
+              128, 0},
              expand_rows<format.value>, m, expanded.as<uint16_t>());
     });
     ManyRows p{x,
@@ -322,11 +334,12 @@ void norm(Context& ctx, const char* name, const Norm& p) {
          p);
 }
 
-void plain_linear_rows(Context& ctx, const StoredLinear& linear, const float* x, int64_t x_stride, int64_t rows,
-                       float* out, int64_t stride, bool accumulate) {
-  const double n = static_cast<double>(rows) * static_cast<double>(linear.rows) * static_cast<double>(linear.cols);
-  const auto stage =
-      ctx.stage(linear.name, {0, 2 * n, static_cast<double>(linear.rows) * static_cast<double>(linear.row_bytes)});
+void plain_linear_rows(Context& ctx, const StoredLinear& linear, const float* x, int64_t x_stride,
+                       int64_t rows, float* out, int64_t stride, bool accumulate) {
+  const double n =
+      static_cast<double>(rows) * static_cast<double>(linear.rows) * static_cast<double>(linear.cols);
+  const auto stage = ctx.stage(
+      linear.name, {0, 2 * n, static_cast<double>(linear.rows) * static_cast<double>(linear.row_bytes)});
   const PlainLinear p{linear.type,
                       linear.weight,
                       linear.row_bytes,

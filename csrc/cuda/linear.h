@@ -12,7 +12,8 @@
 
 namespace qwen2vl::cuda {
 
-/// A feature of a layer: a row of one of its matrices with that row's bias; a null matrix is a feature of zeros.
+/// A feature of a layer: a row of one of its matrices with that row's bias; a null matrix is a feature of
+/// zeros.
 struct Feature {
   const qwen2vl_linear* linear = nullptr;
   int64_t row = 0;
@@ -65,18 +66,19 @@ struct FewInput {
   const float* norm = nullptr;
   float eps = 0;
 };
-void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& input, int64_t rows, Finish finish,
-                     Epilogue epilogue);
+void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& input, int64_t rows,
+                     Finish finish, Epilogue epilogue);
 
 /// The same for any number of rows of bf16; `expanded` takes the weights as bf16.
-void many_rows_linear(Context& ctx, const PackedLinear& linear, const uint16_t* x, int64_t rows, Finish finish,
-                      Epilogue epilogue, DeviceBuffer& expanded);
+void many_rows_linear(Context& ctx, const PackedLinear& linear, const uint16_t* x, int64_t rows,
+                      Finish finish, Epilogue epilogue, DeviceBuffer& expanded);
 
-/// RMSNorm, or LayerNorm where there is a bias, of rows of float32 [rows][width] to bf16 or float32 [rows][stride].
+/// RMSNorm, or LayerNorm where there is a bias, of rows of float32 [rows][width] to bf16 or float32
+/// [rows][stride].
 struct Norm;
 void norm(Context& ctx, const char* name, const Norm& p);
 
-void plain_linear_rows(Context& ctx, const StoredLinear& linear, const float* x, int64_t x_stride, int64_t rows,
-                       float* out, int64_t stride, bool accumulate);
+void plain_linear_rows(Context& ctx, const StoredLinear& linear, const float* x, int64_t x_stride,
+                       int64_t rows, float* out, int64_t stride, bool accumulate);
 
 }  // namespace qwen2vl::cuda

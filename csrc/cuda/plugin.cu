@@ -25,8 +25,10 @@
 using namespace qwen2vl;
 
 struct qwen2vl_backend_handle {
-  qwen2vl_backend_handle(const qwen2vl_model& model, const qwen2vl_options& options, const cuda::Report& report)
-      : exact(options.exact != 0), ctx(options.device, options.memory_bytes),
+  qwen2vl_backend_handle(const qwen2vl_model& model, const qwen2vl_options& options,
+                         const cuda::Report& report)
+      : exact(options.exact != 0),
+        ctx(options.device, options.memory_bytes),
         language_model(ctx, model.text, exact, report) {
     if (model.vision != nullptr) vision = *model.vision;
   }
@@ -119,8 +121,11 @@ int devices(qwen2vl_device* out, int32_t capacity, int32_t* count, qwen2vl_error
       cuda::check(cudaSetDevice(i), "cudaSetDevice");
       size_t free = 0, total = 0;
       cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-      out[i] = {{}, static_cast<int64_t>(total), static_cast<int64_t>(free),
-                10 * properties.major + properties.minor, properties.multiProcessorCount};
+      out[i] = {{},
+                static_cast<int64_t>(total),
+                static_cast<int64_t>(free),
+                10 * properties.major + properties.minor,
+                properties.multiProcessorCount};
       copy_text(out[i].name, properties.name);
     }
   });
@@ -158,10 +163,11 @@ void info(const qwen2vl_backend_handle* backend, qwen2vl_info* out) {
   copy_text(out->device, std::string(ctx.properties.name) + ", sm_" +
                              std::to_string(10 * ctx.properties.major + ctx.properties.minor));
   if (ctx.host_weight_bytes() > 0)
-    copy_text(out->note, "the device's memory does not hold the whole model: " +
-                             std::to_string(ctx.host_weight_bytes() >> 20) + " of " +
-                             std::to_string(ctx.weight_bytes() >> 20) +
-                             " MiB of weights stay in the host's memory, from where they are read at every step");
+    copy_text(out->note,
+              "the device's memory does not hold the whole model: " +
+                  std::to_string(ctx.host_weight_bytes() >> 20) + " of " +
+                  std::to_string(ctx.weight_bytes() >> 20) +
+                  " MiB of weights stay in the host's memory, from where they are read at every step");
   out->weight_bytes = ctx.weight_bytes();
   out->max_batch_rows = cuda::kMaxBatchRows;
 }
@@ -181,8 +187,8 @@ int64_t cache_size(const qwen2vl_cache_handle* cache) { return cache->cache->siz
 void cache_truncate(qwen2vl_cache_handle* cache, int64_t size) { cache->cache->truncate(size); }
 int64_t cache_bytes(const qwen2vl_cache_handle* cache) { return cache->cache->allocated_bytes(); }
 
-int encode(qwen2vl_backend_handle* backend, const cuda::Picture& picture, float* out, qwen2vl_progress progress,
-           qwen2vl_error* error) {
+int encode(qwen2vl_backend_handle* backend, const cuda::Picture& picture, float* out,
+           qwen2vl_progress progress, qwen2vl_error* error) {
   return on_device(backend, error, [&] {
     if (!backend->vision) throw std::invalid_argument("this model has no vision tower");
     const cuda::Report report = to_report(progress);
@@ -200,8 +206,8 @@ int encode_vision(qwen2vl_backend_handle* backend, const float* pixel_values, in
   return encode(backend, {{t, h, w}, pixel_values, nullptr, nullptr}, out, progress, error);
 }
 
-int encode_pixels(qwen2vl_backend_handle* backend, const uint8_t* pixels, const float* levels, int64_t h, int64_t w,
-                  float* out, qwen2vl_progress progress, qwen2vl_error* error) {
+int encode_pixels(qwen2vl_backend_handle* backend, const uint8_t* pixels, const float* levels, int64_t h,
+                  int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error) {
   return encode(backend, {{1, h, w}, nullptr, pixels, levels}, out, progress, error);
 }
 

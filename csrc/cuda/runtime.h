@@ -107,10 +107,10 @@ void launch(cudaStream_t stream, const Launch& how, void (*kernel)(Parameters...
   (void)stream;
 #else
   if (how.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(how.shared_bytes)),
-          std::string(how.name) + ": " + std::to_string(how.shared_bytes) + " bytes of shared memory");
+    check(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)),
+        std::string(how.name) + ": " + std::to_string(how.shared_bytes) + " bytes of shared memory");
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid;
   config.blockDim = dim3(static_cast<unsigned>(how.threads));

@@ -1,5 +1,3 @@
-#include "cuda/vision_encoder.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,6 +7,7 @@
 #include "cuda/kernels/plain.cuh"
 #include "cuda/kernels/step.cuh"
 #include "cuda/kernels/vision.cuh"
+#include "cuda/vision_encoder.h"
 #include "cuda/wgmma.h"
 #include "quant/quantize.h"
 
@@ -26,8 +25,8 @@ int64_t padded(int64_t head_dim) {
                          std::to_string(head_dim));
 }
 
-/// The convolution over (frames, patch, patch) as one matrix whose columns are in pixel_values' order: channel,
-/// frame, row, column. GGUF keeps a slice per frame.
+/// The convolution over (frames, patch, patch) as one matrix whose columns are in pixel_values' order:
+/// channel, frame, row, column. GGUF keeps a slice per frame.
 std::vector<float> join_patch_embed(const qwen2vl_vision& c) {
   const int64_t plane = c.patch_size * c.patch_size, slice = c.in_channels * plane;
   const int64_t patch_dim = slice * c.temporal_patch_size;
@@ -55,7 +54,8 @@ VisionEncoder::VisionEncoder(Context& ctx, const qwen2vl_vision& vision, bool ex
   padded_head_dim_ = exact ? vision.head_dim : padded(vision.head_dim);
   PackingBuffers buffers;
   const auto vector = [&](const qwen2vl_vector& v) { return store_floats(ctx, v.data, v.size); };
-  const int64_t patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size * vision.patch_size;
+  const int64_t patch_dim =
+      vision.in_channels * vision.temporal_patch_size * vision.patch_size * vision.patch_size;
   const std::vector<float> joined = join_patch_embed(vision);
   const qwen2vl_linear patch_embed{{static_cast<uint32_t>(DType::F32), vision.embed_dim, patch_dim,
                                     reinterpret_cast<const uint8_t*>(joined.data())},
@@ -120,14 +120,15 @@ void VisionEncoder::operator()(const Picture& picture, float* out, const Report&
     const auto stage = ctx_.stage("image rope");
     launch(ctx_.stream, {"image rope", dim3(blocks(rows * half, 256)), 256}, vision_rotation,
            VisionRotation{static_cast<int32_t>(grid.h), static_cast<int32_t>(grid.w),
-                          static_cast<int32_t>(c.spatial_merge_size), static_cast<int32_t>(c.head_dim / 4), inv_freq_,
-                          rotation_.as<float>(), rows});
+                          static_cast<int32_t>(c.spatial_merge_size), static_cast<int32_t>(c.head_dim / 4),
+                          inv_freq_, rotation_.as<float>(), rows});
   }
   exact_ ? encode_plain(picture, report) : encode(picture, report);
   ctx_.copy_to_host(out, out_.as(), tokens * c.hidden_size * 4);
   constexpr int64_t kKept = int64_t{512} << 20;  // a photo's buffers stay: the next one needs no allocation
   int64_t held = 0;
-  for (const DeviceBuffer* buffer : {&pixels_, &x_, &rotation_, &normed_, &qkv_, &attended_, &wide_, &expanded_})
+  for (const DeviceBuffer* buffer :
+       {&pixels_, &x_, &rotation_, &normed_, &qkv_, &attended_, &wide_, &expanded_})
     held += buffer->bytes();
   if (held > kKept)
     for (DeviceBuffer* buffer : {&pixels_, &x_, &rotation_, &normed_, &qkv_, &attended_, &wide_, &expanded_})
@@ -144,7 +145,8 @@ void VisionEncoder::upload(const Picture& picture, uint16_t* half_out, float* ou
   const auto stage = ctx_.stage("image pixels");
   if (picture.pixels == nullptr) {
     pixels_.resize(rows * patch_dim * 4);
-    ctx_.copy_to_device(out != nullptr ? out : pixels_.as<float>(), picture.pixel_values, rows * patch_dim * 4);
+    ctx_.copy_to_device(out != nullptr ? out : pixels_.as<float>(), picture.pixel_values,
+                        rows * patch_dim * 4);
     if (half_out != nullptr)
       launch(ctx_.stream, {"rows_to_bf16", dim3(static_cast<unsigned>(rows)), 256}, rows_to_bf16,
              ToBf16{pixels_.as<float>(), patch_dim, half_out, stride});
@@ -157,12 +159,12 @@ void VisionEncoder::upload(const Picture& picture, uint16_t* half_out, float* ou
   launch(ctx_.stream, {"pixel_rows", dim3(static_cast<unsigned>(rows)), 256}, pixel_rows,
          PixelRows{pixels_.as() + levels, pixels_.as<float>(), static_cast<int32_t>(grid.w),
                    static_cast<int32_t>(c.spatial_merge_size), static_cast<int32_t>(c.patch_size),
-                   static_cast<int32_t>(c.in_channels), static_cast<int32_t>(c.temporal_patch_size), stride, half_out,
-                   out});
+                   static_cast<int32_t>(c.in_channels), static_cast<int32_t>(c.temporal_patch_size), stride,
+                   half_out, out});
 }
 
-void VisionEncoder::norm(const float* x, const float* weight, const float* bias, int64_t rows, uint16_t* half_out,
-                         float* out, int64_t stride) {
+void VisionEncoder::norm(const float* x, const float* weight, const float* bias, int64_t rows,
+                         uint16_t* half_out, float* out, int64_t stride) {
   qwen2vl::cuda::norm(ctx_, "image norm",
                       {x, weight, bias, vision_.layer_norm_eps, static_cast<int32_t>(vision_.embed_dim),
                        static_cast<int32_t>(rows), half_out, out, stride});
@@ -179,7 +181,8 @@ void VisionEncoder::encode(const Picture& picture, const Report& report) {
     check(cudaMemsetAsync(buffer.as(), 0, static_cast<size_t>(bytes), ctx_.stream), "cudaMemset");
     return buffer.as<uint16_t>();
   };
-  const int64_t widest = std::max({patch_embed_.stride * rows, first.fc2.stride * rows, mlp_2_.stride * rows / unit});
+  const int64_t widest =
+      std::max({patch_embed_.stride * rows, first.fc2.stride * rows, mlp_2_.stride * rows / unit});
   uint16_t* normed = zeroed(normed_, std::max(first.qkv.stride * rows, mlp_0_.stride * rows / unit) * 2);
   uint16_t* attended = zeroed(attended_, first.proj.stride * rows * 2);
   uint16_t* wide = zeroed(wide_, widest * 2);
@@ -210,7 +213,8 @@ void VisionEncoder::encode(const Picture& picture, const Report& report) {
 
   upload(picture, wide, nullptr, patch_embed_.stride);
   many_rows_linear(ctx_, patch_embed_, wide, rows, Finish::Store, residual, expanded_);
-  check(cudaMemsetAsync(wide, 0, static_cast<size_t>(widest * 2), ctx_.stream), "cudaMemset");  // another stride
+  check(cudaMemsetAsync(wide, 0, static_cast<size_t>(widest * 2), ctx_.stream),
+        "cudaMemset");  // another stride
   for (size_t i = 0; i < blocks_.size(); ++i) {
     report(static_cast<int64_t>(i), c.depth);
     const Block& b = blocks_[i];
@@ -224,21 +228,23 @@ void VisionEncoder::encode(const Picture& picture, const Report& report) {
                      half_rows(wide, b.fc2.stride, c.intermediate_size), expanded_);
     many_rows_linear(ctx_, b.fc2, wide, rows, Finish::Residual, residual, expanded_);
   }
-  // PatchMerger: neighbouring patches are neighbouring rows, so concatenating them is a change of shape, where the
-  // rows are not filled up; else each norm row is moved to its place.
+  // PatchMerger: neighbouring patches are neighbouring rows, so concatenating them is a change of shape,
+  // where the rows are not filled up; else each norm row is moved to its place.
   const int64_t tokens = rows / unit;
-  check(cudaMemsetAsync(normed, 0, static_cast<size_t>(mlp_0_.stride * tokens * 2), ctx_.stream), "cudaMemset");
+  check(cudaMemsetAsync(normed, 0, static_cast<size_t>(mlp_0_.stride * tokens * 2), ctx_.stream),
+        "cudaMemset");
   if (mlp_0_.stride == merged) {
     norm(x, ln_q_weight_, ln_q_bias_, rows, normed, nullptr, width);
   } else {
     norm(x, ln_q_weight_, ln_q_bias_, rows, wide, nullptr, width);
-    check(cudaMemcpy2DAsync(normed, static_cast<size_t>(mlp_0_.stride) * 2, wide, static_cast<size_t>(merged) * 2,
-                            static_cast<size_t>(merged) * 2, static_cast<size_t>(tokens), cudaMemcpyDeviceToDevice,
-                            ctx_.stream),
+    check(cudaMemcpy2DAsync(normed, static_cast<size_t>(mlp_0_.stride) * 2, wide,
+                            static_cast<size_t>(merged) * 2, static_cast<size_t>(merged) * 2,
+                            static_cast<size_t>(tokens), cudaMemcpyDeviceToDevice, ctx_.stream),
           "copying rows");
   }
   check(cudaMemsetAsync(wide, 0, static_cast<size_t>(mlp_2_.stride * tokens * 2), ctx_.stream), "cudaMemset");
-  many_rows_linear(ctx_, mlp_0_, normed, tokens, Finish::Gelu, half_rows(wide, mlp_2_.stride, merged), expanded_);
+  many_rows_linear(ctx_, mlp_0_, normed, tokens, Finish::Gelu, half_rows(wide, mlp_2_.stride, merged),
+                   expanded_);
   Epilogue out;
   out.out = out_.as<float>();
   out.stride = c.hidden_size;
@@ -298,7 +304,8 @@ void VisionEncoder::encode_plain(const Picture& picture, const Report& report) {
   qkv_.resize(rows * 3 * width * 4);
   attended_.resize(rows * width * 4);
   wide_.resize(rows * std::max({c.intermediate_size, width, stored_patch_embed_.cols}) * 4);
-  float *x = x_.as<float>(), *normed = normed_.as<float>(), *qkv = qkv_.as<float>(), *wide = wide_.as<float>();
+  float *x = x_.as<float>(), *normed = normed_.as<float>(), *qkv = qkv_.as<float>(),
+        *wide = wide_.as<float>();
   const auto activate = [&](Activation what, int64_t count) {
     launch(ctx_.stream, {"image activation", dim3(blocks(count, 256)), 256}, plain_activation,
            Activate{what, wide, nullptr, count});
@@ -332,9 +339,10 @@ void VisionEncoder::encode_plain(const Picture& picture, const Report& report) {
       p.cells = static_cast<int32_t>(step_rows);
       p.out = attended_.as<float>() + t * step_rows * width;
       p.out_stride = width;
-      launch(ctx_.stream,
-             {"image attention", dim3(static_cast<unsigned>(step_rows), static_cast<unsigned>(c.num_heads)), 32},
-             plain_attention, p);
+      launch(
+          ctx_.stream,
+          {"image attention", dim3(static_cast<unsigned>(step_rows), static_cast<unsigned>(c.num_heads)), 32},
+          plain_attention, p);
     }
     plain_linear_rows(ctx_, b.stored_proj, attended_.as<float>(), width, rows, x, width, true);
     norm(x, b.norm2_weight, b.norm2_bias, rows, nullptr, normed, width);

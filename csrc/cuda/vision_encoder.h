@@ -31,7 +31,7 @@ class VisionEncoder {
  private:
   struct Block {
     const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
-    PackedLinear qkv, proj, fc1, fc2;                             // fast
+    PackedLinear qkv, proj, fc1, fc2;                           // fast
     StoredLinear q, k, v, stored_proj, stored_fc1, stored_fc2;  // exact
   };
 
@@ -39,8 +39,8 @@ class VisionEncoder {
   void encode(const Picture& picture, const Report& report);
   void encode_plain(const Picture& picture, const Report& report);
   void attend(const Grid& grid);
-  void norm(const float* x, const float* weight, const float* bias, int64_t rows, uint16_t* half_out, float* out,
-            int64_t stride);
+  void norm(const float* x, const float* weight, const float* bias, int64_t rows, uint16_t* half_out,
+            float* out, int64_t stride);
 
   Context& ctx_;
   qwen2vl_vision vision_;

@@ -6,8 +6,8 @@
 
 namespace qwen2vl::cuda {
 
-// Twins of the portable kernels with the instructions that Hopper alone has (wgmma, bulk tensor copies). Each returns
-// false where this build or this shape has no such kernel: then the portable one computes it.
+// Twins of the portable kernels with the instructions that Hopper alone has (wgmma, bulk tensor copies). Each
+// returns false where this build or this shape has no such kernel: then the portable one computes it.
 
 /// The product of many_rows.cuh.
 bool wgmma_rows(Context& ctx, const char* name, const ManyRows& p, Finish finish);

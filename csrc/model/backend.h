@@ -59,8 +59,8 @@ class Backend {
   virtual void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
                              const Progress& progress) = 0;
 
-  /// The same for a still, from its pixels [h * patch_size, w * patch_size, in_channels] and what a byte of each
-  /// channel becomes [in_channels, 256].
+  /// The same for a still, from its pixels [h * patch_size, w * patch_size, in_channels] and what a byte of
+  /// each channel becomes [in_channels, 256].
   virtual void encode_pixels(const uint8_t* pixels, const float* levels, const GridTHW& grid, float* out,
                              const Progress& progress) = 0;
 

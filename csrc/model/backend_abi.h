@@ -168,8 +168,8 @@ typedef struct qwen2vl_backend_api {
 
   int (*encode_vision)(qwen2vl_backend_handle* backend, const float* pixel_values, int64_t t, int64_t h,
                        int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error);
-  /* A still, of h x w patches: its pixels [h patch_size][w patch_size][in_channels], and what a byte of each channel
-   * becomes [in_channels][256]. */
+  /* A still, of h x w patches: its pixels [h patch_size][w patch_size][in_channels], and what a byte of each
+   * channel becomes [in_channels][256]. */
   int (*encode_pixels)(qwen2vl_backend_handle* backend, const uint8_t* pixels, const float* levels, int64_t h,
                        int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error);
   /* Backend::forward. With logits NULL the last rows' logits stay on the device, in each cache, until it is

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter, time
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen2vl_q import _native
 from qwen2vl_q.image_processor import ImageInput
 from qwen2vl_q.limits import Stage, mean_stages
 from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.stats import peak_memory_bytes
 
-Part = Literal["image", "prefill", "decode", "question"]
+Part = Literal["image", "prefill", "decode", "question", "streams"]
+State = TypeVar("State")
 _SEED = 0
+_STREAM_PROMPT, _STREAM_WARM_UP = 32, 8  # tokens of each sequence, steps
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Settings:
     prompt_tokens: tuple[int, ...] = (512,)
     depth: tuple[int, ...] = (0,)
     decode_tokens: int = 64
+    streams: tuple[int, ...] = ()  # numbers of sequences that are decoded together
     repeat: int = 3
     threads: int | None = None
     precision: Literal["fast", "exact"] = "fast"
@@ -41,7 +45,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of equal runs, the tokens that each went through, and the stages of one (a mean)."""
+    """Seconds of equal runs, the tokens that each went through, and the stages of one: their mean on the CPU,
+    those of one more run on a device, where looking at the stages takes time."""
 
     what: str
     count: int
@@ -73,6 +78,7 @@ class Measured:
     question: list[Timing] = field(default_factory=list)  # first tokens
     prefill: list[Timing] = field(default_factory=list)
     decode: list[Timing] = field(default_factory=list)
+    streams: list[Timing] = field(default_factory=list)  # tokens of all sequences
     peak_memory_bytes: int | None = None
     device: str = "cpu"
     note: str = ""  # the model's
@@ -93,7 +99,7 @@ def measure(settings: Settings, requested_at: float) -> Measured:
     bench = Benchmark(model, settings)
     bench.tokens_after(bench.prompt(1), 1)
     start_seconds = time() - requested_at
-    wanted = settings.only or ("image", "question", "prefill", "decode")
+    wanted = settings.only or ("image", "question", "prefill", "decode", "streams")
     sees = model.config.vision_config is not None
     vision_load_seconds = bench.load_vision() if sees and {"image", "question"} & {*wanted} else None
     return Measured(
@@ -107,6 +113,7 @@ def measure(settings: Settings, requested_at: float) -> Measured:
         question=bench.questions() if sees and "question" in wanted else [],
         prefill=[bench.prefill(n) for n in settings.prompt_tokens] if "prefill" in wanted else [],
         decode=[bench.decode(n) for n in settings.depth] if "decode" in wanted else [],
+        streams=[bench.streams(n) for n in settings.streams] if "streams" in wanted else [],
         peak_memory_bytes=peak_memory_bytes(),
         device=model.device,
         note=model.note,
@@ -133,13 +140,24 @@ class Benchmark:
             raise ValueError(f"{self._settings.model}: the context ended after {len(tokens)} of {n} tokens")
         return tokens
 
-    def _timing(self, what: str, count: int, run: Callable[[], float]) -> Timing:
-        """`run` returns its seconds."""
-        seconds, profiles = [], []
-        for _ in range(self._settings.repeat):
+    def _timing(
+        self, what: str, count: int, prepare: Callable[[], State], run: Callable[[State], float]
+    ) -> Timing:
+        """`run` gets what `prepare` made for it alone, and returns its seconds."""
+        profiles = []
+
+        def profiled() -> float:
+            state = prepare()
             with self._model.profile() as stages:
-                seconds.append(run())
+                seconds = run(state)
             profiles.append(stages)
+            return seconds
+
+        if self._model.device == "cpu":
+            seconds = [profiled() for _ in range(self._settings.repeat)]
+        else:
+            seconds = [run(prepare()) for _ in range(self._settings.repeat)]
+            profiled()
         return Timing(what, count, tuple(seconds), mean_stages(profiles))
 
     # --- the vision tower ---
@@ -166,8 +184,7 @@ class Benchmark:
     def _image(self, picture: ImageInput) -> Timing:
         image = self._model.load_image(picture)
 
-        def run() -> float:
-            self._model.reset()
+        def run(_: None) -> float:
             started = perf_counter()
             embeddings = self._model.encode_image(image)
             taken = perf_counter() - started
@@ -180,38 +197,67 @@ class Benchmark:
         t, rows, columns = image.grid_thw
         patch, merge = self._model.image_processor.patch_size, self._model.image_processor.merge_size
         what = f"image {columns * patch} x {rows * patch}"
-        return self._timing(what, t * rows * columns // merge**2, run)
+        return self._timing(what, t * rows * columns // merge**2, self._model.reset, run)
 
     # --- the language model ---
 
     def prefill(self, n: int) -> Timing:
-        """From an empty cache to the first token's logits."""
+        """From an empty cache to the first token."""
         prompt = self.prompt(n)
 
-        def run() -> float:
-            self._model.reset()
+        def run(_: None) -> float:
             self.tokens_after(prompt, 1)
             return self._model.last_stats.prefill_seconds
 
-        return self._timing(f"prefill {n}", n, run)
+        return self._timing(f"prefill {n}", n, self._model.reset, run)
 
     def decode(self, depth: int) -> Timing:
         """Tokens one by one, drawing included, after `depth` others (one where it is 0)."""
         model, n = self._model, self._settings.decode_tokens
         prompt = self.prompt(max(depth, 1))
-        seconds, profiles, read_rates = [], [], [self._read_rate()]
-        for _ in range(self._settings.repeat):
+        read_rates = []
+
+        def prepare() -> Iterator[int]:
+            read_rates.append(self._read_rate())
             tokens = model.generate(prompt, max_new_tokens=n + 1, ignore_eos=True)
             next(tokens)  # what the first one takes is the prompt's
-            with model.profile() as stages:
-                if sum(1 for _ in tokens) != n:
-                    raise ValueError(f"{self._settings.model}: the context ends before {depth} + {n} tokens")
-            profiles.append(stages)
-            seconds.append(model.last_stats.decode_seconds)
-            read_rates.append(self._read_rate())
-        return Timing(
-            f"decode at {depth}", n, tuple(seconds), mean_stages(profiles), read_rates=tuple(read_rates)
-        )
+            return tokens
+
+        def run(tokens: Iterator[int]) -> float:
+            if sum(1 for _ in tokens) != n:
+                raise ValueError(f"{self._settings.model}: the context ends before {depth} + {n} tokens")
+            return model.last_stats.decode_seconds
+
+        timing = self._timing(f"decode at {depth}", n, prepare, run)
+        return replace(timing, read_rates=(*read_rates, self._read_rate()))
+
+    def streams(self, n: int) -> Timing:
+        """Tokens of `n` sequences, one of each in a forward pass, drawing included."""
+        native, steps = self._model._native, self._settings.decode_tokens
+        sampler = _native.Sampler()
+
+        def decode(states: list[_native.SequenceState], tokens: list[int], steps: int) -> list[int]:
+            for _ in range(steps):
+                _native.accept_together(states, tokens)
+                tokens = [state.sample(sampler) for state in states]
+            return tokens
+
+        def prepare() -> tuple[list[_native.SequenceState], list[int]]:
+            states = []
+            for seed in range(n):
+                state = _native.SequenceState(native, _STREAM_PROMPT + _STREAM_WARM_UP + steps)
+                ids = np.array(self.prompt(_STREAM_PROMPT, seed), np.int32)
+                state.prefill(_native.Prompt(native, ids), [])
+                states.append(state)
+            tokens = [state.sample(sampler) for state in states]
+            return states, decode(states, tokens, _STREAM_WARM_UP)
+
+        def run(streams: tuple[list[_native.SequenceState], list[int]]) -> float:
+            started = perf_counter()
+            decode(*streams, steps)
+            return perf_counter() - started
+
+        return self._timing(f"decode, {n} streams", n * steps, prepare, run)
 
     def _read_rate(self, at_least: float = 0.5) -> float:
         """Bytes a second, in the same process and memory as decoding: where pages lie and what neighbours do

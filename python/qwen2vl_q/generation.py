@@ -148,8 +148,9 @@ class Generation:
             self._turn += 1
             turn = self._turn
             self._prefill(prepared, progress)
-            token = self._sequence.sample(sampler)
-            self._count(generated_tokens=1)
+            start = perf_counter()
+            token = self._sequence.sample(sampler)  # where a device's work ends
+            self._count(generated_tokens=1, prefill_seconds=perf_counter() - start)
         for drawn in range(1, limit + 1):
             piece = text.push(token)
             if text.finished or drawn == limit:

@@ -1,14 +1,15 @@
 #pragma once
 
-// Attention of single rows (decoding) over their sequences' pages; query heads of a key-value head together, two by two
-// where there is much to read, else one by one, on more of the chip. A head's result does not depend on that.
+// Attention of single rows (decoding) over their sequences' pages; query heads of a key-value head together,
+// two by two where there is much to read, else one by one, on more of the chip. A head's result does not
+// depend on that.
 //
-// Memory-bound: every key and value is read once, in whole 16-byte (keys) and 4-byte neighbouring (values) pieces.
-// A sequence's pages are cut into chunks, as many as fill the chip and by its own length alone, so that a row's
-// result does not depend on its neighbours. A block takes the chunk of one row and some heads: scores with four threads a
-// key; every warp takes the running softmax of them for itself, which spares two barriers a page; values with a thread
-// for two dimensions. The next page's keys and values are on their way meanwhile. The last block of a row and its heads
-// to arrive joins the chunks, in their order.
+// Memory-bound: every key and value is read once, in whole 16-byte (keys) and 4-byte neighbouring (values)
+// pieces. A sequence's pages are cut into chunks, as many as fill the chip and by its own length alone, so
+// that a row's result does not depend on its neighbours. A block takes the chunk of one row and some heads:
+// scores with four threads a key; every warp takes the running softmax of them for itself, which spares two
+// barriers a page; values with a thread for two dimensions. The next page's keys and values are on their way
+// meanwhile. The last block of a row and its heads to arrive joins the chunks, in their order.
 
 #include "cuda/chip.h"
 #include "cuda/kernels/epilogue.cuh"
@@ -35,8 +36,8 @@ struct DecodeAttention {
   uint32_t* arrived;  ///< [rows][gridDim.y], zero before and after
   uint16_t* out;      ///< bf16 [rows][stride]
   int64_t stride;
-  /// Each row is the one new cell of its sequence: what is before it was there before the launch before this one,
-  /// so a block may read its first page, but for that cell, without waiting.
+  /// Each row is the one new cell of its sequence: what is before it was there before the launch before this
+  /// one, so a block may read its first page, but for that cell, without waiting.
   int32_t single;
 };
 
@@ -53,9 +54,10 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
   const int first_head = kv_head * p.group + within, chunk = static_cast<int>(blockIdx.x);
   const int64_t row = blockIdx.z;
   const int key = thread / 4, quarter = thread % 4, pair = thread % kPairs, key_group = thread / kPairs;
-  const Shared<float> scores = shared_cast<float>(shared_memory());                       // [2][kPageCells][group]
-  const Shared<float> weights = scores + (2 + warp) * kPageCells * kGroup;                // [warp][kPageCells][group]
-  const Shared<float> meeting = scores + (2 + kDecodeThreads / 32) * kPageCells * kGroup;  // [key group][group][head_dim]
+  const Shared<float> scores = shared_cast<float>(shared_memory());         // [2][kPageCells][group]
+  const Shared<float> weights = scores + (2 + warp) * kPageCells * kGroup;  // [warp][kPageCells][group]
+  const Shared<float> meeting =
+      scores + (2 + kDecodeThreads / 32) * kPageCells * kGroup;  // [key group][group][head_dim]
   const Shared<uint32_t> last = shared_cast<uint32_t>(meeting + kKeyGroups * kGroup * kHeadDim);
   let_next_launch_start();
   if (!p.single) wait_for_previous_launch();
@@ -69,8 +71,8 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
   // Keys, or values, of cells [begin, end) of a page, as far as they are this thread's.
   const auto load_keys = [&](const uint16_t* page, int begin, int end) {
     if (key < begin || key >= end) return;
-    const uint4* k =
-        reinterpret_cast<const uint4*>(page + p.pages.panel(p.layer, 0, kv_head) + key * kHeadDim + quarter * kQuarter);
+    const uint4* k = reinterpret_cast<const uint4*>(page + p.pages.panel(p.layer, 0, kv_head) +
+                                                    key * kHeadDim + quarter * kQuarter);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) k_vectors[i] = k[i];
   };
@@ -101,9 +103,10 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
   for (int h = 0; h < kGroup; ++h)
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-      q[h][i] = h < heads ? reinterpret_cast<const uint4*>(p.queries + (row * p.heads + first_head + h) * kHeadDim +
-                                                           quarter * kQuarter)[i]
-                          : make_uint4(0, 0, 0, 0);
+      q[h][i] = h < heads
+                    ? reinterpret_cast<const uint4*>(p.queries + (row * p.heads + first_head + h) * kHeadDim +
+                                                     quarter * kQuarter)[i]
+                    : make_uint4(0, 0, 0, 0);
 
   float maxima[kGroup], sums[kGroup];
   float2 values[kGroup];
@@ -218,7 +221,8 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
       float value = 0;
 #pragma unroll 4
       for (int c = 0; c < chunks; ++c)
-        value += __shfl_sync(kAllLanes, share, c) * (d < kHeadDim ? all[(c * kGroup + h) * kPart + 2 + d] : 0.0f);
+        value +=
+            __shfl_sync(kAllLanes, share, c) * (d < kHeadDim ? all[(c * kGroup + h) * kPart + 2 + d] : 0.0f);
       if (d < kHeadDim) write(h, d, value);
     }
   }
@@ -227,7 +231,8 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
 
 CHIP_HOST_DEVICE constexpr int64_t decode_attention_shared_bytes(int head_dim, int group) {
   const int key_groups = kDecodeThreads / (head_dim / 2);
-  return 4 * static_cast<int64_t>(group) * ((2 + kDecodeThreads / 32) * kPageCells + key_groups * head_dim) + 16;
+  return 4 * static_cast<int64_t>(group) * ((2 + kDecodeThreads / 32) * kPageCells + key_groups * head_dim) +
+         16;
 }
 
 }  // namespace qwen2vl::cuda

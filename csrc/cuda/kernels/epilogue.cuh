@@ -1,7 +1,7 @@
 #pragma once
 
-// What becomes of a product: a kernel that multiplies hands every row's pairs (a, b) of output features to one of
-// these, so that nothing between two matrix products needs a launch of its own.
+// What becomes of a product: a kernel that multiplies hands every row's pairs (a, b) of output features to
+// one of these, so that nothing between two matrix products needs a launch of its own.
 
 #include "cuda/chip.h"
 
@@ -35,7 +35,8 @@ struct Epilogue {
   uint16_t* half_out = nullptr;  ///< the others
   int64_t stride = 0;
   int32_t columns = 0;  ///< features that there are (Store, StoreBf16, Residual, gelus); pairs (SwiGlu)
-  // TextQkv and VisionQkv. Pair p: head p / pairs_per_head of queries, keys, values; dimensions i and half + i.
+  // TextQkv and VisionQkv. Pair p: head p / pairs_per_head of queries, keys, values; dimensions i and half +
+  // i.
   int32_t pairs_per_head = 0, half = 0, heads = 0, head_dim = 0;
   float query_scale = 0;
   const float* rotation = nullptr;  ///< [rows][cos: half | sin: half]
@@ -43,8 +44,8 @@ struct Epilogue {
   const RowInfo* rows = nullptr;
   PageLayout pages;
   int32_t layer = 0;
-  // VisionQkv: half_out is [queries, keys, values][heads][half_rows][head_dim]; with a transposed_stride, values are
-  // [heads][head_dim][transposed_stride]
+  // VisionQkv: half_out is [queries, keys, values][heads][half_rows][head_dim]; with a transposed_stride,
+  // values are [heads][head_dim][transposed_stride]
   int64_t half_rows = 0;
   int64_t transposed_stride = 0;
 };
@@ -60,7 +61,7 @@ CHIP_DEVICE float2 rotate(float2 v, float cos, float sin) {
 /// What finishing the pairs of a row needs of the row.
 struct RowPlace {
   int64_t row = 0;
-  float* out = nullptr;         ///< its first column, or
+  float* out = nullptr;  ///< its first column, or
   uint16_t* half_out = nullptr;
   const float* turn = nullptr;  ///< its rotation
   uint16_t* page = nullptr;     ///< TextQkv: of the cache, with its cell's offset within a head
@@ -85,14 +86,16 @@ CHIP_DEVICE HeadPlace further(const Epilogue& e, HeadPlace at, int pairs) {
 }
 
 template <Finish finish>
-CHIP_DEVICE RowPlace row_place(const Epilogue& e, int64_t row, uint16_t* page = nullptr) {  // page: where it is known
+CHIP_DEVICE RowPlace row_place(const Epilogue& e, int64_t row,
+                               uint16_t* page = nullptr) {  // page: where it is known
   RowPlace place;
   place.row = row;
   if constexpr (finish == Finish::Store || finish == Finish::Residual) place.out = e.out + row * e.stride;
   if constexpr (finish == Finish::SwiGlu || finish == Finish::QuickGelu || finish == Finish::Gelu ||
                 finish == Finish::StoreBf16)
     place.half_out = e.half_out + row * e.stride;
-  if constexpr (finish == Finish::TextQkv || finish == Finish::VisionQkv) place.turn = e.rotation + row * 2 * e.half;
+  if constexpr (finish == Finish::TextQkv || finish == Finish::VisionQkv)
+    place.turn = e.rotation + row * 2 * e.half;
   if constexpr (finish == Finish::TextQkv) {
     place.page = page;
     if (page != nullptr) return place;
@@ -144,7 +147,8 @@ CHIP_DEVICE uint16_t* head_of(const Epilogue& e, const RowPlace& place, int head
 /// Heads of queries, and those that turn.
 template <Finish finish>
 CHIP_DEVICE float2 turned(const Epilogue& e, int head, float2 v, float2 rotation) {
-  if (head < e.heads + (finish == Finish::TextQkv ? e.pages.kv_heads : e.heads)) v = rotate(v, rotation.x, rotation.y);
+  if (head < e.heads + (finish == Finish::TextQkv ? e.pages.kv_heads : e.heads))
+    v = rotate(v, rotation.x, rotation.y);
   return head < e.heads ? make_float2(v.x * e.query_scale, v.y * e.query_scale) : v;
 }
 
@@ -158,21 +162,20 @@ CHIP_DEVICE void store_transposed(const Epilogue& e, int64_t row, int head, int 
 
 /// Pair `pair` of a row is v; bias and what was there are in it.
 template <Finish finish>
-CHIP_DEVICE void apply(const Epilogue& e, const RowPlace& place, int pair, HeadPlace at, float2 v, float2 rotation) {
+CHIP_DEVICE void apply(const Epilogue& e, const RowPlace& place, int pair, HeadPlace at, float2 v,
+                       float2 rotation) {
   const int column = 2 * pair;
   if constexpr (finish == Finish::Store || finish == Finish::Residual) {
     float* to = place.out + column;
     if (column < e.columns) to[0] = v.x;
     if (column + 1 < e.columns) to[1] = v.y;
   } else if constexpr (finish == Finish::SwiGlu) {
-    if (pair < e.columns)
-      place.half_out[pair] = static_cast<uint16_t>(pack_bf16(silu(v.x) * v.y, 0.0f));
+    if (pair < e.columns) place.half_out[pair] = static_cast<uint16_t>(pack_bf16(silu(v.x) * v.y, 0.0f));
   } else if constexpr (finish == Finish::QuickGelu || finish == Finish::Gelu || finish == Finish::StoreBf16) {
     if constexpr (finish == Finish::QuickGelu) v = make_float2(quick_gelu(v.x), quick_gelu(v.y));
     if constexpr (finish == Finish::Gelu) v = make_float2(gelu(v.x), gelu(v.y));
     if (column + 1 >= e.columns) v.y = 0;  // the stride is even: what is beyond the columns stays zero
-    if (column < e.columns)
-      *reinterpret_cast<uint32_t*>(place.half_out + column) = pack_bf16(v.x, v.y);
+    if (column < e.columns) *reinterpret_cast<uint32_t*>(place.half_out + column) = pack_bf16(v.x, v.y);
   } else {
     const int head = at.head, i = at.i;
     uint16_t* to = head_of<finish>(e, place, head);
@@ -206,7 +209,8 @@ CHIP_HOST_DEVICE bool lies_well(Finish finish, const Epilogue& e) {
 
 template <Finish finish>
 CHIP_DEVICE float4 start_both(const Epilogue& e, const RowPlace& place, int pair) {
-  float4 v = e.bias != nullptr ? *reinterpret_cast<const float4*>(e.bias + pair) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float4 v = e.bias != nullptr ? *reinterpret_cast<const float4*>(e.bias + pair)
+                               : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if constexpr (finish == Finish::Residual)
     if (2 * pair < e.columns) {
       const float4 old = *reinterpret_cast<const float4*>(place.out + 2 * pair);
@@ -237,8 +241,7 @@ CHIP_DEVICE void apply_both(const Epilogue& e, const RowPlace& place, int pair, 
     if (column < e.columns) *reinterpret_cast<float4*>(place.out + column) = v;
   } else if constexpr (finish == Finish::SwiGlu) {
     if (pair < e.columns)
-      *reinterpret_cast<uint32_t*>(place.half_out + pair) =
-          pack_bf16(silu(v.x) * v.y, silu(v.z) * v.w);
+      *reinterpret_cast<uint32_t*>(place.half_out + pair) = pack_bf16(silu(v.x) * v.y, silu(v.z) * v.w);
   } else if constexpr (finish == Finish::QuickGelu || finish == Finish::Gelu || finish == Finish::StoreBf16) {
     if constexpr (finish == Finish::QuickGelu)
       v = make_float4(quick_gelu(v.x), quick_gelu(v.y), quick_gelu(v.z), quick_gelu(v.w));

@@ -2,14 +2,14 @@
 
 // y = x W^T for a few rows (decoding: one a sequence), W quantized.
 //
-// What bounds it is reading W once. A block takes a tile of 16 output features after another; its warps split the
-// columns, so that a small matrix keeps the whole chip reading; each lane loads 16-byte vectors of weights straight
-// into registers, a piece ahead, and hands them as bf16 to mma, whose other side holds 8 rows at a time: the first 8
-// rows cost the same as one. Sums of a scale's block are multiplied by it in float32. The warps' sums meet in shared
-// memory, in the order of the columns, whatever the number of rows: a row's result has the same bits alone and among
-// others. What does not depend on the launch before (weights, a norm's weights) is on its way before the wait for it.
-// Up to 8 rows are brought into shared memory first, one or two through RMSNorm; more are read as they are needed, for
-// two tiles at a time.
+// What bounds it is reading W once. A block takes a tile of 16 output features after another; its warps split
+// the columns, so that a small matrix keeps the whole chip reading; each lane loads 16-byte vectors of
+// weights straight into registers, a piece ahead, and hands them as bf16 to mma, whose other side holds 8
+// rows at a time: the first 8 rows cost the same as one. Sums of a scale's block are multiplied by it in
+// float32. The warps' sums meet in shared memory, in the order of the columns, whatever the number of rows: a
+// row's result has the same bits alone and among others. What does not depend on the launch before (weights,
+// a norm's weights) is on its way before the wait for it. Up to 8 rows are brought into shared memory first,
+// one or two through RMSNorm; more are read as they are needed, for two tiles at a time.
 
 #include <type_traits>
 
@@ -46,7 +46,8 @@ CHIP_HOST_DEVICE constexpr int few_rows_blocks(Format format, int row_tiles, int
 
 /// Shared memory: the warps' sums, and the rows.
 CHIP_HOST_DEVICE int64_t few_rows_shared_bytes(const FewRows& p, int warps, int row_tiles, bool shared) {
-  const int64_t sums = int64_t{4} * warps * tiles_at_once(p.m.format, row_tiles, 32 * warps) * row_tiles * 8 * kTileSlots;
+  const int64_t sums =
+      int64_t{4} * warps * tiles_at_once(p.m.format, row_tiles, 32 * warps) * row_tiles * 8 * kTileSlots;
   if (!shared) return sums;
   return sums + int64_t{2} * p.rows * p.m.units * kUnit;
 }
@@ -68,11 +69,13 @@ CHIP_DEVICE void with_finish(Finish finish, const Fn& fn) {
   }
 }
 
-/// RMSNorm of x [rows][width] into `to` [rows][stride] as bf16. `norms`: what the thread has read of the norm's weights,
-/// vectors thread, thread + threads, ...
+/// RMSNorm of x [rows][width] into `to` [rows][stride] as bf16. `norms`: what the thread has read of the
+/// norm's weights, vectors thread, thread + threads, ...
 template <int kNorms>
-CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms)[kNorms], Shared<uint16_t> to) {
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), vectors = p.width / 4;
+CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms)[kNorms],
+                              Shared<uint16_t> to) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x),
+            vectors = p.width / 4;
   for (int row = 0; row < p.rows; ++row) {
     const float* x = p.x + static_cast<int64_t>(row) * p.width;
     const float r = warp_rms(x, p.width, p.eps, thread % 32);  // by every warp for itself: no barrier
@@ -97,8 +100,8 @@ CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms
   __syncthreads();
 }
 
-/// Grid: (blocks, which take tiles in turns; groups of 8 kRowTiles rows). kShared: rows are brought into shared memory.
-/// kThreads: at most.
+/// Grid: (blocks, which take tiles in turns; groups of 8 kRowTiles rows). kShared: rows are brought into
+/// shared memory. kThreads: at most.
 template <Format format, int kRowTiles, bool kShared, int kThreads>
 CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(format, kRowTiles, kThreads)) few_rows(FewRows p) {
   constexpr int kTiles = tiles_at_once(format, kRowTiles, kThreads);
@@ -106,7 +109,8 @@ CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(format, kRowTiles, kThrea
   constexpr int kAhead = kRowTiles == 1 ? (format == Format::Bf16 ? 1 : 3) : 1;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int warps = threads / 32, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  const int begin = p.m.units * warp / warps, end = p.m.units * (warp + 1) / warps, stride = p.m.units * kUnit;
+  const int begin = p.m.units * warp / warps, end = p.m.units * (warp + 1) / warps,
+            stride = p.m.units * kUnit;
   const int first_row = static_cast<int>(blockIdx.y) * 8 * kRowTiles;
   const int step_tiles = static_cast<int>(gridDim.x) * kTiles;
   const Shared<float> sums = shared_cast<float>(shared_memory());
@@ -124,7 +128,8 @@ CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(format, kRowTiles, kThrea
   };
   int tile = static_cast<int>(blockIdx.x) * kTiles;
   if (tile < p.m.tiles && begin < end) fetch(tile, begin, now);
-  constexpr int kNorms = 3;  // vectors of the norm's weights that a thread has at hand: with 128 threads, all of 1,536
+  constexpr int kNorms =
+      3;  // vectors of the norm's weights that a thread has at hand: with 128 threads, all of 1,536
   float4 norms[kNorms];
   if (kShared && p.x != nullptr && p.width % 4 == 0)
 #pragma unroll
@@ -180,8 +185,8 @@ CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(format, kRowTiles, kThrea
             if constexpr (kShared)
               b[n][step] = shared_cast<uint2>(rows + row * stride + column + step * 16)[0];
             else
-              b[n][step] =
-                  *reinterpret_cast<const uint2*>(p.input + static_cast<int64_t>(row) * stride + column + step * 16);
+              b[n][step] = *reinterpret_cast<const uint2*>(p.input + static_cast<int64_t>(row) * stride +
+                                                           column + step * 16);
         }
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)

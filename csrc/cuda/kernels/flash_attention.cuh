@@ -1,13 +1,13 @@
 #pragma once
 
-// Attention of many queries without a matrix of scores in memory (Dao, arXiv 2307.08691): the vision tower's, where
-// every patch sees all of its temporal step, and a prompt's, causal, over the pages of the cache.
+// Attention of many queries without a matrix of scores in memory (Dao, arXiv 2307.08691): the vision tower's,
+// where every patch sees all of its temporal step, and a prompt's, causal, over the pages of the cache.
 //
-// A block takes 64 or 128 queries of one head, a warp 16 or 32 of them; keys and values come in steps of 64 (a page)
-// into shared memory, the next step's while one is multiplied. Scores, their running maximum and sum, and the output
-// stay in registers: what mma leaves of scores is, as f16, mma's left operand for the values. Scores are in powers of
-// two (the queries carry log2(e)). head_dim 80 is 5 steps of 16: nothing is padded but rows in shared memory, by 8
-// values, which puts the rows of a matrix into different banks.
+// A block takes 64 or 128 queries of one head, a warp 16 or 32 of them; keys and values come in steps of 64
+// (a page) into shared memory, the next step's while one is multiplied. Scores, their running maximum and
+// sum, and the output stay in registers: what mma leaves of scores is, as f16, mma's left operand for the
+// values. Scores are in powers of two (the queries carry log2(e)). head_dim 80 is 5 steps of 16: nothing is
+// padded but rows in shared memory, by 8 values, which puts the rows of a matrix into different banks.
 
 #include "cuda/chip.h"
 #include "cuda/kernels/epilogue.cuh"
@@ -31,7 +31,8 @@ struct FlashAttention {
   uint16_t* out;       ///< bf16 [rows][stride]: head * true_head_dim + d
   int64_t stride;
   int32_t true_head_dim;
-  /// For wgmma_attention.cuh alone: values [heads][head_dim][transposed_stride] in place of `values`, or null.
+  /// For wgmma_attention.cuh alone: values [heads][head_dim][transposed_stride] in place of `values`, or
+  /// null.
   const uint16_t* transposed_values;
   int64_t transposed_stride;
 };
@@ -45,9 +46,11 @@ CHIP_HOST_DEVICE constexpr int64_t flash_shared_bytes(int head_dim, int row_tile
 /// Grid: (tiles of 64 kRowTiles queries, heads, temporal steps).
 template <int kHeadDim, int kRowTiles>
 CHIP_KERNEL void CHIP_BOUNDS(kFlashThreads, 2) flash_attention(FlashAttention p) {
-  constexpr int kPitch = kHeadDim + 8, kSteps = kHeadDim / 16, kQueries = 64 * kRowTiles, kVectors = kHeadDim / 8;
+  constexpr int kPitch = kHeadDim + 8, kSteps = kHeadDim / 16, kQueries = 64 * kRowTiles,
+                kVectors = kHeadDim / 8;
   static_assert(kHeadDim % 16 == 0);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4,
+            t = lane % 4;
   const int head = static_cast<int>(blockIdx.y), kv_head = head / p.group;
   // Causal tiles late in the prompt take longest: they start first.
   const int tile = p.first_cell < 0 ? static_cast<int>(blockIdx.x)
@@ -79,10 +82,10 @@ CHIP_KERNEL void CHIP_BOUNDS(kFlashThreads, 2) flash_attention(FlashAttention p)
       const Shared<uint16_t> stage = stages + step % 2 * 2 * kFlashKeys * kPitch;
       const int here = min(kFlashKeys, p.cells - step * kFlashKeys);
       for (int i = thread; i < 2 * kFlashKeys * kVectors; i += kFlashThreads) {
-        const int part = i / (kFlashKeys * kVectors), row = i / kVectors % kFlashKeys, column = i % kVectors * 8;
-        copy_async(
-            shared_cast<uint4>(stage + (part * kFlashKeys + row) * kPitch + column),
-            (part == 0 ? k : v) + (row < here ? row * kHeadDim + column : 0), row < here);
+        const int part = i / (kFlashKeys * kVectors), row = i / kVectors % kFlashKeys,
+                  column = i % kVectors * 8;
+        copy_async(shared_cast<uint4>(stage + (part * kFlashKeys + row) * kPitch + column),
+                   (part == 0 ? k : v) + (row < here ? row * kHeadDim + column : 0), row < here);
       }
     }
     copy_commit();
@@ -91,15 +94,17 @@ CHIP_KERNEL void CHIP_BOUNDS(kFlashThreads, 2) flash_attention(FlashAttention p)
   for (int i = thread; i < kQueries * kVectors; i += kFlashThreads) {
     const int row = i / kVectors, column = i % kVectors * 8, query = first_query + row;
     const bool valid = query < p.rows;
-    copy_async(shared_cast<uint4>(q_rows + row * kPitch + column),
-               p.queries + (valid ? (z * p.rows + query) * p.query_row_stride + head * p.query_head_stride + column : 0),
-               valid);
+    copy_async(
+        shared_cast<uint4>(q_rows + row * kPitch + column),
+        p.queries +
+            (valid ? (z * p.rows + query) * p.query_row_stride + head * p.query_head_stride + column : 0),
+        valid);
   }
   fetch(0);
 
   constexpr bool kKeepQueries = kRowTiles == 1;  // in registers; two tiles of them would spill
   uint32_t q[kRowTiles][kKeepQueries ? kSteps : 1][4];
-  const auto load_queries = [&](int m, int k, uint32_t(&to)[4]) {
+  const auto load_queries = [&](int m, int k, uint32_t (&to)[4]) {
     load_matrices(to, q_rows + ((warp * kRowTiles + m) * 16 + lane % 16) * kPitch + k * 16 + lane / 16 * 8);
   };
   float out[kRowTiles][2 * kSteps][4] = {};
@@ -190,7 +195,8 @@ CHIP_KERNEL void CHIP_BOUNDS(kFlashThreads, 2) flash_attention(FlashAttention p)
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          a[m][i] = pack_small_f16(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]);
+          a[m][i] =
+              pack_small_f16(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
       for (int n = 0; n < kSteps; ++n) {
         uint32_t b[4];

@@ -1,6 +1,7 @@
 #pragma once
 
-// Values of rows as GGUF stores them (quant/block_types.h), one at a time: for packing, and for the plain kernels.
+// Values of rows as GGUF stores them (quant/block_types.h), one at a time: for packing, and for the plain
+// kernels.
 
 #include "cuda/chip.h"
 #include "quant/block_types.h"

@@ -1,10 +1,11 @@
 #pragma once
 
-// y = x W^T for many rows, both sides bf16, on any chip with mma.sync (sm_80 on); wgmma_rows.cuh is its faster twin
-// where the chip has wgmma. Arithmetic-bound: a block computes 128 rows x 128 features in steps of 32 columns, three
-// steps of both operands on their way into shared memory while one is multiplied; a warp has 64 x 32 of them, so an
-// operand read from shared memory is used 4 (rows) or 4 (features) times. Rows of 32 values are padded to 40 there:
-// eight rows of a matrix then lie in different banks. A sum runs over the columns in order: rows are independent.
+// y = x W^T for many rows, both sides bf16, on any chip with mma.sync (sm_80 on); wgmma_rows.cuh is its
+// faster twin where the chip has wgmma. Arithmetic-bound: a block computes 128 rows x 128 features in steps
+// of 32 columns, three steps of both operands on their way into shared memory while one is multiplied; a warp
+// has 64 x 32 of them, so an operand read from shared memory is used 4 (rows) or 4 (features) times. Rows of
+// 32 values are padded to 40 there: eight rows of a matrix then lie in different banks. A sum runs over the
+// columns in order: rows are independent.
 
 #include "cuda/chip.h"
 #include "cuda/kernels/epilogue.cuh"
@@ -30,7 +31,8 @@ template <Finish finish>
 CHIP_KERNEL void CHIP_BOUNDS(256, 2) many_rows(ManyRows p) {
   constexpr int kTile = kManyRowsTile, kStep = kManyRowsStep, kPitch = kManyRowsPitch;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int first_row = static_cast<int>(blockIdx.x) * kTile, first_feature = static_cast<int>(blockIdx.y) * kTile;
+  const int first_row = static_cast<int>(blockIdx.x) * kTile,
+            first_feature = static_cast<int>(blockIdx.y) * kTile;
   const int warp_row = warp % 2 * 64, warp_feature = warp / 2 * 32;
   const Shared<uint16_t> shared = shared_cast<uint16_t>(shared_memory());  // [stage][x, w][kTile][kPitch]
 
@@ -48,8 +50,8 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 2) many_rows(ManyRows p) {
         const bool valid = at < (is_w ? p.features : p.rows);
         const uint16_t* from =
             (is_w ? p.w : p.x) + (valid ? static_cast<int64_t>(at) * p.columns + step * kStep + column : 0);
-        copy_async(shared_cast<uint4>(stage + (is_w ? kTile * kPitch : 0) + row * kPitch + column),
-                   from, valid);
+        copy_async(shared_cast<uint4>(stage + (is_w ? kTile * kPitch : 0) + row * kPitch + column), from,
+                   valid);
       }
     }
     copy_commit();
@@ -72,7 +74,8 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 2) many_rows(ManyRows p) {
         load_matrices(a[m], x + (warp_row + m * 16 + lane % 16) * kPitch + k + lane / 16 * 8);
 #pragma unroll
       for (int n = 0; n < 2; ++n)
-        load_matrices(b[n], w + (warp_feature + n * 16 + lane / 16 * 8 + lane % 8) * kPitch + k + lane / 8 % 2 * 8);
+        load_matrices(b[n],
+                      w + (warp_feature + n * 16 + lane / 16 * 8 + lane % 8) * kPitch + k + lane / 8 % 2 * 8);
 #pragma unroll
       for (int m = 0; m < 4; ++m)
 #pragma unroll

@@ -1,6 +1,7 @@
 #pragma once
 
-// RMSNorm and LayerNorm: a warp a row. Memory-bound: a row is read once into registers where it fits, else twice.
+// RMSNorm and LayerNorm: a warp a row. Memory-bound: a row is read once into registers where it fits, else
+// twice.
 
 #include "cuda/chip.h"
 
@@ -49,7 +50,7 @@ struct Norm {
 
 /// A block of `blockDim.x / 32` rows. Rows of up to 128 kNormVectors values stay in registers.
 template <int kNormVectors>
-CHIP_KERNEL void CHIP_BOUNDS(256, 2) norm_rows(Norm p) {
+CHIP_KERNEL void CHIP_BOUNDS(256, kNormVectors > 12 ? 1 : 2) norm_rows(Norm p) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + static_cast<int64_t>(threadIdx.x) / 32;
@@ -78,7 +79,8 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 2) norm_rows(Norm p) {
       mean = warp_sum(sum) / static_cast<float>(p.width);
 #pragma unroll
       for (int i = 0; i < kNormVectors; ++i)
-        if (lane + 32 * i < vectors) v[i] = make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean);
+        if (lane + 32 * i < vectors)
+          v[i] = make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean);
     }
 #pragma unroll
     for (int i = 0; i < kNormVectors; ++i)  // as warp_rms does
@@ -97,7 +99,8 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 2) norm_rows(Norm p) {
       if (p.out != nullptr)
         reinterpret_cast<float4*>(p.out + row * p.stride)[at] = y;
       else
-        reinterpret_cast<uint2*>(p.half_out + row * p.stride)[at] = make_uint2(pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
+        reinterpret_cast<uint2*>(p.half_out + row * p.stride)[at] =
+            make_uint2(pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
     }
   } else {
     float mean = 0, r;

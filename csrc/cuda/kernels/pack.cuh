@@ -1,7 +1,8 @@
 #pragma once
 
-// Rows of a GGUF file into the tiles of packed.cuh, and back out of them: as bf16 rows for products of many rows, or
-// one row as float32 (an embedding). Packing happens once, at load: a warp a unit, every lane gathers its own words.
+// Rows of a GGUF file into the tiles of packed.cuh, and back out of them: as bf16 rows for products of many
+// rows, or one row as float32 (an embedding). Packing happens once, at load: a warp a unit, every lane
+// gathers its own words.
 
 #include "cuda/kernels/gguf_rows.cuh"
 #include "cuda/kernels/packed.cuh"
@@ -28,8 +29,11 @@ struct LaneSource {
   CHIP_DEVICE uint32_t stored(int64_t k, int zero) const {
     return static_cast<uint32_t>(row == nullptr || k >= cols ? zero : stored_value(type, row, k));
   }
-  CHIP_DEVICE float value(int64_t k) const { return row == nullptr || k >= cols ? 0.0f : row_value(type, row, k); }
-  CHIP_DEVICE uint32_t half_at(int64_t block, int64_t block_bytes, int64_t offset, int64_t block_columns) const {
+  CHIP_DEVICE float value(int64_t k) const {
+    return row == nullptr || k >= cols ? 0.0f : row_value(type, row, k);
+  }
+  CHIP_DEVICE uint32_t half_at(int64_t block, int64_t block_bytes, int64_t offset,
+                               int64_t block_columns) const {
     if (row == nullptr || block * block_columns >= cols) return 0;
     const uint8_t* p = row + block * block_bytes + offset;
     return static_cast<uint32_t>(p[0]) | static_cast<uint32_t>(p[1]) << 8;
@@ -67,7 +71,8 @@ CHIP_KERNEL void pack_rows(PackRows p) {
         for (int step = 0; step < 2; ++step) {
           const int64_t k = first + block * kBlock + step * 16;
           words[2 * b + step] = (slots[b].stored(k, 0) & 255u) | (slots[b].stored(k + 2, 0) & 255u) << 8 |
-                                (slots[b].stored(k + 1, 0) & 255u) << 16 | (slots[b].stored(k + 3, 0) & 255u) << 24;
+                                (slots[b].stored(k + 1, 0) & 255u) << 16 |
+                                (slots[b].stored(k + 3, 0) & 255u) << 24;
         }
       p.quants[at * 64 + block * 32 + lane] = make_uint4(words[0], words[1], words[2], words[3]);
     }
@@ -107,10 +112,10 @@ CHIP_KERNEL void pack_rows(PackRows p) {
   }
 }
 
-/// Tiles back into rows of bf16 [tiles * 16][units * 64]. A pair's two features are neighbours, so that both come out in
-/// one lane of a product; pairs 0, 2, 4, 6 of a tile come before 1, 3, 5, 7, so that a lane has two neighbouring pairs in
-/// two neighbouring matrices of 8 columns: the row of slot a of pair g is 16 tile + 8 (g % 2) + g - g % 2. Grid: tiles x units / 4 warps, a block of 4
-/// warps for four neighbouring units.
+/// Tiles back into rows of bf16 [tiles * 16][units * 64]. A pair's two features are neighbours, so that both
+/// come out in one lane of a product; pairs 0, 2, 4, 6 of a tile come before 1, 3, 5, 7, so that a lane has
+/// two neighbouring pairs in two neighbouring matrices of 8 columns: the row of slot a of pair g is 16 tile +
+/// 8 (g % 2) + g - g % 2. Grid: tiles x units / 4 warps, a block of 4 warps for four neighbouring units.
 template <Format format>
 CHIP_KERNEL void expand_rows(PackedMatrix m, uint16_t* out) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
@@ -120,7 +125,8 @@ CHIP_KERNEL void expand_rows(PackedMatrix m, uint16_t* out) {
   Unit<format> u;
   u.load(m, tile * m.units + unit, lane);
   const int64_t stride = static_cast<int64_t>(m.units) * kUnit;
-  uint16_t* to = out + (tile * kTileSlots + 8 * (g % 2) + g - g % 2) * stride + static_cast<int64_t>(unit) * kUnit + 4 * t;
+  uint16_t* to = out + (tile * kTileSlots + 8 * (g % 2) + g - g % 2) * stride +
+                 static_cast<int64_t>(unit) * kUnit + 4 * t;
 #pragma unroll
   for (int block = 0; block < 2; ++block)
 #pragma unroll

@@ -1,23 +1,27 @@
 #pragma once
 
-// Weight matrices as the kernels read them. A matrix is a list of pairs of output features (a, b); a tile holds 8
-// pairs: slots 0..7 are the a's, slots 8..15 the b's, which are rows g and g + 8 of mma's 16 x 16 operand, so that
-// one lane ends up with both features of a pair: gate and up of SwiGLU, the two dimensions that RoPE turns, or
-// simply features 2 p and 2 p + 1.
+// Weight matrices as the kernels read them. A matrix is a list of pairs of output features (a, b); a tile
+// holds 8 pairs: slots 0..7 are the a's, slots 8..15 the b's, which are rows g and g + 8 of mma's 16 x 16
+// operand, so that one lane ends up with both features of a pair: gate and up of SwiGLU, the two dimensions
+// that RoPE turns, or simply features 2 p and 2 p + 1.
 //
-// Columns come in units of 64 (two blocks of 32, two steps of 16 each; zeros beyond the matrix). Lane 4 g + t of a
-// warp holds, of slots g and g + 8, the four columns 16 step + 4 t .. + 3 of every step: two words of mma's operand
-// in another order of k than mma's own, which is free as long as the other operand has the same. So every lane reads
-// whole vectors of 16 bytes, a warp 512 neighbouring ones, and nothing is shuffled.
+// Columns come in units of 64 (two blocks of 32, two steps of 16 each; zeros beyond the matrix). Lane 4 g + t
+// of a warp holds, of slots g and g + 8, the four columns 16 step + 4 t .. + 3 of every step: two words of
+// mma's operand in another order of k than mma's own, which is free as long as the other operand has the
+// same. So every lane reads whole vectors of 16 bytes, a warp 512 neighbouring ones, and nothing is shuffled.
 //
 //   format   of            per lane and unit
-//   Nibbles  Q4_0          quants uint4: word 2 block + (slot >= 8); pair i of columns of the block (i = 2 step + 0..1)
-//                          at bits 4 i (first column) and 16 + 4 i (second); scales uint2: f16 [block][slot g, g + 8]
-//   Bytes    Q8_0          quants uint4 [block]: words slot g: step 0, 1, slot g + 8: step 0, 1; bytes: columns 0, 2,
+//   Nibbles  Q4_0          quants uint4: word 2 block + (slot >= 8); pair i of columns of the block (i = 2
+//   step + 0..1)
+//                          at bits 4 i (first column) and 16 + 4 i (second); scales uint2: f16 [block][slot
+//                          g, g + 8]
+//   Bytes    Q8_0          quants uint4 [block]: words slot g: step 0, 1, slot g + 8: step 0, 1; bytes:
+//   columns 0, 2,
 //                          1, 3 of the four; scales as of Nibbles
-//   Sixes    Q6_K          quants as of Nibbles (low bits); high uint2: word [block], 2 bits at 2 i + 8 (slot >= 8) and
-//                          16 beyond; scales uint2: int8 [block][step][slot g, g + 8]; super: f16 of slot g, g + 8 a
-//                          256 columns
+//   Sixes    Q6_K          quants as of Nibbles (low bits); high uint2: word [block], 2 bits at 2 i + 8 (slot
+//   >= 8) and
+//                          16 beyond; scales uint2: int8 [block][step][slot g, g + 8]; super: f16 of slot g,
+//                          g + 8 a 256 columns
 //   Bf16     F32 F16 BF16  quants uint4 [block][step]: mma's four words
 //
 // Scales are shared by the four lanes of a slot.
@@ -50,7 +54,9 @@ CHIP_HOST_DEVICE constexpr int quant_vectors(Format format) {
 template <Format format>
 struct Unit;
 
-CHIP_DEVICE float2 scale_pair(uint2 scales, int block) { return unpack_f16(block == 0 ? scales.x : scales.y); }
+CHIP_DEVICE float2 scale_pair(uint2 scales, int block) {
+  return unpack_f16(block == 0 ? scales.x : scales.y);
+}
 
 /// Words of eight 4-bit values (two slots) -> mma's operand of one step, values 128 + q as bf16.
 CHIP_DEVICE void spread_nibbles(uint32_t slot_a, uint32_t slot_b, int step, uint32_t (&a)[4]) {
@@ -91,7 +97,8 @@ struct Unit<Format::Bytes> {
   }
   /// Two signed bytes in 16-bit halves to bf16: 128 + the low seven bits, less 128, or 256 where negative.
   static CHIP_DEVICE uint32_t widen(uint32_t halves) {
-    return subtract_bf16(mask_or(halves, 0x007f007fu, 0x43004300u), mask_or(halves, 0x00800080u, 0x43004300u));
+    return subtract_bf16(mask_or(halves, 0x007f007fu, 0x43004300u),
+                         mask_or(halves, 0x00800080u, 0x43004300u));
   }
   CHIP_DEVICE void operand(int block, int step, uint32_t (&a)[4]) const {
     const uint4 v = q[block];
@@ -119,7 +126,8 @@ struct Unit<Format::Sixes> {
   }
   CHIP_DEVICE void operand(int block, int step, uint32_t (&a)[4]) const {
     spread_nibbles(block == 0 ? q.x : q.z, block == 0 ? q.y : q.w, step, a);
-    // Bits 4, 5 and 20, 21 are a pair's: of slot a's pair 2 step where the word is shifted left by 4 - 4 step.
+    // Bits 4, 5 and 20, 21 are a pair's: of slot a's pair 2 step where the word is shifted left by 4 - 4
+    // step.
     const uint32_t bits = block == 0 ? h.x : h.y;
     a[0] = mask_or(step == 0 ? bits << 4 : bits, 0x00300030u, a[0]);
     a[1] = mask_or(bits >> (4 + 4 * step), 0x00300030u, a[1]);

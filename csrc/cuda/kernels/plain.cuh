@@ -1,7 +1,8 @@
 #pragma once
 
-// The plain twins: precision "exact". float32 throughout, weights as the file has them, one obvious loop each. They
-// are what the fast kernels are compared with on a device, and what verifies a file there; nothing here is tuned.
+// The plain twins: precision "exact". float32 throughout, weights as the file has them, one obvious loop
+// each. They are what the fast kernels are compared with on a device, and what verifies a file there; nothing
+// here is tuned.
 
 #include "cuda/chip.h"
 #include "cuda/kernels/epilogue.cuh"
@@ -103,8 +104,8 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 4) plain_rotate(PlainRotate p) {
   const int head_dim = 2 * p.half, values = p.pages.kv_heads * head_dim;
   for (int i = static_cast<int>(threadIdx.x); i < 2 * values; i += static_cast<int>(blockDim.x)) {
     const int head = i % values / head_dim;
-    page[p.pages.panel(p.layer, i / values, head) + info.cell % kPageCells * p.pages.head_dim + i % head_dim] =
-        x[p.queries * head_dim + i];
+    page[p.pages.panel(p.layer, i / values, head) + info.cell % kPageCells * p.pages.head_dim +
+         i % head_dim] = x[p.queries * head_dim + i];
   }
 }
 
@@ -129,7 +130,8 @@ struct PlainAttention {
 /// Grid: (rows, heads), a warp each; lanes share the dimensions. head_dim is 4096 at most.
 CHIP_KERNEL void CHIP_BOUNDS(32, 8) plain_attention(PlainAttention p) {
   constexpr int kMost = 8;  // dimensions a lane: head_dim up to 256
-  const int lane = static_cast<int>(threadIdx.x), head = static_cast<int>(blockIdx.y), kv_head = head / p.group;
+  const int lane = static_cast<int>(threadIdx.x), head = static_cast<int>(blockIdx.y),
+            kv_head = head / p.group;
   const int64_t row = blockIdx.x;
   const float* q = p.queries + row * p.query_stride + static_cast<int64_t>(head) * p.head_dim;
   const RowInfo* info = p.rows == nullptr ? nullptr : p.rows + row;

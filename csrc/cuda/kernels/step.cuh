@@ -1,8 +1,8 @@
 #pragma once
 
-// What frames a step of the language model: embeddings and rotations of the rows before it, the likeliest token after
-// it. A step that greedy decoding goes on with finds everything it needs on the device: the last kernel writes the
-// token, its cell and its position where the next step's first kernel reads them.
+// What frames a step of the language model: embeddings and rotations of the rows before it, the likeliest
+// token after it. A step that greedy decoding goes on with finds everything it needs on the device: the last
+// kernel writes the token, its cell and its position where the next step's first kernel reads them.
 
 #include "cuda/chip.h"
 #include "cuda/kernels/epilogue.cuh"
@@ -26,8 +26,8 @@ struct Embed {
 
 inline constexpr int kEmbedParts = 8;
 
-/// Grid: (rows, kEmbedParts). The first mrope_section[0] frequencies turn with the time index, the next with the row, the last
-/// with the column (apply_multimodal_rotary_pos_emb).
+/// Grid: (rows, kEmbedParts). The first mrope_section[0] frequencies turn with the time index, the next with
+/// the row, the last with the column (apply_multimodal_rotary_pos_emb).
 template <Format format>
 CHIP_KERNEL void CHIP_BOUNDS(256, 4) embed_rows(Embed p) {
   let_next_launch_start();
@@ -54,7 +54,8 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 4) embed_rows(Embed p) {
   }
 }
 
-/// The place of the largest of some logits, the first of equal ones; -1 where none is finite and above all -inf.
+/// The place of the largest of some logits, the first of equal ones; -1 where none is finite and above all
+/// -inf.
 struct Likeliest {
   float logit;
   int32_t token;
@@ -62,7 +63,8 @@ struct Likeliest {
 
 CHIP_DEVICE Likeliest better(Likeliest a, Likeliest b) {
   // NaN never wins: comparisons with it are false.
-  return b.token >= 0 && (a.token < 0 || b.logit > a.logit || (b.logit == a.logit && b.token < a.token)) ? b : a;
+  return b.token >= 0 && (a.token < 0 || b.logit > a.logit || (b.logit == a.logit && b.token < a.token)) ? b
+                                                                                                         : a;
 }
 
 inline constexpr int kLikeliestThreads = 256;
@@ -152,7 +154,8 @@ struct ToBf16 {
 CHIP_KERNEL void CHIP_BOUNDS(256, 4) rows_to_bf16(ToBf16 p) {
   const int64_t row = blockIdx.x;
   const float* from = p.from + row * p.width;
-  for (int64_t i = 2 * static_cast<int64_t>(threadIdx.x); i < p.width; i += 2 * static_cast<int64_t>(blockDim.x))
+  for (int64_t i = 2 * static_cast<int64_t>(threadIdx.x); i < p.width;
+       i += 2 * static_cast<int64_t>(blockDim.x))
     *reinterpret_cast<uint32_t*>(p.to + row * p.stride + i) =
         pack_bf16(from[i], i + 1 < p.width ? from[i + 1] : 0.0f);
 }

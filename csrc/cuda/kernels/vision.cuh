@@ -6,8 +6,8 @@
 
 namespace qwen2vl::cuda {
 
-/// Row and column of a patch within its temporal step. Rows are in the order of pixel_values: (h / merge, w / merge,
-/// merge, merge).
+/// Row and column of a patch within its temporal step. Rows are in the order of pixel_values: (h / merge, w /
+/// merge, merge, merge).
 CHIP_DEVICE int2 patch_position(int within, int grid_w, int merge) {
   const int unit = merge * merge, across = grid_w / merge, cell = within / unit, inner = within % unit;
   return make_int2(cell / across * merge + inner / merge, cell % across * merge + inner % merge);
@@ -26,10 +26,11 @@ struct PixelRows {
 CHIP_KERNEL void CHIP_BOUNDS(256, 4) pixel_rows(PixelRows p) {
   const int plane = p.side * p.side, row_bytes = p.grid_w * p.side * p.channels;
   const int2 at = patch_position(static_cast<int>(blockIdx.x), p.grid_w, p.merge);
-  for (int i = static_cast<int>(threadIdx.x); i < p.channels * p.frames * plane; i += static_cast<int>(blockDim.x)) {
+  for (int i = static_cast<int>(threadIdx.x); i < p.channels * p.frames * plane;
+       i += static_cast<int>(blockDim.x)) {
     const int channel = i / (p.frames * plane), y = i % plane / p.side, x = i % p.side;
-    const uint8_t byte =
-        p.pixels[static_cast<int64_t>(at.x * p.side + y) * row_bytes + (at.y * p.side + x) * p.channels + channel];
+    const uint8_t byte = p.pixels[static_cast<int64_t>(at.x * p.side + y) * row_bytes +
+                                  (at.y * p.side + x) * p.channels + channel];
     const float value = p.levels[channel * 256 + byte];
     const int64_t to = static_cast<int64_t>(blockIdx.x) * p.stride + i;
     if (p.out != nullptr)

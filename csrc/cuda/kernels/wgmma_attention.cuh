@@ -1,11 +1,12 @@
 #pragma once
 
-// The vision tower's attention on Hopper, head_dim 80 without padding. A block takes 64 queries of a head for each of
-// its groups of four warps; one thread keeps 128 keys and values after 128 coming by bulk copies. Scores are five
-// products of 16 dimensions: four out of rows of 64 (swizzled over 128 bytes), one out of rows of 16 (over 32), which
-// is how 80 is cut; values come transposed, [80][keys], in two boxes of 64 keys, so that they are rows of what is
-// summed over, and N is 80. Scores and probabilities stay in registers, as in flash_attention.cuh, its plain twin.
-// The groups are not in step: while one is at its exponentials, others keep the matrix units at work.
+// The vision tower's attention on Hopper, head_dim 80 without padding. A block takes 64 queries of a head for
+// each of its groups of four warps; one thread keeps 128 keys and values after 128 coming by bulk copies.
+// Scores are five products of 16 dimensions: four out of rows of 64 (swizzled over 128 bytes), one out of
+// rows of 16 (over 32), which is how 80 is cut; values come transposed, [80][keys], in two boxes of 64 keys,
+// so that they are rows of what is summed over, and N is 80. Scores and probabilities stay in registers, as
+// in flash_attention.cuh, its plain twin. The groups are not in step: while one is at its exponentials,
+// others keep the matrix units at work.
 
 #include "cuda/kernels/flash_attention.cuh"
 #include "cuda/kernels/hopper.cuh"
@@ -21,21 +22,25 @@ inline constexpr int64_t kHopperSharedBytes =
     1024 + kHopperQueries * 160 + static_cast<int64_t>(kHopperStages) * kHopperStage;
 
 struct HopperAttention {
-  int32_t rows;       ///< of a temporal step
-  int32_t all_rows;   ///< of all of them
+  int32_t rows;      ///< of a temporal step
+  int32_t all_rows;  ///< of all of them
   int32_t heads;
   uint16_t* out;  ///< bf16 [rows][stride]: head * 80 + d
   int64_t stride;
 };
 
-/// Grid: (tiles of queries, heads, temporal steps). wide, narrow: queries, then keys, [2][heads][all_rows][80] in boxes
-/// of 64 and of 16 columns (of kHopperQueries' thirds and of kHopperKeys rows: 64); values: [heads][80][all_rows].
+/// Grid: (tiles of queries, heads, temporal steps). wide, narrow: queries, then keys,
+/// [2][heads][all_rows][80] in boxes of 64 and of 16 columns (of kHopperQueries' thirds and of kHopperKeys
+/// rows: 64); values: [heads][80][all_rows].
 __global__ void __launch_bounds__(kHopperThreads, 1)
-    wgmma_attention_kernel(const __grid_constant__ CUtensorMap wide, const __grid_constant__ CUtensorMap narrow,
-                           const __grid_constant__ CUtensorMap values, const __grid_constant__ HopperAttention p) {
+    wgmma_attention_kernel(const __grid_constant__ CUtensorMap wide,
+                           const __grid_constant__ CUtensorMap narrow,
+                           const __grid_constant__ CUtensorMap values,
+                           const __grid_constant__ HopperAttention p) {
 #ifdef QWEN2VL_HAS_WGMMA
   uint8_t* stages = shared_memory();
-  uint8_t* queries = stages + kHopperStages * kHopperStage;  // [group][64 x 128 bytes], then [group][64 x 32 bytes]
+  uint8_t* queries =
+      stages + kHopperStages * kHopperStage;  // [group][64 x 128 bytes], then [group][64 x 32 bytes]
   uint8_t* narrow_queries = queries + kHopperQueries * 128;
   uint64_t* full = reinterpret_cast<uint64_t*>(narrow_queries + kHopperQueries * 32);
   uint64_t* empty = full + kHopperStages;
@@ -63,7 +68,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       const int key = step_row + tile * kHopperKeys + i * 64, row = (p.heads + head) * p.all_rows + key;
       copy_box(stage + i * 64 * 128, &wide, 0, row, full + s);
       copy_box(stage + kHopperWide + i * 64 * 32, &narrow, 64, row, full + s);
-      copy_box(stage + kHopperWide + kHopperNarrow + i * kHopperValues, &values, key, head * kHopperHeadDim, full + s);
+      copy_box(stage + kHopperWide + kHopperNarrow + i * kHopperValues, &values, key, head * kHopperHeadDim,
+               full + s);
     }
   };
   if (threadIdx.x == 0) {

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def _numbers(least: int) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
-    """An option's callback: numbers with commas between, "512,2048"."""
+    """An option's callback: numbers with commas between, "512,2048"; none where it is not given."""
 
-    def parse(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    def parse(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+        if value is None:
+            return ()
         try:
             numbers = tuple(int(part) for part in value.split(","))
         except ValueError:
@@ -80,7 +82,13 @@ class Result:
     @property
     def parts(self) -> dict[str, list[Timing]]:
         m = self.measured
-        return {"image": m.image, "question": m.question, "prefill": m.prefill, "decode": m.decode}
+        return {
+            "image": m.image,
+            "question": m.question,
+            "prefill": m.prefill,
+            "decode": m.decode,
+            "streams": m.streams,
+        }
 
 
 @click.command(short_help="Measure image encoding, prefill and decoding.")
@@ -114,6 +122,9 @@ class Result:
     help="Tokens of context that decoding starts from.",
 )
 @click.option("--decode-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--streams", callback=_numbers(1), metavar="N,...", help="Decode that many sequences together too."
+)
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
 @click.option("--precision", type=click.Choice(["fast", "exact"]), default="fast", show_default=True)
@@ -121,7 +132,7 @@ class Result:
 @click.option(
     "--only",
     multiple=True,
-    type=click.Choice(["image", "question", "prefill", "decode"]),
+    type=click.Choice(["image", "question", "prefill", "decode", "streams"]),
     help="Leave the rest out; may be repeated.",
 )
 @click.option("--profile", is_flag=True, help="The stages of each forward pass too.")
@@ -131,7 +142,7 @@ def bench(models: Sequence[str], as_json: bool, profile: bool, **settings: Any) 
 
     Each figure comes with the fraction of its floor: what the same work takes at the speed of this machine's
     8-bit and floating-point dot products (images, prefill), measured before and after, or of merely reading
-    the weights (decode), measured between the runs.
+    the weights (decode), measured between the runs; sequences decoded together have none.
     Every model runs in a process of its own, so that its peak memory is its own. Machines drift: compare
     models within one run.
 
@@ -228,9 +239,10 @@ def summary_table(results: Sequence[Result]) -> str:
 
 def _figures(result: Result, timing: Timing) -> tuple[str, str, str]:
     floor = result.floor(timing)
+    is_wait = timing in result.measured.question  # for a first token, whatever the number of tokens
     return (
         _spread(timing.seconds, timing.median_seconds, 2 if timing.median_seconds >= 1 else 3),
-        "" if floor is None else _spread(timing.rates, timing.count / timing.median_seconds, 1),
+        "" if is_wait else _spread(timing.rates, timing.count / timing.median_seconds, 1),
         "" if floor is None else _percent(floor, timing.median_seconds),
     )
 
@@ -243,11 +255,17 @@ def _percent(floor: float, seconds: float) -> str:
     return f"{100 * floor / seconds:.0f} %"
 
 
+def _rate(per_second: float, unit: str) -> str:
+    if per_second > 1e13:
+        return f"{per_second / 1e12:.1f} T{unit}"
+    return f"{per_second / 1e9:.0f} G{unit}"
+
+
 def limits_line(result: Result) -> str:
     def rates(limits: Limits) -> str:
         return (
-            f"int8 {limits.int8_ops_per_s / 1e9:.0f} Gop/s, float {limits.float_ops_per_s / 1e9:.0f} and "
-            f"fp32 {limits.fp32_ops_per_s / 1e9:.0f} GFLOP/s, read {limits.read_bytes_per_s / 1e9:.1f} GB/s"
+            f"int8 {_rate(limits.int8_ops_per_s, 'op/s')}, float {_rate(limits.float_ops_per_s, 'FLOP/s')}, "
+            f"fp32 {_rate(limits.fp32_ops_per_s, 'FLOP/s')}, read {limits.read_bytes_per_s / 1e9:.1f} GB/s"
         )
 
     m = result.measured
@@ -265,10 +283,13 @@ def limits_line(result: Result) -> str:
 
 
 def profile_table(result: Result) -> str:
-    """Per stage of one run: how long, how fast, and how near to its own floor."""
+    """Per stage of one run: how long, how fast, and how near to its own floor. A device's stages are of a run
+    of their own, so they have shares of their sum."""
+    of_timed_runs = result.measured.device == "cpu"
     rows = [("what", "stage", "calls", "ms", "share", "rate", "of its floor")]
     for timing in (timing for part in result.parts.values() for timing in part):
-        total = sum(timing.seconds) / len(timing.seconds)
+        in_stages = sum(stage.seconds for stage in timing.stages)
+        total = sum(timing.seconds) / len(timing.seconds) if of_timed_runs else in_stages
         limits = result.limits_of(timing)
         for stage in timing.stages:
             floor = limits.stage_floor(stage)
@@ -278,13 +299,15 @@ def profile_table(result: Result) -> str:
                     stage.name,
                     f"{stage.calls:.0f}",
                     f"{stage.seconds * 1e3:.1f}",
-                    f"{100 * stage.seconds / total:.1f} %",
+                    f"{100 * stage.seconds / total:.1f} %" if total else "",
                     stage_rate(limits, stage),
                     _percent(floor, stage.seconds) if floor and stage.seconds else "",
                 )
             )
-        rest = total - sum(stage.seconds for stage in timing.stages)
-        rows.append((timing.what, "the rest", "", f"{rest * 1e3:.1f}", f"{100 * rest / total:.1f} %", "", ""))
+        if of_timed_runs:
+            rest = total - in_stages
+            share = f"{100 * rest / total:.1f} %"
+            rows.append((timing.what, "the rest", "", f"{rest * 1e3:.1f}", share, "", ""))
     return table(rows)
 
 
@@ -295,8 +318,7 @@ def stage_rate(limits: Limits, stage: Stage) -> str:
         return ""
     if read > compute:
         return f"{stage.bytes / stage.seconds / 1e9:.1f} GB/s"
-    unit = "Gop/s" if stage.int8_ops else "GFLOP/s"
-    return f"{(stage.int8_ops + stage.float_ops) / stage.seconds / 1e9:.0f} {unit}"
+    return _rate((stage.int8_ops + stage.float_ops) / stage.seconds, "op/s" if stage.int8_ops else "FLOP/s")
 
 
 def as_dict(result: Result, profile: bool) -> dict[str, Any]:
