@@ -9,7 +9,8 @@ if(QWEN2VL_CUDA_STAND_IN)
   set_source_files_properties(${QWEN2VL_CUDA_SOURCES} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
   add_library(qwen2vl_cuda_objects OBJECT ${QWEN2VL_CUDA_SOURCES} ${QWEN2VL_STAND_IN_SOURCES})
   target_compile_definitions(qwen2vl_cuda_objects PUBLIC QWEN2VL_STAND_IN)
-  target_compile_options(qwen2vl_cuda_objects PUBLIC -Wno-unknown-pragmas)  # "unroll" is for the chip
+  # "unroll" is for the chip; kernels read pairs of 16-bit values as words, as nvcc lets them.
+  target_compile_options(qwen2vl_cuda_objects PUBLIC -Wno-unknown-pragmas -fno-strict-aliasing)
   target_include_directories(qwen2vl_cuda_objects PUBLIC ${QWEN2VL_ROOT}/tests/native)
   target_link_libraries(qwen2vl_cuda_objects PUBLIC qwen2vl_core)
   add_library(qwen2vl_cuda MODULE)

@@ -1,7 +1,7 @@
 """The CUDA backend: against the CPU's plain kernels, its own plain twins, and itself in other company.
 
 Runs where a plug-in and a device are: a GPU, or the stand-in for one (CONTRIBUTING.md, "Working"), which
-computes on the processor what the kernels say. There, exact precision and long runs take minutes: marked slow.
+computes on the processor what the kernels say. There some take most of a minute: they are marked slow.
 """
 
 from __future__ import annotations
@@ -101,8 +101,17 @@ def reference(wide: Path) -> Qwen2VL:
 CONVERSATION: Parts = [5, (90, 130), 7, (56, 84), 3]
 
 
-@pytest.mark.parametrize("name", MORE)
-@pytest.mark.parametrize("precision", ["exact", "fast"])
+SLOW = {("like_2b", "exact"), ("head_dim_80", "exact"), ("head_dim_48", "exact")}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param(name, precision, marks=pytest.mark.slow if (name, precision) in SLOW else ())
+        for name in MORE
+        for precision in ("exact", "fast")
+    ],
+)
 def test_shapes(name: str, precision: str, tmp_path: Path) -> None:
     path = make(tmp_path, MORE[name], "f32")
     cpu = Qwen2VL.from_gguf(path, precision="exact")
@@ -115,7 +124,9 @@ def test_shapes(name: str, precision: str, tmp_path: Path) -> None:
     assert nmse(gpu.logits(few), cpu.logits(few)) < bound
 
 
-@pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize(
+    "type", [pytest.param(type, marks=pytest.mark.slow) for type in ("f32", "f16", "bf16")] + ["q8_0", "q4_0"]
+)
 def test_types(type: FileType, tmp_path: Path) -> None:
     path = make(tmp_path, WIDE, type)
     cpu = Qwen2VL.from_gguf(path, precision="exact")
@@ -193,7 +204,7 @@ def alone(model: Qwen2VL, ids: NDArray[np.int32], n: int) -> tuple[list[int], li
     return tokens, logits
 
 
-@pytest.mark.parametrize("streams", [2, 7, 40])
+@pytest.mark.parametrize("streams", [2, 7, pytest.param(40, marks=pytest.mark.slow)])
 def test_streams_together_equal_each_alone(model: Qwen2VL, streams: int) -> None:
     rng = np.random.default_rng(streams)
     prompts = [rng.integers(0, 1024, int(n)).astype(np.int32) for n in rng.integers(1, 90, streams)]
@@ -297,6 +308,7 @@ def test_profile_times_every_stage(model: Qwen2VL) -> None:
     assert model.read_weights() > 0
 
 
+@pytest.mark.slow
 def test_answers_about_cards() -> None:
     """The demo model says on the device what it says on the CPU; boxes may differ in their last digits."""
     gpu, cpu = (Qwen2VL.from_gguf(DEMO_MODEL, device=device) for device in ("cuda", "cpu"))

@@ -163,8 +163,8 @@ class Model:
         grid_thw: tuple[int, int, int],
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
-        """encode_image of a still: its pixels [h*patch_size, w*patch_size, in_channels], and what a byte of each
-        channel becomes, [in_channels, 256]."""
+        """encode_image of a still: its pixels [h*patch_size, w*patch_size, in_channels], and what a byte of
+        each channel becomes, [in_channels, 256]."""
     def position_ids(
         self, token_ids: NDArray[np.int32], grids: AbstractSequence[tuple[int, int, int]]
     ) -> NDArray[np.int64]:
