@@ -211,7 +211,7 @@ def main(out: Path, plugin: str | None, quick: bool) -> None:
     else:
         report.environment[PLUGIN_VARIABLE] = plugin
     report.run("version", [*_COMMAND, "--version"], 30)
-    report.run("tests", [_PYTHON, "-m", "pytest", "-q", "-rs", "tests/test_cuda.py"], 150)
+    report.run("tests", [_PYTHON, "-m", "pytest", "-q", "-rs", "tests/test_cuda.py"], 300 if quick else 150)
     with tempfile.TemporaryDirectory() as folder:
         measure(report, Path(folder), quick)
     report.run(
@@ -230,7 +230,7 @@ def main(out: Path, plugin: str | None, quick: bool) -> None:
 def measure(report: Report, folder: Path, quick: bool) -> None:
     """The benchmarks on the device and on the CPU."""
     if quick:
-        report.bench("demo", "demo", ["--device", "cuda", *_QUICK_SIZES.split()], 180)
+        report.bench("demo", "demo", ["--device", "cuda", *_QUICK_SIZES.split()], 240)
         report.bench("demo-cpu", "demo", _QUICK_SIZES.split(), 60)
         return
     for type_ in ("q4_0", "q8_0"):

@@ -146,18 +146,19 @@ class Benchmark:
         """`run` gets what `prepare` made for it alone, and returns its seconds."""
         profiles = []
 
-        def profiled() -> float:
-            state = prepare()
+        def profiled(state: State) -> float:
             with self._model.profile() as stages:
                 seconds = run(state)
             profiles.append(stages)
             return seconds
 
         if self._model.device == "cpu":
-            seconds = [profiled() for _ in range(self._settings.repeat)]
+            seconds = [profiled(prepare()) for _ in range(self._settings.repeat)]
         else:
             seconds = [run(prepare()) for _ in range(self._settings.repeat)]
-            profiled()
+            with self._model.profile():  # or the run's first step might be under way before it
+                state = prepare()
+            profiled(state)
         return Timing(what, count, tuple(seconds), mean_stages(profiles))
 
     # --- the vision tower ---

@@ -34,9 +34,12 @@ struct FewRows {
   Epilogue epilogue;
 };
 
-/// Tiles of features that a block of so many threads at most computes at once: what its registers hold.
+/// Tiles of features that a block of so many threads at most computes at once: what its registers hold, or
+/// nearly. (Of 512 threads, a few words spill; with a tile at a time 64 rows of down_proj took 37 us instead
+/// of 22.)
 CHIP_HOST_DEVICE constexpr int tiles_at_once(Format format, int row_tiles, int threads) {
-  return row_tiles > 1 && threads <= 256 && format != Format::Bf16 ? 2 : 1;
+  if (row_tiles == 1 || format == Format::Bf16) return 1;
+  return threads <= 256 || format != Format::Sixes ? 2 : 1;
 }
 
 /// Blocks of so many threads that are to fit a multiprocessor: registers are what keeps them out.
