@@ -211,6 +211,8 @@ def main(out: Path, plugin: str | None, quick: bool) -> None:
     else:
         report.environment[PLUGIN_VARIABLE] = plugin
     report.run("version", [*_COMMAND, "--version"], 30)
+    # Without a device the tests are skipped, which is no failure to pytest.
+    report.run("device", [_PYTHON, "-c", "from qwen2vl_q import devices as d; print(*d.cuda_devices())"], 30)
     report.run("tests", [_PYTHON, "-m", "pytest", "-q", "-rs", "tests/test_cuda.py"], 300 if quick else 150)
     with tempfile.TemporaryDirectory() as folder:
         measure(report, Path(folder), quick)

@@ -216,10 +216,10 @@ class Benchmark:
         """Tokens one by one, drawing included, after `depth` others (one where it is 0)."""
         model, n = self._model, self._settings.decode_tokens
         prompt = self.prompt(max(depth, 1))
-        read_rates = []
+        read_rates: list[float] = []
 
         def prepare() -> Iterator[int]:
-            read_rates.append(self._read_rate())
+            read_rates.extend(self._read_rates())
             tokens = model.generate(prompt, max_new_tokens=n + 1, ignore_eos=True)
             next(tokens)  # what the first one takes is the prompt's
             return tokens
@@ -230,7 +230,7 @@ class Benchmark:
             return model.last_stats.decode_seconds
 
         timing = self._timing(f"decode at {depth}", n, prepare, run)
-        return replace(timing, read_rates=(*read_rates, self._read_rate()))
+        return replace(timing, read_rates=(*read_rates, *self._read_rates()))
 
     def streams(self, n: int) -> Timing:
         """Tokens of `n` sequences, one of each in a forward pass, drawing included."""
@@ -260,13 +260,16 @@ class Benchmark:
 
         return self._timing(f"decode, {n} streams", n * steps, prepare, run)
 
-    def _read_rate(self, at_least: float = 0.5) -> float:
+    def _read_rates(self, at_least: float = 0.5) -> tuple[float, ...]:
         """Bytes a second, in the same process and memory as decoding: where pages lie and what neighbours do
-        changes the speed of memory by half, from process to process and minute to minute."""
+        changes the speed of memory by half, from process to process and minute to minute. A device has its
+        memory for itself: there the limit counts."""
+        if self._model.device != "cpu":
+            return ()
         n_bytes, started = 0, perf_counter()
         while (taken := perf_counter() - started) < at_least:
             n_bytes += self._model.read_weights()
-        return n_bytes / taken
+        return (n_bytes / taken,)
 
     # --- a conversation ---
 

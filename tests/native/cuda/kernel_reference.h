@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -20,8 +21,8 @@ using Doubles = std::vector<double>;
 using Halves = std::vector<uint16_t>;
 
 // Norm-wise errors |out - reference| / |reference| that are due to rounding alone.
-inline constexpr double kExact = 1e-5;  ///< sums in float32
-inline constexpr double kStored = 3e-3;   ///< results rounded to bf16: 2^-9 of each at most, 2^-10.. of all
+inline constexpr double kExact = 1e-5;    ///< sums in float32
+inline constexpr double kStored = 3e-3;   ///< results rounded to bf16: 2^-9 of each at most
 inline constexpr double kRounded = 6e-3;  ///< operands rounded to bf16, too: less than 2^-8 and that
 
 inline Values random_values(int64_t n, uint32_t seed, float scale = 1.0f) {

@@ -53,8 +53,8 @@ void with_format(Format format, Fn fn) {
 
 // --- packing -----------------------------------------------------------------------------------------------
 
-/// Every part of `pairs`, packed and expanded, against the rows that they are; `plain`: pair p is features 2 p
-/// and 2 p + 1 of its layer, as packed_value wants it.
+/// Every part of `pairs`, packed and expanded, against the rows that they are; `plain`: pair p is features 2
+/// p and 2 p + 1 of its layer, as packed_value wants it.
 void check_packed(const Pairs& pairs, const std::vector<const Layer*>& layers, int64_t parts, bool plain) {
   Context ctx(0, 0);
   PackingBuffers buffers;
@@ -93,6 +93,9 @@ void check_packed(const Pairs& pairs, const std::vector<const Layer*>& layers, i
     CHECK(expanded.untouched_beyond(stride));
   }
   CHECK(tiles == (static_cast<int64_t>(pairs.size()) + 7) / 8);
+  const bool has_bias =
+      std::any_of(layers.begin(), layers.end(), [](const Layer* layer) { return !layer->bias.empty(); });
+  CHECK((packed.bias != nullptr) == has_bias);
   for (size_t i = 0; i < pairs.size(); ++i)
     for (int b = 0; b < 2 && packed.bias != nullptr; ++b) {
       const Feature& f = b == 0 ? pairs[i].first : pairs[i].second;
@@ -109,7 +112,8 @@ TEST_CASE("rows packed and expanded are the rows, in the documented order") {
     for (const int64_t cols : {int64_t{72}, columns_of(type), int64_t{256}}) {
       if (!is_float && cols % dtype_traits(type).block_elements != 0) continue;
       CAPTURE(cols);
-      const Layer odd(type, 37, cols, 1), even(type, 16, cols, 2, false), few(type, 5, cols, 3), as_few(type, 5, cols, 4);
+      const Layer odd(type, 37, cols, 1), even(type, 16, cols, 2, false), few(type, 5, cols, 3),
+          as_few(type, 5, cols, 4);
       check_packed(neighbouring(odd.linear), {&odd}, 1, true);
       check_packed(neighbouring(even.linear), {&even}, 1, true);
       check_packed(side_by_side(few.linear, as_few.linear), {&few, &as_few}, 1, false);
@@ -124,7 +128,8 @@ TEST_CASE("rows packed and expanded are the rows, in the documented order") {
 }
 
 TEST_CASE("heads of two stored types become two parts") {
-  const Layer queries(DType::Q4_0, 40, 256, 1), keys(DType::Q6_K, 20, 256, 2), values(DType::Q6_K, 20, 256, 3, false);
+  const Layer queries(DType::Q4_0, 40, 256, 1), keys(DType::Q6_K, 20, 256, 2),
+      values(DType::Q6_K, 20, 256, 3, false);
   Pairs pairs;
   append_heads(pairs, queries.linear, 2, 20);
   append_heads(pairs, keys.linear, 1, 20);
@@ -228,7 +233,7 @@ TEST_CASE("few rows: products, and a row has the same bits alone and among other
   for (const DType type : kTypes) {
     CAPTURE(dtype_traits(type).name);
     const int64_t cols = columns_of(type);
-    Product product(type, 37, cols, 40);
+    Product product(type, 137, cols, 40);  // more tiles than blocks
     const Values x = random_values(40 * cols, 21);
     const Halves half = bf16_rows(x, cols, product.packed.stride);
     for (const Finish finish : kFewFinishes) {
@@ -313,6 +318,43 @@ TEST_CASE("many rows: products, finished in every way") {
   }
 }
 
+TEST_CASE("products with a layer of two stored types") {
+  constexpr int64_t kFirst = 48, kSecond = 21, kAll = kFirst + kSecond, kCols = 256, kRows = 9;
+  Context ctx(0, 0);
+  PackingBuffers buffers;
+  const Layer first(DType::Q4_0, kFirst, kCols, 15), second(DType::Q6_K, kSecond, kCols, 16);
+  Pairs pairs = neighbouring(first.linear);
+  const Pairs others = neighbouring(second.linear);
+  pairs.insert(pairs.end(), others.begin(), others.end());
+  const PackedLinear packed = pack(ctx, "layer", pairs, buffers);
+  REQUIRE(packed.parts.size() == 2);
+  const Values x = random_values(kRows * kCols, 26);
+  const Halves half = bf16_rows(x, kCols, packed.stride);
+  const auto reference = [&](bool rounded) {
+    const auto product = [&](const Layer& l) {
+      return l.product(first_rows(x, kRows, kCols), rounded ? l.rounded() : l.multiplied());
+    };
+    const Doubles a = product(first), b = product(second);
+    Doubles out;
+    for (int64_t row = 0; row < kRows; ++row) {
+      out.insert(out.end(), a.begin() + row * kFirst, a.begin() + (row + 1) * kFirst);
+      out.insert(out.end(), b.begin() + row * kSecond, b.begin() + (row + 1) * kSecond);
+    }
+    return out;
+  };
+  const Doubles few = outputs(Finish::Store, kRows, kAll, {}, [&](const Epilogue& e) {
+    few_rows_linear(ctx, packed, {half.data()}, kRows, Finish::Store, e);
+    ctx.synchronize();
+  });
+  CHECK(distance(few, reference(false)) < kExact);
+  DeviceBuffer expanded;
+  const Doubles many = outputs(Finish::Store, kRows, kAll, {}, [&](const Epilogue& e) {
+    many_rows_linear(ctx, packed, half.data(), kRows, Finish::Store, e, expanded);
+    ctx.synchronize();
+  });
+  CHECK(distance(many, reference(true)) < kExact);
+}
+
 TEST_CASE("products have the same bits where blocks and threads run backwards") {
   Product product(DType::Q6_K, 37, 512, 65);
   const Halves half = bf16_rows(random_values(65 * 512, 25), 512, product.packed.stride);
@@ -348,7 +390,8 @@ TEST_CASE("plain products, of weights as the file has them") {
 
 TEST_CASE("RMSNorm and LayerNorm") {
   Context ctx(0, 0);
-  for (const auto& [width, rows] : {std::pair<int64_t, int64_t>{37, 3}, {40, 3}, {40, 1025}, {72, 5}, {1536, 2}, {1540, 2}, {4100, 2}}) {
+  for (const auto& [width, rows] :
+       {std::pair<int64_t, int64_t>{37, 3}, {40, 3}, {40, 1025}, {72, 5}, {1536, 2}, {1540, 2}, {4100, 2}}) {
     CAPTURE(width);
     CAPTURE(rows);
     Values x = random_values(rows * width, 51, 2.0f);
@@ -360,8 +403,15 @@ TEST_CASE("RMSNorm and LayerNorm") {
       const int64_t stride = width + (width % 4 == 0 ? 8 : 3);
       Output<float> out(rows, stride);
       Output<uint16_t> half_out(rows, stride);
-      Norm p{x.data(),   weight.data(), with_bias ? bias.data() : nullptr, 1e-2f, static_cast<int32_t>(width),
-             static_cast<int32_t>(rows), nullptr, out.data(), stride};
+      Norm p{x.data(),
+             weight.data(),
+             with_bias ? bias.data() : nullptr,
+             1e-2f,
+             static_cast<int32_t>(width),
+             static_cast<int32_t>(rows),
+             nullptr,
+             out.data(),
+             stride};
       norm(ctx, "norm", p);
       p.half_out = half_out.data();
       p.out = nullptr;
@@ -464,8 +514,8 @@ struct Pages {
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t from = h / (heads / kKeyHeads);
       const Doubles row = attend(
-          queries + h * layout.head_dim, layout.head_dim, cells,
-          [&](int64_t c) { return at(1, 0, from, c); }, [&](int64_t c) { return at(1, 1, from, c); });
+          queries + h * layout.head_dim, layout.head_dim, cells, [&](int64_t c) { return at(1, 0, from, c); },
+          [&](int64_t c) { return at(1, 1, from, c); });
       out.insert(out.end(), row.begin(), row.begin() + kept);
     }
     return out;
@@ -565,7 +615,8 @@ void check_decode_attention(const std::vector<int64_t>& lengths) {
   for (int64_t i = 0; i < rows; ++i) {
     CAPTURE(lengths[i]);
     const Doubles row(all.begin() + i * kColumns, all.begin() + (i + 1) * kColumns);
-    CHECK(distance(row, {reference.begin() + i * kColumns, reference.begin() + (i + 1) * kColumns}) < kStored);
+    CHECK(distance(row, {reference.begin() + i * kColumns, reference.begin() + (i + 1) * kColumns}) <
+          kStored);
     CHECK(attend_rows(i, 1, true) == row);
   }
 }
