@@ -371,14 +371,13 @@ void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, 
   p.stride = layers_[layer].o_proj.stride;
   p.out = attended_.as<uint16_t>() + first_row * p.stride;
   p.single = single ? 1 : 0;
-  const Launch how{"text attention",
-                   dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(kv_heads * group),
-                        static_cast<unsigned>(rows)),
-                   kDecodeThreads, decode_attention_shared_bytes(static_cast<int>(padded_head_dim_), 1),
-                   true};
+  const Launch how{
+      "text attention",
+      dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(heads), static_cast<unsigned>(rows)),
+      kDecodeThreads, decode_attention_shared_bytes(static_cast<int>(padded_head_dim_)), true};
   const auto run = [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
-    launch(ctx_.stream, how, decode_attention<kHeadDim, 1>, p);
+    launch(ctx_.stream, how, decode_attention<kHeadDim>, p);
   };
   switch (padded_head_dim_) {
     case 32:

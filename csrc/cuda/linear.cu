@@ -51,7 +51,7 @@ void with_format(Format format, const Fn& fn) {
 /// Uploads the matrices that `pairs` [begin, end) read and writes the address of every slot's row.
 class RowAddresses {
  public:
-  RowAddresses(Context& ctx, const Pairs& pairs, int64_t begin, int64_t end, PackingBuffers& buffers) {
+  RowAddresses(const Pairs& pairs, int64_t begin, int64_t end, PackingBuffers& buffers) {
     std::map<const uint8_t*, std::pair<int64_t, const qwen2vl_matrix*>> places;  // data -> offset
     int64_t bytes = 0;
     const auto size = [&](const qwen2vl_matrix& m) {
@@ -151,7 +151,7 @@ PackedLinear pack(Context& ctx, const char* name, const Pairs& pairs, PackingBuf
     if (end < n && (end == begin || end % kTilePairs != 0))
       throw UnsupportedError(std::string(name) +
                              ": the CUDA backend cannot run gate and up projections of different types");
-    const RowAddresses addresses(ctx, pairs, begin, end, buffers);
+    const RowAddresses addresses(pairs, begin, end, buffers);
     PackedMatrix m;
     m.format = format_of(type);
     m.tiles = static_cast<int32_t>((end - begin + kTilePairs - 1) / kTilePairs);

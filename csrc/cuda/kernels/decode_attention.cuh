@@ -1,15 +1,14 @@
 #pragma once
 
-// Attention of single rows (decoding) over their sequences' pages; query heads of a key-value head together,
-// two by two where there is much to read, else one by one, on more of the chip. A head's result does not
-// depend on that.
+// Attention of single rows (decoding) over their sequences' pages, a block a query head.
 //
-// Memory-bound: every key and value is read once, in whole 16-byte (keys) and 4-byte neighbouring (values)
-// pieces. A sequence's pages are cut into chunks, as many as fill the chip and by its own length alone, so
-// that a row's result does not depend on its neighbours. A block takes the chunk of one row and some heads:
-// scores with four threads a key; every warp takes the running softmax of them for itself, which spares two
-// barriers a page; values with a thread for two dimensions. The next page's keys and values are on their way
-// meanwhile. The last block of a row and its heads to arrive joins the chunks, in their order.
+// Latency-bound at first: few cells, many launches; then by how fast keys and values are read, in whole
+// 16-byte (keys) and 4-byte neighbouring (values) pieces. The query heads of a key-value head find them in
+// the second-level cache. A sequence's pages are cut into chunks by its own length alone, so that a row's
+// result does not depend on its neighbours. A block takes the chunk of one row and head: scores with four
+// threads a key; every warp takes the running softmax of them for itself, which spares two barriers a page;
+// values with a thread for two dimensions. The next page's keys and values are on their way meanwhile. The
+// last block of a row and head to arrive joins the chunks, in order.
 
 #include "cuda/chip.h"
 #include "cuda/kernels/epilogue.cuh"
@@ -32,8 +31,8 @@ struct DecodeAttention {
   int32_t group;  ///< query heads of a key-value head
   int32_t heads;
   int32_t true_head_dim;
-  float* parts;       ///< [rows][gridDim.y][kMaxChunks][kGroup][2 + head_dim]: maximum, sum, values
-  uint32_t* arrived;  ///< [rows][gridDim.y], zero before and after
+  float* parts;       ///< [rows][heads][kMaxChunks][2 + head_dim]: maximum, sum, values
+  uint32_t* arrived;  ///< [rows][heads], zero before and after
   uint16_t* out;      ///< bf16 [rows][stride]
   int64_t stride;
   /// Each row is the one new cell of its sequence: what is before it was there before the launch before this
@@ -41,24 +40,22 @@ struct DecodeAttention {
   int32_t single;
 };
 
-/// Grid: (chunks of the longest sequence, key-value heads x groups of kGroup of their query heads, rows).
-template <int kHeadDim, int kGroup>
+/// Grid: (chunks of the longest sequence, query heads, rows).
+template <int kHeadDim>
 CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention p) {
   constexpr int kQuarter = kHeadDim / 4, kVectors = kQuarter / 8;  // of 8 f16
   constexpr int kPairs = kHeadDim / 2, kKeyGroups = kDecodeThreads / kPairs,
                 kGroupKeys = ceil_div(kPageCells, kKeyGroups);
-  static_assert(kHeadDim % 32 == 0);
+  static_assert(kHeadDim % 32 == 0 && kHeadDim <= kDecodeThreads);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int groups = ceil_div(p.group, kGroup), kv_head = static_cast<int>(blockIdx.y) / groups;
-  const int within = static_cast<int>(blockIdx.y) % groups * kGroup, heads = min(kGroup, p.group - within);
-  const int first_head = kv_head * p.group + within, chunk = static_cast<int>(blockIdx.x);
+  const int chunk = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y),
+            kv_head = head / p.group;
   const int64_t row = blockIdx.z;
   const int key = thread / 4, quarter = thread % 4, pair = thread % kPairs, key_group = thread / kPairs;
-  const Shared<float> scores = shared_cast<float>(shared_memory());         // [2][kPageCells][group]
-  const Shared<float> weights = scores + (2 + warp) * kPageCells * kGroup;  // [warp][kPageCells][group]
-  const Shared<float> meeting =
-      scores + (2 + kDecodeThreads / 32) * kPageCells * kGroup;  // [key group][group][head_dim]
-  const Shared<uint32_t> last = shared_cast<uint32_t>(meeting + kKeyGroups * kGroup * kHeadDim);
+  const Shared<float> scores = shared_cast<float>(shared_memory());               // [2][kPageCells]
+  const Shared<float> weights = scores + (2 + warp) * kPageCells;                 // [warp][kPageCells]
+  const Shared<float> meeting = scores + (2 + kDecodeThreads / 32) * kPageCells;  // [key group][head_dim]
+  const Shared<uint32_t> last = shared_cast<uint32_t>(meeting + kKeyGroups * kHeadDim);
   let_next_launch_start();
   if (!p.single) wait_for_previous_launch();
   const RowInfo& info = p.rows[row];
@@ -98,141 +95,108 @@ CHIP_KERNEL void CHIP_BOUNDS(kDecodeThreads, 2) decode_attention(DecodeAttention
       load_values(page, newest, first_cells);
     }
   }
-  uint4 q[kGroup][kVectors];
+  uint4 q[kVectors];
 #pragma unroll
-  for (int h = 0; h < kGroup; ++h)
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-      q[h][i] = h < heads
-                    ? reinterpret_cast<const uint4*>(p.queries + (row * p.heads + first_head + h) * kHeadDim +
-                                                     quarter * kQuarter)[i]
-                    : make_uint4(0, 0, 0, 0);
+  for (int i = 0; i < kVectors; ++i)
+    q[i] =
+        reinterpret_cast<const uint4*>(p.queries + (row * p.heads + head) * kHeadDim + quarter * kQuarter)[i];
 
-  float maxima[kGroup], sums[kGroup];
-  float2 values[kGroup];
-#pragma unroll
-  for (int h = 0; h < kGroup; ++h) {
-    maxima[h] = -1e30f;
-    sums[h] = 0;
-    values[h] = make_float2(0.0f, 0.0f);
-  }
-  const auto dot = [](float sum, uint32_t a, uint32_t b) {
+  float maximum = -1e30f, sum = 0;
+  float2 values = make_float2(0.0f, 0.0f);
+  const auto dot = [](float total, uint32_t a, uint32_t b) {
     const float2 x = unpack_f16(a), y = unpack_f16(b);
-    return sum + x.x * y.x + x.y * y.y;
+    return total + x.x * y.x + x.y * y.y;
   };
-
   for (int page = first_page; page <= last_page; ++page) {
     const int here = min(kPageCells, cells - page * kPageCells);
     const int next_cells = page < last_page ? min(kPageCells, cells - (page + 1) * kPageCells) : 0;
     const uint16_t* next_page = page < last_page ? page_at(page + 1) : nullptr;
-    const Shared<float> page_scores = scores + page % 2 * kPageCells * kGroup;
+    const Shared<float> page_scores = scores + page % 2 * kPageCells;
+    float score = 0;
+    if (key < here)
 #pragma unroll
-    for (int h = 0; h < kGroup; ++h) {
-      float sum = 0;
-      if (key < here)
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          sum = dot(sum, k_vectors[i].x, q[h][i].x);
-          sum = dot(sum, k_vectors[i].y, q[h][i].y);
-          sum = dot(sum, k_vectors[i].z, q[h][i].z);
-          sum = dot(sum, k_vectors[i].w, q[h][i].w);
-        }
-      sum += __shfl_xor_sync(kAllLanes, sum, 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      if (quarter == 0) page_scores[key * kGroup + h] = key < here ? sum : -1e30f;
-    }
+      for (int i = 0; i < kVectors; ++i) {
+        score = dot(score, k_vectors[i].x, q[i].x);
+        score = dot(score, k_vectors[i].y, q[i].y);
+        score = dot(score, k_vectors[i].z, q[i].z);
+        score = dot(score, k_vectors[i].w, q[i].w);
+      }
+    score += __shfl_xor_sync(kAllLanes, score, 1);
+    score += __shfl_xor_sync(kAllLanes, score, 2);
+    if (quarter == 0) page_scores[key] = key < here ? score : -1e30f;
     load_keys(next_page, 0, next_cells);
     __syncthreads();
-#pragma unroll
-    for (int h = 0; h < kGroup; ++h) {
-      const float a = page_scores[lane * kGroup + h], b = page_scores[(32 + lane) * kGroup + h];
-      const float maximum = fmaxf(maxima[h], warp_max(fmaxf(a, b)));
-      const float pa = lane < here ? fast_exp2(a - maximum) : 0.0f;
-      const float pb = 32 + lane < here ? fast_exp2(b - maximum) : 0.0f;
-      const float factor = fast_exp2(maxima[h] - maximum);
-      sums[h] = sums[h] * factor + warp_sum(pa + pb);
-      maxima[h] = maximum;
-      values[h] = make_float2(values[h].x * factor, values[h].y * factor);
-      weights[lane * kGroup + h] = pa;
-      weights[(32 + lane) * kGroup + h] = pb;
-    }
+    const float a = page_scores[lane], b = page_scores[32 + lane];
+    const float before = maximum;
+    maximum = fmaxf(maximum, warp_max(fmaxf(a, b)));
+    const float pa = lane < here ? fast_exp2(a - maximum) : 0.0f;
+    const float pb = 32 + lane < here ? fast_exp2(b - maximum) : 0.0f;
+    const float factor = fast_exp2(before - maximum);
+    sum = sum * factor + warp_sum(pa + pb);
+    values = make_float2(values.x * factor, values.y * factor);
+    weights[lane] = pa;
+    weights[32 + lane] = pb;
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kGroupKeys; ++j) {
       const int cell = key_group * kGroupKeys + j;
       if (key_group >= kKeyGroups || cell >= here) continue;
       const float2 two = unpack_f16(v_words[j]);
-#pragma unroll
-      for (int h = 0; h < kGroup; ++h) {
-        const float weight = weights[cell * kGroup + h];
-        values[h].x += weight * two.x;
-        values[h].y += weight * two.y;
-      }
+      const float weight = weights[cell];
+      values.x += weight * two.x;
+      values.y += weight * two.y;
     }
     load_values(next_page, 0, next_cells);
     __syncwarp();
   }
 
   // The key groups' values meet, in their order.
-  if (key_group < kKeyGroups)
-#pragma unroll
-    for (int h = 0; h < kGroup; ++h)
-      shared_cast<float2>(meeting)[(key_group * kGroup + h) * kPairs + pair] = values[h];
+  if (key_group < kKeyGroups) shared_cast<float2>(meeting)[key_group * kPairs + pair] = values;
   __syncthreads();
-  const auto write = [&](int h, int d, float value) {
-    if (h < heads && d < p.true_head_dim)
-      p.out[row * p.stride + static_cast<int64_t>(first_head + h) * p.true_head_dim + d] =
+  const auto write = [&](float value) {
+    if (thread < p.true_head_dim)
+      p.out[row * p.stride + static_cast<int64_t>(head) * p.true_head_dim + thread] =
           static_cast<uint16_t>(pack_bf16(value, 0.0f));
   };
   constexpr int kPart = 2 + kHeadDim;
-  float* parts = p.parts + (row * gridDim.y + blockIdx.y) * kMaxChunks * kGroup * kPart;
+  float* parts = p.parts + (row * p.heads + head) * kMaxChunks * kPart;
+  if (thread < kHeadDim) {
+    float value = 0;
 #pragma unroll
-  for (int h = 0; h < kGroup; ++h) {
-    for (int d = thread; d < kHeadDim; d += kDecodeThreads) {
-      float value = 0;
-#pragma unroll
-      for (int k = 0; k < kKeyGroups; ++k) value += meeting[(k * kGroup + h) * kHeadDim + d];
-      if (chunks == 1)
-        write(h, d, value / sums[h]);
-      else
-        parts[(chunk * kGroup + h) * kPart + 2 + d] = value;
-    }
-    if (thread == 0 && chunks > 1) {
-      parts[(chunk * kGroup + h) * kPart] = maxima[h];
-      parts[(chunk * kGroup + h) * kPart + 1] = sums[h];
-    }
+    for (int k = 0; k < kKeyGroups; ++k) value += meeting[k * kHeadDim + thread];
+    if (chunks == 1)
+      write(value / sum);
+    else
+      parts[chunk * kPart + 2 + thread] = value;
   }
   if (chunks == 1) return;
+  if (thread == 0) {
+    parts[chunk * kPart] = maximum;
+    parts[chunk * kPart + 1] = sum;
+  }
   __threadfence();
   __syncthreads();
-  uint32_t* arrived = p.arrived + row * gridDim.y + blockIdx.y;
+  uint32_t* arrived = p.arrived + row * p.heads + head;
   if (thread == 0) last[0] = atomicAdd(arrived, 1u) + 1 == static_cast<uint32_t>(chunks) ? 1u : 0u;
   __syncthreads();
   if (last[0] == 0) return;
   __threadfence();
   const volatile float* all = parts;
-#pragma unroll
-  for (int h = 0; h < kGroup; ++h) {  // by every warp for itself
-    const float maximum = lane < chunks ? all[(lane * kGroup + h) * kPart] : -1e30f;
-    const float sum = lane < chunks ? all[(lane * kGroup + h) * kPart + 1] : 0.0f;
-    const float weight = fast_exp2(maximum - warp_max(maximum));
-    const float share = weight / warp_sum(sum * weight);
-    for (int d = thread; d < ceil_div(kHeadDim, kDecodeThreads) * kDecodeThreads; d += kDecodeThreads) {
-      float value = 0;
+  const float chunk_maximum = lane < chunks ? all[lane * kPart] : -1e30f;  // by every warp for itself
+  const float chunk_sum = lane < chunks ? all[lane * kPart + 1] : 0.0f;
+  const float weight = fast_exp2(chunk_maximum - warp_max(chunk_maximum));
+  const float share = weight / warp_sum(chunk_sum * weight);
+  float value = 0;
 #pragma unroll 4
-      for (int c = 0; c < chunks; ++c)
-        value +=
-            __shfl_sync(kAllLanes, share, c) * (d < kHeadDim ? all[(c * kGroup + h) * kPart + 2 + d] : 0.0f);
-      if (d < kHeadDim) write(h, d, value);
-    }
-  }
+  for (int c = 0; c < chunks; ++c)
+    value += __shfl_sync(kAllLanes, share, c) * (thread < kHeadDim ? all[c * kPart + 2 + thread] : 0.0f);
+  write(value);
   if (thread == 0) *arrived = 0;
 }
 
-CHIP_HOST_DEVICE constexpr int64_t decode_attention_shared_bytes(int head_dim, int group) {
+CHIP_HOST_DEVICE constexpr int64_t decode_attention_shared_bytes(int head_dim) {
   const int key_groups = kDecodeThreads / (head_dim / 2);
-  return 4 * static_cast<int64_t>(group) * ((2 + kDecodeThreads / 32) * kPageCells + key_groups * head_dim) +
-         16;
+  return int64_t{4} * ((2 + kDecodeThreads / 32) * kPageCells + key_groups * head_dim) + 16;
 }
 
 }  // namespace qwen2vl::cuda

@@ -43,7 +43,7 @@ CHIP_HOST_DEVICE constexpr int tiles_at_once(Format format, int row_tiles, int t
 }
 
 /// Blocks of so many threads that are to fit a multiprocessor: registers are what keeps them out.
-CHIP_HOST_DEVICE constexpr int few_rows_blocks(Format format, int row_tiles, int threads) {
+CHIP_HOST_DEVICE constexpr int few_rows_blocks(int row_tiles, int threads) {
   return row_tiles > 1 || threads > 256 ? 1 : 2;
 }
 
@@ -106,7 +106,7 @@ CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms
 /// Grid: (blocks, which take tiles in turns; groups of 8 kRowTiles rows). kShared: rows are brought into
 /// shared memory. kThreads: at most.
 template <Format format, int kRowTiles, bool kShared, int kThreads>
-CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(format, kRowTiles, kThreads)) few_rows(FewRows p) {
+CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(kRowTiles, kThreads)) few_rows(FewRows p) {
   constexpr int kTiles = tiles_at_once(format, kRowTiles, kThreads);
   // Units a piece: in the 2B shape a warp has three of most matrices; more rows need the registers.
   constexpr int kAhead = kRowTiles == 1 ? (format == Format::Bf16 ? 1 : 3) : 1;

@@ -603,8 +603,8 @@ void check_decode_attention(const std::vector<int64_t>& lengths) {
                             single ? 1 : 0};
     launch(ctx.stream,
            {"attention", dim3(static_cast<unsigned>(chunks), kHeads, static_cast<unsigned>(n)),
-            kDecodeThreads, decode_attention_shared_bytes(kDim, 1)},
-           decode_attention<kDim, 1>, p);
+            kDecodeThreads, decode_attention_shared_bytes(kDim)},
+           decode_attention<kDim>, p);
     ctx.synchronize();
     CHECK(to.untouched_beyond(kColumns));
     CHECK(std::all_of(arrived.begin(), arrived.end(), [](uint32_t n) { return n == 0; }));
