@@ -20,8 +20,11 @@ inline constexpr int kMaxChunks = 32, kDecodeThreads = 256;
 
 CHIP_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-/// Pages of a chunk of a sequence of so many pages.
-CHIP_HOST_DEVICE constexpr int pages_per_chunk(int pages) { return ceil_div(pages, kMaxChunks); }
+/// Pages of a chunk of a sequence of so many pages. Of fewer than two, chunks are not worth joining.
+CHIP_HOST_DEVICE constexpr int pages_per_chunk(int pages) {
+  const int pages_at_least = 2, share = ceil_div(pages, kMaxChunks);
+  return share > pages_at_least ? share : pages_at_least;
+}
 
 struct DecodeAttention {
   const uint16_t* queries;  ///< f16 [rows][heads][head_dim], times scale and log2(e)
