@@ -22,8 +22,6 @@
 #define CHIP_HOST_DEVICE __host__ __device__ __forceinline__
 /// A block has `threads` threads at most; `blocks` of them are to fit on a multiprocessor.
 #define CHIP_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-/// For `const __grid_constant__` parameters that are read in place.
-#define CHIP_GRID_CONSTANT __grid_constant__
 
 namespace qwen2vl::cuda {
 
@@ -36,7 +34,7 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename T>
 using Shared = T*;
 
-/// The dynamic shared memory of the block, 128-byte aligned.
+/// The dynamic shared memory of the block, 1,024-byte aligned.
 CHIP_DEVICE Shared<uint8_t> shared_memory() {
   extern __shared__ __align__(1024) uint8_t chip_shared_bytes[];
   return chip_shared_bytes;

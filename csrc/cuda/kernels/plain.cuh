@@ -127,7 +127,7 @@ struct PlainAttention {
   int64_t out_stride;
 };
 
-/// Grid: (rows, heads), a warp each; lanes share the dimensions. head_dim is 4096 at most.
+/// Grid: (rows, heads), a warp each; lanes share the dimensions, 256 at most.
 CHIP_KERNEL void CHIP_BOUNDS(32, 8) plain_attention(PlainAttention p) {
   constexpr int kMost = 8;  // dimensions a lane: head_dim up to 256
   const int lane = static_cast<int>(threadIdx.x), head = static_cast<int>(blockIdx.y),

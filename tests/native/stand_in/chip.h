@@ -35,7 +35,6 @@
 #define CHIP_DEVICE inline
 #define CHIP_HOST_DEVICE inline
 #define CHIP_BOUNDS(threads, blocks)
-#define CHIP_GRID_CONSTANT
 
 // --- CUDA's vector types -----------------------------------------------------------------------------------
 
