@@ -75,8 +75,7 @@ struct Where {
   unsigned thread, x, y, z;
 };
 
-CHIP_KERNEL void CHIP_BOUNDS(64, 1)
-    write_where(const dim3 expected, Where* out, int* wrong) {
+CHIP_KERNEL void CHIP_BOUNDS(64, 1) write_where(const dim3 expected, Where* out, int* wrong) {
   if (gridDim.x != expected.x || gridDim.y != expected.y || gridDim.z != expected.z || blockDim.x != 40)
     ++*wrong;
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
