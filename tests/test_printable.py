@@ -1,4 +1,5 @@
 import pytest
+
 from qwen2vl_q.printable import printable
 
 
