@@ -44,9 +44,16 @@ class CheckpointSpec:
         "hub"  # visual.* and model.*, or model.visual.* and model.language_model.*
     )
     tokenizer: Literal["json", "vocab"] = "json"  # tokenizer.json, or vocab.json + merges.txt
-    # Channels whose activations are made 100 times the others', as real models have them: their norm weights
-    # are scaled by 100 and the columns that read them by 0.1, so that they matter and do not drown the rest.
+    # Channels whose activations are made larger than the others', as real models have them: their norm
+    # weights are scaled, by 100 in the tower, and the columns that read them scaled down, so that they matter
+    # and do not drown the rest.
     outlier_channels: int = 0
+    outlier_scale: float = 100.0  # in the language model
+    # Qwen2's key biases: the two slowest-turning pairs of channels of every key-value head get biases of this
+    # size in the first and the last layer, and of 20 between. The queries there are scaled (trained ones are
+    # small).
+    key_bias: float = 0.0
+    key_bias_queries: float = 1.0
 
     def __post_init__(self) -> None:
         assert self.hidden_size % self.num_attention_heads == 0
@@ -89,31 +96,32 @@ def random_tensors(spec: CheckpointSpec, seed: int) -> dict[str, Array]:
         scale = 1 / math.sqrt(math.prod(shape[1:]))
         return (scale * rng.standard_normal(shape)).astype(np.float32)
 
-    def after_norm(rows: int, columns: int) -> Array:
+    def after_norm(rows: int, columns: int, scale: float = 100) -> Array:
         values = matrix(rows, columns)
-        values[:, outliers[columns]] *= 0.1
+        values[:, outliers[columns]] *= 1 / math.sqrt(scale)
         return values
 
-    def norm(width: int) -> Array:
+    def norm(width: int, scale: float = 100) -> Array:
         values = (1 + 0.1 * rng.standard_normal(width)).astype(np.float32)
-        values[outliers[width]] *= 100
+        values[outliers[width]] *= scale
         return values
 
     def bias(width: int) -> Array:
         return (0.1 * rng.standard_normal(width)).astype(np.float32)
 
+    scale = spec.outlier_scale
     hidden, ffn, kv = spec.hidden_size, spec.intermediate_size, spec.num_key_value_heads * spec.head_dim
     tensors = {"model.embed_tokens.weight": matrix(spec.vocab_size, hidden)}
     for i in range(spec.num_hidden_layers):
         layer = f"model.layers.{i}."
-        tensors[layer + "input_layernorm.weight"] = norm(hidden)
+        tensors[layer + "input_layernorm.weight"] = norm(hidden, scale)
         for name, rows in (("q", hidden), ("k", kv), ("v", kv)):
-            tensors[layer + f"self_attn.{name}_proj.weight"] = after_norm(rows, hidden)
+            tensors[layer + f"self_attn.{name}_proj.weight"] = after_norm(rows, hidden, scale)
             tensors[layer + f"self_attn.{name}_proj.bias"] = bias(rows)
         tensors[layer + "self_attn.o_proj.weight"] = matrix(hidden, hidden)
-        tensors[layer + "post_attention_layernorm.weight"] = norm(hidden)
-        tensors[layer + "mlp.gate_proj.weight"] = after_norm(ffn, hidden)
-        tensors[layer + "mlp.up_proj.weight"] = after_norm(ffn, hidden)
+        tensors[layer + "post_attention_layernorm.weight"] = norm(hidden, scale)
+        tensors[layer + "mlp.gate_proj.weight"] = after_norm(ffn, hidden, scale)
+        tensors[layer + "mlp.up_proj.weight"] = after_norm(ffn, hidden, scale)
         tensors[layer + "mlp.down_proj.weight"] = matrix(hidden, ffn)
     tensors["model.norm.weight"] = (1 + 0.1 * rng.standard_normal(hidden)).astype(np.float32)
     if not spec.tie_word_embeddings:
@@ -140,7 +148,23 @@ def random_tensors(spec: CheckpointSpec, seed: int) -> dict[str, Array]:
     tensors["visual.merger.mlp.0.bias"] = bias(4 * dim)
     tensors["visual.merger.mlp.2.weight"] = matrix(hidden, 4 * dim)
     tensors["visual.merger.mlp.2.bias"] = bias(hidden)
+    if spec.key_bias:
+        _bias_keys(tensors, spec, np.random.default_rng((seed, 1)))
     return tensors
+
+
+def _bias_keys(tensors: dict[str, Array], spec: CheckpointSpec, rng: np.random.Generator) -> None:
+    half = spec.head_dim // 2
+    last = spec.num_hidden_layers - 1
+    for i in range(spec.num_hidden_layers):
+        attention = f"model.layers.{i}.self_attn."
+        biases = tensors[attention + "k_proj.bias"].reshape(spec.num_key_value_heads, 2, half)
+        angles = rng.uniform(0, 2 * np.pi, (spec.num_key_value_heads, 2))
+        size = spec.key_bias if i in (0, last) else 20
+        biases[:, 0, -2:], biases[:, 1, -2:] = size * np.cos(angles), size * np.sin(angles)
+        for name in ("q_proj.weight", "q_proj.bias"):
+            queries = tensors[attention + name].reshape(spec.num_attention_heads, 2, half, -1)
+            queries[:, :, -2:] *= spec.key_bias_queries
 
 
 def write_safetensors(path: Path, tensors: dict[str, Array], dtype: str = "F32") -> None:

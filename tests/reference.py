@@ -1,4 +1,4 @@
-"""transformers' Qwen2-VL in float32 on the CPU, for the parity tests (needs the parity extra)."""
+"""transformers' Qwen2-VL on the CPU, for the parity tests (needs the parity extra)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ ImageArray = NDArray[np.uint8]
 
 
 class Reference:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dtype: str = "float32"):
+        self.dtype = getattr(torch, dtype)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.model = Qwen2VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+            folder, dtype=self.dtype, attn_implementation="eager"
         ).eval()
 
     def preprocess(self, images: Sequence[ImageArray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,9 +41,10 @@ class Reference:
         ids = torch.tensor([list(token_ids)])
         inputs = {}
         if images:
-            inputs["pixel_values"], inputs["image_grid_thw"] = self.preprocess(images)
+            pixel_values, inputs["image_grid_thw"] = self.preprocess(images)
+            inputs["pixel_values"] = pixel_values.to(self.dtype)
         output = self.model(input_ids=ids, mm_token_type_ids=self.token_types(ids), use_cache=False, **inputs)
-        return output.logits[0].numpy()
+        return output.logits[0].float().numpy()
 
     def position_ids(
         self, token_ids: Sequence[int], grids: Sequence[tuple[str, tuple[int, int, int]]]

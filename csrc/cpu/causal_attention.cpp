@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "base/half.h"
 #include "cpu/attention_tile.h"
 
 namespace qwen2vl::cpu {
@@ -22,22 +23,27 @@ constexpr int64_t kPairedTokens = 16;
 // Up to so many rows wait for memory, more for arithmetic.
 constexpr int64_t kAheadRows = 16;
 
-/// The cache of one sequence and key-value head as pairs of bf16 (see KernelTable).
+/// The cache of one sequence and key-value head as pairs of bf16 (see KernelTable). Behind a key's dimensions
+/// stand those that the cache has split, first what rounding to bf16 leaves of them, then themselves again:
+/// for the queries' rounded values and for what their rounding leaves.
 struct PairedCells {
-  uint16_t* keys = nullptr;    ///< [cell / 16][head_dim / 2][16 cells][2]
+  uint16_t* keys = nullptr;    ///< [cell / 16][key_dims / 2][16 cells][2]
   uint16_t* values = nullptr;  ///< [cell / kValueCells][ceil(head_dim / 16)][kValueCells / 2][16 dims][2]
 
   static constexpr int64_t kValuePanel = kValueCells * kPanelRows;
   static int64_t blocks(int64_t cells) { return (cells + kValueCells - 1) / kValueCells; }
-  static int64_t key_elements(int64_t cells, int64_t head_dim) {
-    return blocks(cells) * kValueCells * head_dim;
+  static int64_t key_dims(const PagedKvCache& cache, int64_t layer, int64_t head_dim) {
+    return 2 * cache.key_dims(layer) - head_dim;
   }
-  static int64_t elements(int64_t cells, int64_t head_dim) {
-    return key_elements(cells, head_dim) + blocks(cells) * panels(head_dim) * kValuePanel;
+  static int64_t key_elements(int64_t cells, int64_t key_dims) {
+    return blocks(cells) * kValueCells * key_dims;
+  }
+  static int64_t elements(int64_t cells, int64_t head_dim, int64_t key_dims) {
+    return key_elements(cells, key_dims) + blocks(cells) * panels(head_dim) * kValuePanel;
   }
   PairedCells() = default;
-  PairedCells(uint16_t* data, int64_t cells, int64_t head_dim)
-      : keys(data), values(data + key_elements(cells, head_dim)) {}
+  PairedCells(uint16_t* data, int64_t cells, int64_t key_dims)
+      : keys(data), values(data + key_elements(cells, key_dims)) {}
 
   /// Keys of a page whole (what lies beyond the last cell is never looked at), values up to the last cell.
   void pack_page(const KernelTable& kernels, const CausalRows& sequence, int64_t page, int64_t layer,
@@ -46,11 +52,39 @@ struct PairedCells {
     const auto* k = reinterpret_cast<const uint16_t*>(cache.keys(page, layer, head));
     const auto* v = reinterpret_cast<const uint16_t*>(cache.values(page, layer, head));
     const int64_t cell = page * kPageCells, n = std::min(kPageCells, sequence.cells() - cell);
-    kernels.pair_f16_panel(k, panels(kPageCells) * head_dim, keys + cell * head_dim);
+    const std::span<const int32_t> split = cache.split(layer, head);
+    const int64_t paired_dims = key_dims(cache, layer, head_dim);
+    if (split.empty()) {
+      kernels.pair_f16_panel(k, panels(kPageCells) * head_dim, keys + cell * head_dim);
+    } else {
+      for (int64_t p = 0; p < panels(kPageCells); ++p) {
+        const uint16_t* panel = k + p * cache.key_panel_elements(layer);
+        uint16_t* pairs = keys + (cell + p * kPanelRows) * paired_dims;
+        kernels.pair_f16_panel(panel, head_dim, pairs);
+        pack_split(panel, split, head_dim, pairs);
+      }
+    }
     uint16_t* out =
         values + cell / kValueCells * panels(head_dim) * kValuePanel + cell % kValueCells * kPanelRows;
     for (int64_t p = 0; p < panels(head_dim); ++p)
       kernels.pair_f16_panel(v + p * cache.value_panel_elements(), n, out + p * kValuePanel);
+  }
+
+ private:
+  static void pack_split(const uint16_t* panel, std::span<const int32_t> split, int64_t head_dim,
+                         uint16_t* pairs) {
+    const int64_t n = static_cast<int64_t>(split.size());
+    const auto at = [&](int64_t dim, int64_t cell) -> uint16_t& {
+      return pairs[dim / 2 * 2 * kPanelRows + cell * 2 + dim % 2];
+    };
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t cell = 0; cell < kPanelRows; ++cell) {
+        const float key = f16_to_f32(panel[split[i] * kPanelRows + cell]);
+        const float rest = f16_to_f32(panel[(head_dim + i) * kPanelRows + cell]);
+        const uint16_t rounded = f32_to_bf16(key);
+        at(head_dim + i, cell) = f32_to_bf16(key - bf16_to_f32(rounded) + rest);
+        at(head_dim + n + i, cell) = rounded;
+      }
   }
 };
 
@@ -79,8 +113,9 @@ namespace {
 class CausalTile {
  public:
   static size_t scratch_bytes(int64_t rows, int64_t head_dim) {
-    return Tile::bytes(rows, kStepCells, head_dim) +
-           static_cast<size_t>(rows * (kStepCells + head_dim)) * sizeof(uint16_t);
+    const int64_t key_dims = head_dim + 2 * SplitChannels::kMost;
+    return Tile::bytes(rows, kStepCells, head_dim, key_dims) +
+           static_cast<size_t>(rows * (kStepCells + key_dims)) * sizeof(uint16_t);
   }
 
   CausalTile(const KernelTable& kernels, const TextConfig& config, int64_t layer, const CausalTask& task,
@@ -90,18 +125,32 @@ class CausalTile {
         group_(config.num_attention_heads / config.num_key_value_heads),
         layer_(layer),
         task_(task),
+        split_(task.sequence->cache->split(layer, task.head)),
+        key_dims_(paired() ? PairedCells::key_dims(*task.sequence->cache, layer, head_dim_)
+                           : task.sequence->cache->key_dims(layer)),
         rows_((task.token_end - task.token_begin) * group_),
-        tile_(scratch, rows_, kStepCells, head_dim_),
-        probabilities_(reinterpret_cast<uint16_t*>(scratch + Tile::bytes(rows_, kStepCells, head_dim_))),
+        tile_(scratch, rows_, kStepCells, head_dim_, key_dims_),
+        probabilities_(
+            reinterpret_cast<uint16_t*>(scratch + Tile::bytes(rows_, kStepCells, head_dim_, key_dims_))),
         paired_queries_(probabilities_ + rows_ * kStepCells),
         scale_(1.0f / std::sqrt(static_cast<float>(config.head_dim))) {}
 
   void gather_queries(const float* qkv, int64_t stride) {
+    const int64_t n = static_cast<int64_t>(split_.size());
     for (int64_t r = 0; r < rows_; ++r) {
-      if (paired())
-        kernels_.convert_f32_to_bf16(query(qkv, stride, r), paired_queries_ + r * head_dim_, head_dim_);
-      else
-        std::memcpy(tile_.queries + r * head_dim_, query(qkv, stride, r), head_dim_ * sizeof(float));
+      const float* q = query(qkv, stride, r);
+      if (paired()) {
+        uint16_t* out = paired_queries_ + r * key_dims_;
+        kernels_.convert_f32_to_bf16(q, out, head_dim_);
+        for (int64_t i = 0; i < n; ++i) {
+          out[head_dim_ + i] = out[split_[i]];
+          out[head_dim_ + n + i] = f32_to_bf16(q[split_[i]] - bf16_to_f32(out[split_[i]]));
+        }
+      } else {
+        float* out = tile_.queries + r * key_dims_;
+        std::memcpy(out, q, head_dim_ * sizeof(float));
+        for (int64_t i = 0; i < n; ++i) out[head_dim_ + i] = q[split_[i]];
+      }
     }
   }
 
@@ -164,8 +213,8 @@ class CausalTile {
   /// Products of bf16 pairs with the n cells from `cell`.
   void paired_step(int64_t cell, int64_t n) {
     const int64_t even = n + n % 2;
-    kernels_.gemm_bf16_pairs(paired_queries_, head_dim_, task_.paired.keys + cell * head_dim_,
-                             head_dim_ * kPanelRows, rows_, n, head_dim_,
+    kernels_.gemm_bf16_pairs(paired_queries_, key_dims_, task_.paired.keys + cell * key_dims_,
+                             key_dims_ * kPanelRows, rows_, n, key_dims_,
                              {tile_.scores, kStepCells, nullptr, Store::Overwrite});
     for_tokens(
         cell, n,
@@ -195,7 +244,7 @@ class CausalTile {
     const auto cells_of = [&](int64_t page) { return std::min(kPageCells, cell + n - page * kPageCells); };
 
     for (int64_t page = first; page <= last; ++page)
-      gemm(tile_.queries, head_dim_, keys(page), cache.key_panel_elements(), cells_of(page), head_dim_,
+      gemm(tile_.queries, key_dims_, keys(page), cache.key_panel_elements(layer_), cells_of(page), key_dims_,
            {tile_.scores + (page - first) * kPageCells, kStepCells, nullptr, Store::Overwrite},
            page < last ? keys(page + 1) : values(first));
     for_tokens(
@@ -233,10 +282,12 @@ class CausalTile {
   const KernelTable& kernels_;
   int64_t head_dim_, group_, layer_;
   const CausalTask& task_;
+  std::span<const int32_t> split_;
+  int64_t key_dims_;
   int64_t rows_;
   Tile tile_;
   uint16_t* probabilities_;   // [rows][kStepCells], paired only
-  uint16_t* paired_queries_;  // [rows][head_dim], likewise
+  uint16_t* paired_queries_;  // [rows][key_dims], likewise
   float scale_;
 };
 
@@ -295,7 +346,7 @@ void CausalAttention::operator()(Context& ctx, int64_t layer, std::span<const Ca
   ctx.reserve_scratch(CausalTile::scratch_bytes(tile_rows(config_), config_.head_dim));
   if (sequences.size() == 1 && sequences[0].rows == 1) return run_token(ctx, rows, sequences[0]);
 
-  const bool has_pairs = ctx.precision == Precision::Fast && ctx.kernels.has_bf16_dot;
+  const bool has_pairs = paired_products_ && ctx.precision == Precision::Fast && ctx.kernels.has_bf16_dot;
   std::vector<CausalRows> many, few;
   for (const CausalRows& s : sequences) (has_pairs && s.rows >= kPairedTokens ? many : few).push_back(s);
   if (!many.empty()) run_paired(ctx, rows, many);
@@ -347,6 +398,7 @@ void CausalAttention::run_token(Context& ctx, const Rows& rows, const CausalRows
 /// The heads that the threads have in flight together are converted first, then all of their rows go through.
 void CausalAttention::run_paired(Context& ctx, const Rows& rows, std::span<const CausalRows> sequences) {
   const int64_t kv_heads = config_.num_key_value_heads, head_dim = config_.head_dim;
+  const int64_t key_dims = PairedCells::key_dims(*sequences[0].cache, rows.layer, head_dim);
   const int64_t heads_at_once = std::min<int64_t>(kv_heads, ctx.pool.size());
   struct Page {
     size_t sequence;
@@ -358,12 +410,12 @@ void CausalAttention::run_paired(Context& ctx, const Rows& rows, std::span<const
   for (const CausalRows& s : sequences) {
     for (int64_t page = 0; page * kPageCells < s.cells(); ++page) pages.push_back({offsets.size(), page});
     offsets.push_back(elements);
-    elements += PairedCells::elements(s.cells(), head_dim);
+    elements += PairedCells::elements(s.cells(), head_dim, key_dims);
   }
   auto* packed = reinterpret_cast<uint16_t*>(paired_.resize((elements * heads_at_once + 1) / 2));
   const auto paired = [&](size_t sequence, int64_t head) {
     uint16_t* data = packed + head % heads_at_once * elements + offsets[sequence];
-    return PairedCells(data, sequences[sequence].cells(), head_dim);
+    return PairedCells(data, sequences[sequence].cells(), key_dims);
   };
 
   const int64_t n_pages = static_cast<int64_t>(pages.size());

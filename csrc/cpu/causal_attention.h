@@ -26,12 +26,13 @@ struct CausalTask;
 /// num_attention_heads * head_dim columns; the result replaces them. The query heads of one key-value head
 /// are computed together, so each key and value is read once for all of them.
 ///
-/// Few tokens read the cache as it is, with float32 products. In the fast precision and where bf16 dot
-/// products are the faster ones, a sequence of many tokens has its cells converted to bf16 first, once a call
-/// and head.
+/// Few tokens read the cache as it is, with float32 products. With `paired_products`, in the fast precision
+/// and where bf16 dot products are the faster ones, a sequence of many tokens has its cells converted to bf16
+/// first, once a call and head.
 class CausalAttention {
  public:
-  explicit CausalAttention(const TextConfig& config) : config_(config) {}
+  explicit CausalAttention(const TextConfig& config, bool paired_products = true)
+      : config_(config), paired_products_(paired_products) {}
   void operator()(Context& ctx, int64_t layer, std::span<const CausalRows> sequences, float* qkv,
                   int64_t qkv_stride);
 
@@ -46,6 +47,7 @@ class CausalAttention {
   void run_tasks(Context& ctx, const Rows& rows, const std::vector<CausalTask>& tasks);
 
   TextConfig config_;
+  bool paired_products_;
   FloatBuffer paired_;   ///< [head in flight][sequence]: cells as pairs of bf16
   FloatBuffer partial_;  ///< [head][split][query heads][head_dim + 2]: unnormalized output, maximum, sum
 };

@@ -102,13 +102,13 @@ template <typename T>
 class FullTile {
  public:
   static size_t scratch_bytes(int64_t head_dim) {
-    return Tile::bytes(kTileRows, HeadPanels<T>::kTileKeys, head_dim) +
+    return Tile::bytes(kTileRows, HeadPanels<T>::kTileKeys, head_dim, head_dim) +
            kTileRows * (HeadPanels<T>::kTileKeys + head_dim) * sizeof(uint16_t);
   }
 
   FullTile(const KernelTable& kernels, int64_t head_dim, std::byte* scratch)
-      : kernels_(kernels), head_dim_(head_dim), tile_(scratch, kTileRows, kKeys, head_dim) {
-    probabilities_ = reinterpret_cast<uint16_t*>(scratch + Tile::bytes(kTileRows, kKeys, head_dim));
+      : kernels_(kernels), head_dim_(head_dim), tile_(scratch, kTileRows, kKeys, head_dim, head_dim) {
+    probabilities_ = reinterpret_cast<uint16_t*>(scratch + Tile::bytes(kTileRows, kKeys, head_dim, head_dim));
     queries_ = probabilities_ + kTileRows * kKeys;
   }
 

@@ -19,7 +19,12 @@ void rms_norm_rows(Context& ctx, const NormWeights& norm, float eps, const float
 
 LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Context& ctx,
                              const Progress& progress)
-    : config_(config), attention_(config) {
+    : config_(config),
+      split_channels_(config, w),
+      // Where nothing else is rounded to 8 bits, bf16 would be the largest error.
+      attention_(config, std::any_of(w.layers.begin(), w.layers.end(), [](const DecoderLayerWeights& l) {
+                   return is_quantized(l.q_proj.weight.type);
+                 })) {
   embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx);
   for (const DecoderLayerWeights& l : w.layers) {
     layers_.push_back({l.input_layernorm, l.post_attention_layernorm,
@@ -31,7 +36,12 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
   }
   norm_ = w.norm;
   if (w.lm_head) lm_head_ = pack_matrix("text lm_head", *w.lm_head, ctx);
-  embed_tokens_.fine = lm_head_.fine = true;  // its errors are the logits' own
+  // The head's errors are the logits' own. Keys and values are few where query heads share them, every later
+  // token meets theirs, and 8-bit weights lose no more than 8-bit activations would.
+  for (PackedLinear* head : {&embed_tokens_, &lm_head_}) head->make_fine();
+  for (Layer& l : layers_)
+    for (PackedLinear::Part& part : std::span(l.qkv_proj.parts).subspan(1))
+      part.fine = part.matrix.type == DType::Q8_0;
   // With 8-bit weights requantized in every layer, the logits of a small random model lose 1.3e-3 of their
   // energy to "exact"; with gate and up alone, three fifths of the work, 7.2e-4, and with none 6.0e-4.
   for (Layer& l : layers_)
@@ -41,6 +51,10 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
     inv_freq_.push_back(static_cast<float>(
         1.0 / std::pow(static_cast<double>(config.rope_theta),
                        static_cast<double>(2 * i) / static_cast<double>(config.head_dim))));
+}
+
+std::unique_ptr<KvCache> LanguageModel::new_cache(Precision precision) const {
+  return std::make_unique<PagedKvCache>(config_, precision, split_channels_);
 }
 
 void LanguageModel::release_buffers() {

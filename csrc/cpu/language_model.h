@@ -1,5 +1,6 @@
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "cpu/causal_attention.h"
@@ -16,6 +17,7 @@ class LanguageModel {
   /// See Backend::forward. The caches are PagedKvCaches.
   void operator()(Context& ctx, std::span<const SequenceRows> batch, float* logits, const Progress& progress);
 
+  std::unique_ptr<KvCache> new_cache(Precision precision) const;
   int64_t weight_bytes() const;
   /// Gives back what the last batch needed; the next one takes it anew.
   void release_buffers();
@@ -41,6 +43,7 @@ class LanguageModel {
   PackedLinear lm_head_;  // no parts where tied: embed_tokens_ is the head
   Vector inv_freq_;       // [head_dim / 2]
 
+  SplitChannels split_channels_;
   CausalAttention attention_;
   int64_t rows_ = 0;    // of the batch at work
   FloatBuffer x_;       // [rows][hidden], the residual stream

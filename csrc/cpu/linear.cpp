@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <cstring>
 #include <span>
+#include <utility>
 
 #include "cpu/outliers.h"
 
 namespace qwen2vl::cpu {
 namespace {
-
-bool is_quantized(DType type) { return type != DType::F32 && type != DType::F16 && type != DType::BF16; }
 
 // Rows that one task multiplies with its panels: 512 rows of 1280 int8 activations are 640 KiB, most of a
 // second-level cache of 1 MiB, and each panel that is loaded is used 512 times.
@@ -23,6 +22,8 @@ constexpr int64_t kPanelsPerTask = 4;
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kBytesPerTask = 96 << 10;
 constexpr int64_t kMostPanelsPerTask = 16;
+// Columns of a mean per task.
+constexpr int64_t kColumnsPerTask = 256;
 
 PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& ctx) {
   PackedLinear::Part part;
@@ -40,49 +41,52 @@ PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& 
   return part;
 }
 
+/// Whether so many rows of a layer's input are quantized for matmul_groups.
+bool is_grouped(const Context& ctx, const PackedLinear& layer, int64_t rows) {
+  return ctx.kernels.has_grouped_matmul && layer.requantize && rows >= kManyRows && !layer.has_fine_part();
+}
+
 /// What the quantized parts of a layer multiply: the rows in 8 bits, less their outlier columns, and these.
 struct QuantizedInput {
-  QuantizedRows rows;
-  bool fine = false;    ///< `rows` has two for each: it, and what 8 bits have left of it
+  int64_t count = 0;
+  QuantizedRows rows;   ///< [count]; of fine parts [2][count]: the rows, and what 8 bits have left of them
   GroupedRows grouped;  ///< instead, where these have rows
   std::vector<int32_t> outliers;
   const float* outlier_values = nullptr;  ///< [rows][outliers.size()]
 };
 
-QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& layer) {
+QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& layer, bool fine,
+                              const Center& center) {
   const int64_t cols = layer.in_features;
+  const bool grouped = is_grouped(ctx, layer, x.rows), centered = !center.mean.empty();
   QuantizedInput input;
-  input.fine = layer.fine;
-  const bool grouped =
-      !input.fine && ctx.kernels.has_grouped_matmul && layer.requantize && x.rows >= kManyRows;
+  input.count = x.rows;
   if (grouped)
     input.grouped = ctx.grouped(x.rows, cols);
   else
-    input.rows = ctx.quantized(input.fine ? 2 * x.rows : x.rows, cols);
+    input.rows = ctx.quantized(fine ? 2 * x.rows : x.rows, cols);
   input.outliers = find_outliers(ctx, x.data, x.rows, cols, x.stride, x.column_maxima);
   const int64_t n = static_cast<int64_t>(input.outliers.size());
   float* values = ctx.outlier_values(x.rows * n);
   input.outlier_values = values;
   ctx.for_rows_on_threads(x.rows, [&](int64_t r, int thread) {
     const float* row = x.data + r * x.stride;
-    float* rest = n > 0 || input.fine ? ctx.row(thread, cols) : nullptr;
-    if (n > 0) {
+    float* rest = n > 0 || centered || fine ? ctx.row(thread, cols) : nullptr;
+    if (n > 0 || centered) {
       std::memcpy(rest, row, cols * sizeof(float));
-      for (int64_t c = 0; c < n; ++c) {
-        values[r * n + c] = row[input.outliers[c]];
-        rest[input.outliers[c]] = 0;
-      }
+      if (centered)
+        for (int64_t c = 0; c < cols; ++c) rest[c] -= center.mean[c];
+      for (int64_t c = 0; c < n; ++c) values[r * n + c] = std::exchange(rest[input.outliers[c]], 0.0f);
       row = rest;
     }
     if (grouped)
       ctx.kernels.quantize_groups(row, cols, 1, input.grouped, r);
     else
-      ctx.kernels.quantize_rows(row, cols, 1, input.rows, input.fine ? 2 * r : r);
-    if (input.fine) {
+      ctx.kernels.quantize_rows(row, cols, 1, input.rows, r);
+    if (fine) {
       const QuantizedRows& q = input.rows;
-      ctx.kernels.subtract_quantized(row, q.values + 2 * r * cols, q.scales + 2 * r * (cols / kBlock32), cols,
-                                     rest);
-      ctx.kernels.quantize_rows(rest, cols, 1, q, 2 * r + 1);
+      ctx.kernels.subtract_quantized(row, q.values + r * cols, q.scales + r * (cols / kBlock32), cols, rest);
+      ctx.kernels.quantize_rows(rest, cols, 1, q, x.rows + r);
     }
   });
   return input;
@@ -144,11 +148,19 @@ PanelMatrix from_panel(const PanelMatrix& w, int64_t panel) {
 void multiply_fine(const KernelTable& kernels, const PanelMatrix& w, const QuantizedInput& x,
                    const Task& task, const MatmulOutput& out, std::byte* scratch, float* halves) {
   const int64_t panels = task.panel_end - task.panel_begin, width = panels * kPanelRows;
-  kernels.matmul_q8(from_panel(w, task.panel_begin), 0, panels, x.rows, 2 * task.row_begin, 2 * task.row_end,
-                    {halves, width, nullptr, Store::Overwrite}, scratch);
+  const auto multiply = [&](int64_t row_begin, int64_t row_end) {
+    kernels.matmul_q8(from_panel(w, task.panel_begin), 0, panels, x.rows, row_begin, row_end,
+                      {halves, width, nullptr, Store::Overwrite}, scratch);
+  };
+  if (task.row_end - task.row_begin == x.count) {
+    multiply(0, 2 * x.count);
+  } else {
+    multiply(task.row_begin, task.row_end);
+    multiply(x.count + task.row_begin, x.count + task.row_end);
+  }
   const int64_t first = task.panel_begin * kPanelRows, columns = std::min(width, w.rows - first);
   for (int64_t m = task.row_begin; m < task.row_end; ++m) {
-    const float *coarse = halves + 2 * m * width, *rest = coarse + width;
+    const float *coarse = halves + m * width, *rest = coarse + x.count * width;
     float* row = out.data + m * out.stride + first;
     for (int64_t c = 0; c < columns; ++c) {
       const float sum = coarse[c] + rest[c] + (out.bias != nullptr ? out.bias[first + c] : 0.0f);
@@ -157,10 +169,10 @@ void multiply_fine(const KernelTable& kernels, const PanelMatrix& w, const Quant
   }
 }
 
-/// `halves`: as multiply_fine's, where the input is fine.
+/// `halves`: as multiply_fine's, where the activations are to have 16 bits, or nullptr.
 void quantized_task(const KernelTable& kernels, const PanelMatrix& w, const QuantizedInput& x,
                     const Task& task, const MatmulOutput& out, std::byte* scratch, float* halves) {
-  if (x.fine)
+  if (halves != nullptr)
     multiply_fine(kernels, w, x, task, out, scratch, halves);
   else if (x.grouped.rows > 0)
     kernels.matmul_groups(w, task.panel_begin, task.panel_end, x.grouped, task.row_begin, task.row_end, out,
@@ -216,20 +228,23 @@ void float_task(const KernelTable& kernels, const PanelMatrix& w, const Rows& x,
   }
 }
 
-/// A layer's input as its kernels want it, and the products with it.
+/// A layer's input as its kernels want it, and the products with it. `fine`: of all parts.
 class Product {
  public:
-  Product(Context& ctx, const PackedLinear& layer, const Rows& x) : ctx_(ctx), x_(x) {
+  Product(Context& ctx, const PackedLinear& layer, const Rows& x, bool fine = false,
+          const Center& center = {})
+      : ctx_(ctx), x_(x) {
     if (std::any_of(layer.parts.begin(), layer.parts.end(),
                     [&](const PackedLinear::Part& part) { return in_8_bits(part.matrix); }))
-      quantized_ = quantize_input(ctx, x, layer);
+      quantized_ = quantize_input(ctx, x, layer, fine || layer.has_fine_part(), center);
   }
 
-  void operator()(const PanelMatrix& w, const Task& task, const MatmulOutput& out, int thread) const {
+  void operator()(const PanelMatrix& w, const Task& task, const MatmulOutput& out, int thread,
+                  bool fine = false) const {
     if (in_8_bits(w)) {
       const int64_t width = (task.panel_end - task.panel_begin) * kPanelRows;
       quantized_task(ctx_.kernels, w, quantized_, task, out, ctx_.scratch(thread),
-                     quantized_.fine ? ctx_.halves(thread, 2 * x_.rows * width) : nullptr);
+                     fine ? ctx_.halves(thread, 2 * x_.rows * width) : nullptr);
     } else {
       float_task(ctx_.kernels, w, x_, task, out, ctx_.scratch(thread));
     }
@@ -246,6 +261,14 @@ class Product {
 };
 
 }  // namespace
+
+bool PackedLinear::has_fine_part() const {
+  return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.fine; });
+}
+
+void PackedLinear::make_fine() {
+  for (Part& part : parts) part.fine = true;
+}
 
 int64_t PackedLinear::weight_bytes() const {
   int64_t bytes = static_cast<int64_t>(bias.size()) * 4;
@@ -273,12 +296,36 @@ PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Contex
 }
 
 void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, int64_t out_stride,
-            Store store) {
+            Store store, const Center& center) {
   const auto stage = ctx.profile.stage(layer.name, linear_work(ctx, layer, x.rows));
-  const Product product(ctx, layer, x);
+  const Product product(ctx, layer, x, false, center);
   for_tasks(ctx, layer.parts, x.rows, [&](const PackedLinear::Part& part, const Task& task, int thread) {
-    product(part.matrix, task, {out + part.column, out_stride, layer.bias_of(part), store}, thread);
+    const float* bias = center.mean.empty() ? layer.bias_of(part) : center.output.data() + part.column;
+    product(part.matrix, task, {out + part.column, out_stride, bias, store}, thread, part.fine);
   });
+}
+
+Center center_of(Context& ctx, const PackedLinear& layer, const Rows& x) {
+  const bool quantized = std::all_of(layer.parts.begin(), layer.parts.end(),
+                                     [](const auto& part) { return is_quantized(part.matrix.type); });
+  if (ctx.precision != Precision::Fast || !quantized || !is_grouped(ctx, layer, x.rows)) return {};
+  const auto stage = ctx.profile.stage(layer.name);
+  const int64_t cols = layer.in_features;
+  Center center{Vector(cols), Vector(layer.out_features)};
+  ctx.pool.parallel_for(cols, kColumnsPerTask, [&](int64_t begin, int64_t end, int) {
+    float* mean = center.mean.data() + begin;
+    for (int64_t r = 0; r < x.rows; ++r)
+      ctx.kernels.add_row(mean, x.data + r * x.stride + begin, end - begin);
+    ctx.kernels.scale_row(mean, 1.0f / static_cast<float>(x.rows), end - begin);
+  });
+  // In 16 bits: what is lost here is lost of every row.
+  const Product product(ctx, layer, {center.mean.data(), 1, cols}, true);
+  for_tasks(ctx, layer.parts, 1, [&](const PackedLinear::Part& part, const Task& task, int thread) {
+    product(part.matrix, task,
+            {center.output.data() + part.column, layer.out_features, layer.bias_of(part), Store::Overwrite},
+            thread, true);
+  });
+  return center;
 }
 
 Rows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const Rows& x, float* out) {

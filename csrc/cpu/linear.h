@@ -16,6 +16,8 @@ struct PackedLinear {
     PanelMatrix matrix;
     int64_t column = 0;  ///< of its first output in a row of the result
     AlignedBuffer storage;
+    /// Whether activations have 16 bits, as two rows of 8: of one row, the weights are read once for both.
+    bool fine = false;
   };
   std::string_view name;  ///< of the stage in a profile
   std::vector<Part> parts;
@@ -24,9 +26,9 @@ struct PackedLinear {
   Vector bias;  ///< [out_features], or empty
   /// Whether many rows may go through KernelTable::matmul_groups: faster, and less exact.
   bool requantize = true;
-  /// Whether activations have 16 bits, as two rows of 8: of one row, the weights are read once for both.
-  bool fine = false;
 
+  bool has_fine_part() const;
+  void make_fine();
   int64_t weight_bytes() const;
   const float* bias_of(const Part& part) const { return bias.empty() ? nullptr : bias.data() + part.column; }
 };
@@ -45,9 +47,20 @@ struct Rows {
   const float* column_maxima = nullptr;  ///< every column's largest magnitude, where it is known already
 };
 
+/// A vector near a layer's input rows and what the layer makes of it: rows less the mean are smaller and lose
+/// less in 8 bits, and layer(x) = weight (x - mean) + layer(mean).
+struct Center {
+  Vector mean;    ///< [in_features]; empty: rows are taken as they are
+  Vector output;  ///< [out_features], bias included
+};
+
+/// Of the mean of the rows, which then serves any rows; empty where they do not go through
+/// KernelTable::matmul_groups.
+Center center_of(Context& ctx, const PackedLinear& layer, const Rows& x);
+
 /// out[m][n] (=, +=) x[m] . weight[n] + bias[n] for every row and output feature.
 void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, int64_t out_stride,
-            Store store);
+            Store store, const Center& center = {});
 
 /// out[m][n] = silu(x[m] . gate[n]) * (x[m] . up[n]), out [rows][features]; the layer's two parts are gate
 /// and up (SwiGLU, arXiv 2002.05202), each multiplied where it is still in cache. Returns `out`, as the next

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "quant/quantize.h"
 
@@ -53,6 +54,17 @@ PackedLinear pack_patch_embed(const VisionConfig& c, const VisionWeights& weight
 
 }  // namespace
 
+/// A layer over the chunks of a picture: the center of the first serves all.
+struct VisionEncoder::CenteredLinear {
+  const PackedLinear& layer;
+  std::optional<Center> center = {};
+
+  void operator()(Context& ctx, const Rows& x, float* out, int64_t out_stride, Store store) {
+    if (!center) center = center_of(ctx, layer, x);
+    linear(ctx, layer, x, out, out_stride, store, *center);
+  }
+};
+
 VisionEncoder::VisionEncoder(const VisionConfig& config, const VisionWeights& w, Context& ctx,
                              const Progress& progress)
     : config_(config), attention_(config.num_heads, config.head_dim) {
@@ -66,6 +78,9 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, const VisionWeights& w,
   ln_q_ = w.ln_q;
   mlp_0_ = pack_linear("image merger", {&w.mlp_0}, ctx);
   mlp_2_ = pack_linear("image merger", {&w.mlp_2}, ctx);
+  // A seventieth of the tower's work, and no later layer averages its errors away.
+  for (PackedLinear* merger : {&mlp_0_, &mlp_2_})
+    if (merger->parts[0].matrix.type == DType::Q8_0) merger->make_fine();
 }
 
 int64_t VisionEncoder::weight_bytes() const {
@@ -88,15 +103,15 @@ void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const Gr
   for (size_t i = 0; i < blocks_.size(); ++i) {
     progress(static_cast<int64_t>(i), config_.depth);
     const Block& block = blocks_[i];
+    CenteredLinear qkv_layer{block.qkv}, proj{block.proj}, fc1{block.fc1}, fc2{block.fc2};
     for_chunks(rows, [&](int64_t row, int64_t n) {
       layer_norm_rows(ctx, block.norm1, config_.layer_norm_eps, x + row * width, n, width, normed);
-      linear(ctx, block.qkv, {normed, n, width}, qkv + row * 3 * width, 3 * width, Store::Overwrite);
+      qkv_layer(ctx, {normed, n, width}, qkv + row * 3 * width, 3 * width, Store::Overwrite);
     });
     for (int64_t t = 0; t < grid.t; ++t) attention_(ctx, qkv + t * step_rows * 3 * width, step_rows, turned);
     for_chunks(rows, [&](int64_t row, int64_t n) {
-      linear(ctx, block.proj, {qkv + row * 3 * width, n, 3 * width}, x + row * width, width,
-             Store::Accumulate);
-      mlp(ctx, block, x + row * width, n);
+      proj(ctx, {qkv + row * 3 * width, n, 3 * width}, x + row * width, width, Store::Accumulate);
+      mlp(ctx, block.norm2, fc1, fc2, x + row * width, n);
     });
   }
   merge(ctx, x, rows, out);
@@ -127,14 +142,15 @@ Rotation VisionEncoder::rotation(const GridTHW& grid) const {
 }
 
 // Qwen2VLVisionBlock: x += fc2(quick_gelu(fc1(norm2(x))))
-void VisionEncoder::mlp(Context& ctx, const Block& block, float* x, int64_t rows) {
+void VisionEncoder::mlp(Context& ctx, const NormWeights& norm2, CenteredLinear& fc1, CenteredLinear& fc2,
+                        float* x, int64_t rows) {
   const int64_t width = config_.embed_dim, wide_size = config_.intermediate_size;
   float* normed = normed_.resize(rows * width);
   float* wide = wide_.resize(rows * wide_size);
-  layer_norm_rows(ctx, block.norm2, config_.layer_norm_eps, x, rows, width, normed);
-  linear(ctx, block.fc1, {normed, rows, width}, wide, wide_size, Store::Overwrite);
+  layer_norm_rows(ctx, norm2, config_.layer_norm_eps, x, rows, width, normed);
+  fc1(ctx, {normed, rows, width}, wide, wide_size, Store::Overwrite);
   quick_gelu_rows(ctx, wide, rows, wide_size);
-  linear(ctx, block.fc2, {wide, rows, wide_size}, x, width, Store::Accumulate);
+  fc2(ctx, {wide, rows, wide_size}, x, width, Store::Accumulate);
 }
 
 // PatchMerger: neighbouring patches are neighbouring rows, so concatenating them is a change of shape.

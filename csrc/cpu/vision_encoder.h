@@ -21,13 +21,15 @@ class VisionEncoder {
   int64_t weight_bytes() const;
 
  private:
+  struct CenteredLinear;
   struct Block {
     NormWeights norm1, norm2;
     PackedLinear qkv, proj, fc1, fc2;
   };
 
   Rotation rotation(const GridTHW& grid) const;  ///< of every patch of a time step
-  void mlp(Context& ctx, const Block& block, float* x, int64_t rows);
+  void mlp(Context& ctx, const NormWeights& norm2, CenteredLinear& fc1, CenteredLinear& fc2, float* x,
+           int64_t rows);
   void merge(Context& ctx, const float* x, int64_t rows, float* out);
 
   VisionConfig config_;

@@ -31,7 +31,7 @@ TEST_CASE("the cache keeps f16 of what is written, on every instruction set") {
         const auto* keys = reinterpret_cast<const uint16_t*>(cache.keys(1, 1, head));
         const auto* values = reinterpret_cast<const uint16_t*>(cache.values(1, 1, head));
         for (int64_t d = 0; d < head_dim; ++d) {
-          CHECK(keys[cache.key_panel_elements() + d * kPanelRows + 1] == f32_to_f16(k[head * head_dim + d]));
+          CHECK(keys[cache.key_panel_elements(1) + d * kPanelRows + 1] == f32_to_f16(k[head * head_dim + d]));
           CHECK(values[d / kPanelRows * cache.value_panel_elements() + slot * kPanelRows + d % kPanelRows] ==
                 f32_to_f16(v[head * head_dim + d]));
         }

@@ -50,7 +50,7 @@ double loss(const KernelTable& kernels, Precision precision, DType type, bool fi
   Context ctx(kernels, 3, precision);
   const LinearWeights weights = source.weights();
   PackedLinear layer = pack_linear("test", {&weights}, ctx);
-  layer.fine = fine;
+  if (fine) layer.make_fine();
   const Floats x = random_floats(rows, kCols, 4, outliers), w = source.matrix.dequantized();
   Floats out(rows * n);
   linear(ctx, layer, {x.data(), rows, kCols}, out.data(), n, Store::Overwrite);
@@ -90,13 +90,77 @@ TEST_CASE("a fine layer's rows do not depend on how many there are, and add to w
     CAPTURE(kernels->isa);
     Context ctx(*kernels, 2, Precision::Fast);
     PackedLinear layer = pack_linear("test", {&weights}, ctx);
-    layer.fine = true;
+    layer.make_fine();
     Floats all(rows * n), one(n, 0.5f);
     linear(ctx, layer, {x.data(), rows, kCols}, all.data(), n, Store::Overwrite);
     for (const int64_t m : {0, 7, 511, 529}) {
       std::fill(one.begin(), one.end(), 0.5f);
       linear(ctx, layer, {x.data() + m * kCols, 1, kCols}, one.data(), n, Store::Accumulate);
       for (int64_t j = 0; j < n; ++j) CHECK_EQ(one[j], 0.5f + all[m * n + j]);
+    }
+  }
+}
+
+TEST_CASE("a center changes nothing but what 8 bits lose") {
+  const int64_t n = 90, rows = 200;
+  const Source source(DType::Q8_0, n, kCols, 11, true);
+  const LinearWeights weights = source.weights();
+  Floats x = random_floats(rows, kCols, 12, true);
+  for (int64_t i = 0; i < rows * kCols; ++i) x[i] += 3.0f * std::cos(static_cast<float>(i % kCols));
+  const Floats w = source.matrix.dequantized();
+  std::vector<double> expected;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t j = 0; j < n; ++j) expected.push_back(source.value(w, x.data() + m * kCols, j));
+  for (const KernelTable* kernels : supported_kernels()) {
+    CAPTURE(kernels->isa);
+    Context ctx(*kernels, 3, Precision::Fast);
+    const PackedLinear layer = pack_linear("test", {&weights}, ctx);
+    // Of other rows than it is used for.
+    const Center center = center_of(ctx, layer, {x.data(), 60, kCols});
+    CHECK(center.mean.empty() == !kernels->has_grouped_matmul);
+    if (center.mean.empty()) continue;
+    for (int64_t c = 0; c < kCols; ++c) {
+      double mean = 0;
+      for (int64_t r = 0; r < 60; ++r) mean += x[r * kCols + c] / 60;
+      CHECK(center.mean[c] == doctest::Approx(mean).epsilon(1e-4));
+    }
+    Floats plain(rows * n), centered(rows * n);
+    linear(ctx, layer, {x.data(), rows, kCols}, plain.data(), n, Store::Overwrite);
+    linear(ctx, layer, {x.data(), rows, kCols}, centered.data(), n, Store::Overwrite, center);
+    CHECK(nmse(expected, centered) < 0.5 * nmse(expected, plain));
+
+    // Few rows are not grouped, and take none.
+    CHECK(center_of(ctx, layer, {x.data(), 5, kCols}).mean.empty());
+    Context exact(*kernels, 1, Precision::Exact);
+    CHECK(center_of(exact, layer, {x.data(), rows, kCols}).mean.empty());
+  }
+}
+
+TEST_CASE("fine parts beside others: each as a layer of its own") {
+  const int64_t n = 50, m = 34;
+  const Source coarse(DType::Q8_0, n, kCols, 13, true), fine(DType::Q8_0, m, kCols, 14, true);
+  const LinearWeights coarse_weights = coarse.weights(), fine_weights = fine.weights();
+  for (const KernelTable* kernels : supported_kernels()) {
+    CAPTURE(kernels->isa);
+    Context ctx(*kernels, 2, Precision::Fast);
+    PackedLinear both = pack_linear("test", {&coarse_weights, &fine_weights}, ctx);
+    both.parts[1].fine = true;
+    both.requantize = false;
+    PackedLinear first = pack_linear("test", {&coarse_weights}, ctx);
+    first.requantize = false;
+    PackedLinear second = pack_linear("test", {&fine_weights}, ctx);
+    second.make_fine();
+    for (const int64_t rows : {1, 5, 70, 530}) {
+      CAPTURE(rows);
+      const Floats x = random_floats(rows, kCols, 15, true);
+      Floats out(rows * (n + m)), a(rows * n), b(rows * m);
+      linear(ctx, both, {x.data(), rows, kCols}, out.data(), n + m, Store::Overwrite);
+      linear(ctx, first, {x.data(), rows, kCols}, a.data(), n, Store::Overwrite);
+      linear(ctx, second, {x.data(), rows, kCols}, b.data(), m, Store::Overwrite);
+      for (int64_t r = 0; r < rows; ++r) {
+        CHECK(std::equal(a.begin() + r * n, a.begin() + (r + 1) * n, out.begin() + r * (n + m)));
+        CHECK(std::equal(b.begin() + r * m, b.begin() + (r + 1) * m, out.begin() + r * (n + m) + n));
+      }
     }
   }
 }
