@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q import _native
-from qwen2vl_q.chat_template import DEFAULT_TEMPLATE, TEMPLATE, ChatTemplate
+from qwen2vl_q.chat_template import DEFAULT_TEMPLATE, ChatTemplate
 from qwen2vl_q.config import Qwen2VLConfig
 from qwen2vl_q.devices import plugin_for, require_name
 from qwen2vl_q.errors import FormatError, UnsupportedError
@@ -23,7 +23,7 @@ from qwen2vl_q.messages import normalize, read_source
 from qwen2vl_q.sampling import Sampling
 from qwen2vl_q.stats import GenerationStats
 from qwen2vl_q.text_stream import TextStream
-from qwen2vl_q.tokenizer import GROUNDING_TOKENS, Tokenizer
+from qwen2vl_q.tokenizer import Tokenizer
 
 TRAINED_CONTEXT = 32768
 
@@ -100,7 +100,7 @@ class Qwen2VL:
             raise FormatError(
                 f"{path}: tokenizer.chat_template: expected a string, found {type(template).__name__}"
             )
-        compiled = ChatTemplate(template, f"{path}: tokenizer.chat_template")
+        compiled = ChatTemplate(template, f"{path}: tokenizer.chat_template", tokenizer.special_tokens)
         sampling = Sampling.from_metadata(metadata, path)
         processor = ImageProcessor.from_metadata(vision_metadata, vision_path).bounded(min_pixels, max_pixels)
         native = _native.Model(
@@ -268,11 +268,7 @@ class Qwen2VL:
         pieces = self.template.render(
             [message.for_template() for message in conversation], add_vision_id=add_vision_id
         )
-        special = self.tokenizer.special_tokens
-        # The model itself writes the markers of found objects, so in its own messages they are tokens again.
-        markers = GROUNDING_TOKENS & special.keys()
-        allowed = {TEMPLATE: special.keys(), "assistant": markers}
-        ids = self.tokenizer.encode_pieces((text, allowed.get(author, ())) for text, author in pieces)
+        ids = self.tokenizer.encode_pieces(pieces)
         pad = self.config.image_token_id
         places = sum(token == pad for token in ids)
         if places != len(images):

@@ -25,6 +25,7 @@ GROUNDING_TOKENS = frozenset(
     f"<|{kind}_{edge}|>" for kind in ("object_ref", "box", "quad") for edge in ("start", "end")
 )
 EOS_TOKENS = ("<|im_end|>", "<|endoftext|>")
+MAX_SPECIAL_TOKENS = 2048  # the released files have 14, fine-tunes for boxes a thousand
 
 # tokenizer.ggml.token_type
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -60,6 +61,12 @@ class Tokenizer:
             for i, (text, kind) in enumerate(zip(tokens, token_types, strict=True))
             if text and kind in (_CONTROL, _USER_DEFINED) and not _PADDING.fullmatch(text)
         }
+        if len(self.special_tokens) > MAX_SPECIAL_TOKENS:
+            raise FormatError(
+                f"{name}.token_type: expected at most {MAX_SPECIAL_TOKENS} special tokens, "
+                f"found {len(self.special_tokens)}"
+            )
+        self._specials = re.compile(f"({any_of(self.special_tokens)})")
         self._special_texts = {i: text for text, i in self.special_tokens.items()}
         vocab: dict[str, int] = {}
         for i, (text, kind) in enumerate(zip(tokens, token_types, strict=True)):
@@ -114,21 +121,22 @@ class Tokenizer:
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Token ids of `text`. What spells a special token becomes that token only with `parse_special`."""
-        return self.encode_pieces([(text, self.special_tokens if parse_special else ())])
+        if not parse_special:
+            return self._encode_plain(text)
+        return self.encode_pieces((piece, i % 2 == 1) for i, piece in enumerate(self._specials.split(text)))
 
-    def encode_pieces(self, pieces: Iterable[tuple[str, Collection[str]]]) -> list[int]:
-        """Token ids of the joined texts. A special token is recognized where it lies within one piece that
-        allows it by name; everything between is tokenized as one text, across the pieces' borders."""
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of pieces (text, is_special): special tokens by name, and the texts between them.
+        Texts side by side are tokenized as one."""
         ids: list[int] = []
         run: list[str] = []
-        for text, allowed in pieces:
-            end = 0
-            for match in _pattern(allowed).finditer(text) if allowed else ():
-                run.append(text[end : match.start()])
+        for text, is_special in pieces:
+            if is_special:
                 ids += self._encode_plain("".join(run))
-                ids.append(self.special_tokens[match.group()])
-                run, end = [], match.end()
-            run.append(text[end:])
+                ids.append(self.special_tokens[text])
+                run = []
+            else:
+                run.append(text)
         return ids + self._encode_plain("".join(run))
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
@@ -152,15 +160,21 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         if not text:
             return []
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text with half a surrogate pair at character {error.start}") from None
+        require_characters(text)
         return self._bpe.encode(text, add_special_tokens=False).ids
 
 
-def _pattern(texts: Collection[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+def any_of(texts: Collection[str]) -> str:
+    """A pattern of the longest of them that fits; of nothing where there are none."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"
+
+
+def require_characters(text: str) -> None:
+    """ValueError for what no UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text with half a surrogate pair at character {error.start}") from None
 
 
 def _checked_merges(merges: Sequence[str], vocab: Mapping[str, int], name: str) -> list[tuple[str, str]]:
