@@ -28,6 +28,8 @@ MAX_INDENT = 16
 
 _STEP = 8  # of work: a node of the template, an item of a list; a character is 1
 _LISTS: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: Any = (dict, *_LISTS)
+_SIZED: Any = (range, *_CONTAINERS)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -84,7 +86,7 @@ class Meter:
         self.spend(_STEP)
         if isinstance(value, str):
             self.require(len(value))
-        elif isinstance(value, (dict, *_LISTS)):
+        elif isinstance(value, _CONTAINERS):
             if depth == MAX_DEPTH:
                 raise SecurityError(f"more than {MAX_DEPTH} lists in one another")
             for item in value:
@@ -102,8 +104,10 @@ class Meter:
         """Pays for a value's own items; returns it."""
         if isinstance(value, str):
             self.spend(_STEP + len(value))
+        elif isinstance(value, _SIZED):
+            self.spend(_STEP + _STEP * len(value))
         else:
-            self.spend(_STEP + (_STEP * len(value) if isinstance(value, (dict, range, *_LISTS)) else 0))
+            self.spend(_STEP)
         return value
 
     def search(self, text: str, arguments: Iterable[Any]) -> None:
