@@ -226,7 +226,7 @@ def test_too_many_tokens_are_refused_before_resizing(monkeypatch: pytest.MonkeyP
     processor = ImageProcessor(min_pixels=20 * 784)
     assert processor.process(picture(100, 60), max_tokens=24).grid_thw == (1, 8, 12)
     monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("resized"))
-    match = r"an image of 100 x 60 takes 24 tokens \(at 168 x 112\), but the context has room for 23"
+    match = r"an image of 100 x 60 takes 24 tokens \(168 x 112 pixels\), but the context has room for 23"
     with pytest.raises(ValueError, match=match):
         processor.process(picture(100, 60), max_tokens=23)
 

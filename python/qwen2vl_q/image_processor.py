@@ -27,8 +27,8 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
 MAX_PATCHES = 2**24  # of 14 x 14 pixels: what max_pixels may allow
 
-# What is decoded, and what a picture may be enlarged to (min_pixels): 2**27 pixels are 0.4 GB as RGB, and pass
-# every camera short of 200 megapixels.
+# What is decoded, and what a picture may be enlarged to (min_pixels): 2**27 pixels are 0.4 GB as RGB, and
+# pass every camera short of 200 megapixels.
 MAX_DECODED_PIXELS = 2**27
 MAX_STREAM_BYTES = 2**29  # of a stream that cannot seek, which is read whole
 # Formats with maintained decoders; the rest of Pillow's list is attack surface for files from the net.
@@ -172,7 +172,7 @@ class ImageProcessor:
             raise FormatError(f"{path}: clip.vision.image_{error}") from None
 
     def bounded(self, min_pixels: int | None, max_pixels: int | None) -> ImageProcessor:
-        """This one with other bounds, where they are not None. ValueError for bounds out of order or range."""
+        """This one with other bounds, where they are not None. ValueError for those out of range or order."""
         given: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         return replace(self, **{name: bound for name, bound in given.items() if bound is not None})
 
@@ -189,8 +189,9 @@ class ImageProcessor:
         tokens = height * width // factor**2
         if max_tokens is not None and tokens > max_tokens:
             raise ValueError(
-                f"an image of {picture.width} x {picture.height} takes {tokens} tokens (at {width} x {height}), "
-                f"but the context has room for {max_tokens}; a lower max_pixels makes it smaller"
+                f"an image of {picture.width} x {picture.height} takes {tokens} tokens "
+                f"({width} x {height} pixels), but the context has room for {max_tokens}; "
+                "a lower max_pixels makes it smaller"
             )
         pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
         digest = hashlib.blake2b(f"{height}x{width}:".encode(), digest_size=16)
