@@ -219,7 +219,7 @@ def test_bounds_decide_the_size() -> None:
         ((1.5, 100), "min_pixels: expected an integer"),
     ):
         with pytest.raises(ValueError, match=match):
-            preprocess(array, *bounds)  # type: ignore[arg-type]
+            preprocess(array, *bounds)
 
 
 def test_too_many_tokens_are_refused_before_resizing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,8 +152,8 @@ def test_a_path_is_short() -> None:
 def test_bounds() -> None:
     part = image_of({"type": "image", "image": "a.png", "min_pixels": 784, "max_pixels": 7840})
     assert (part.min_pixels, part.max_pixels) == (784, 7840)
-    for bad in (0, "many", 1.5, True):
-        with pytest.raises(ValueError, match="message 0, part 0: expected max_pixels as a positive integer"):
+    for bad in (0, "many", 1.5, True, 10**13):
+        with pytest.raises(ValueError, match="message 0, part 0: max_pixels: expected an integer of 1 to"):
             image_of({"type": "image", "image": "a.png", "max_pixels": bad})
 
 
@@ -198,7 +198,7 @@ def test_what_is_no_message(messages: Any, match: str) -> None:
         normalize(messages)
 
 
-PART: dict[str, Any] = {"type": "image", "image": "a.png"}
+PART: dict[Any, Any] = {"type": "image", "image": "a.png"}
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_unknown_keys_are_refused(message: dict[Any, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
         normalize([{"role": "user", **message}])
     assert len(str(caught.value)) < 300
-    nothing = {key: None for key in message if key != "content"}
-    assert normalize([{"role": "user", "content": "a", **nothing}])[0].content == "a"
+    nothing: dict[Any, Any] = {key: None for key in message if key != "content"}
+    assert normalize([{**nothing, "role": "user", "content": "a"}])[0].content == "a"
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,20 @@ def test_half_a_surrogate_pair_is_refused() -> None:
         OURS.encode("a\ud800")
 
 
+def test_white_space_without_end() -> None:
+    """The pattern's engine gives up at 10 million, by a panic that is no Exception."""
+    with pytest.raises(ValueError, match="11000000 characters of white space in a row, more than 4194304"):
+        OURS.encode("a" + " \t" * 5_500_000 + "b")
+
+
+def test_room() -> None:
+    longest = max(map(len, small_parts()[0]))
+    OURS.require_room(["a" * longest * 2, "b" * longest * 3], 5)
+    OURS.require_room(["e\u0301" * longest * 5], 5)  # composed, it fits
+    with pytest.raises(ValueError, match=f"a text of {5 * longest + 1} characters is more than the 5 tokens"):
+        OURS.require_room(["a" * longest * 2, "b" * longest * 3, "c"], 5)
+
+
 @given(st.text(st.sampled_from("aé你😀 e\u0301"), max_size=12), st.integers(0, 3))
 def test_stream_gives_what_decode_gives(text: str, dropped: int) -> None:
     ids = OURS.encode(text)
@@ -201,12 +215,15 @@ def test_from_metadata() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": "llama"}, UnsupportedError, r"tokenizer\.ggml\.model: expected 'gpt2', found 'llama'"),
-        ({"pre": None}, UnsupportedError, r"tokenizer\.ggml\.pre: expected 'qwen2', found None"),
+        ({"model": "llama"}, UnsupportedError, r"tokenizer\.ggml\.model: expected gpt2, found llama"),
+        ({"pre": None}, UnsupportedError, r"tokenizer\.ggml\.pre: expected qwen2, found None"),
         ({"tokens": None}, FormatError, r"tokenizer\.ggml\.tokens: expected an array of str"),
         ({"merges": [1, 2]}, FormatError, r"tokenizer\.ggml\.merges: expected an array of str"),
-        ({"merges": ["a zzzz"]}, FormatError, r"merge 0 \('a zzzz'\) does not join two tokens"),
+        ({"merges": ["a zzzz"]}, FormatError, r"merge 0 \(a zzzz\) does not join two tokens"),
         ({"merges": ["a"]}, FormatError, "merge 0"),
+        ({"merges": ["\x1b[2J" * 10**6]}, FormatError, r"merge 0 \(\\x1b"),
+        ({"model": "\x1b[2J" * 10**6}, UnsupportedError, r"found \\x1b"),
+        ({"tokens": ["\x1b" * 10**6] * 2, "token_type": [1, 1]}, FormatError, "token 1"),
         (
             {
                 "tokens": [f"<{i}>" for i in range(MAX_SPECIAL_TOKENS + 1)],
@@ -219,7 +236,7 @@ def test_from_metadata() -> None:
         (
             {"tokens": ["a", "a"], "token_type": [1, 1]},
             FormatError,
-            "token 1 .'a'. is empty or already token 0",
+            "token 1 .a. is empty or already token 0",
         ),
         (
             {"tokens": ["a"], "token_type": [1], "merges": []},
@@ -232,6 +249,7 @@ def test_bad_metadata(changes: dict[str, object], error: type[Exception], messag
     with pytest.raises(error, match=message) as caught:
         Tokenizer.from_metadata(metadata(**changes), "m.gguf")
     assert str(caught.value).startswith("m.gguf: tokenizer.ggml")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
 
 
 # --- the whole vocabulary ---

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from qwen2vl_q.arguments import integer
 from qwen2vl_q.errors import FormatError, UnsupportedError
 from qwen2vl_q.printable import printable
 
@@ -25,7 +26,7 @@ MAX_PIXELS = 16384 * 28 * 28
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
-MAX_PATCHES = 2**24  # of 14 x 14 pixels: what max_pixels may allow
+MAX_BOUND = 2**24 * 14 * 14  # of what max_pixels may say: as many patches
 
 # What is decoded, and what a picture may be enlarged to (min_pixels): 2**27 pixels are 0.4 GB as RGB, and
 # pass every camera short of 200 megapixels.
@@ -109,7 +110,7 @@ def load_image(image: EncodedImage | Image.Image | NDArray[np.uint8]) -> Image.I
         return _decode(io.BytesIO(image), f"the image ({memoryview(image).nbytes} bytes)")
     if isinstance(image, (str, PathLike)):
         with Path(image).open("rb") as file:
-            return _decode(io.BufferedReader(file), printable(fspath(image)))
+            return _decode(io.BufferedReader(file), printable(fspath(image), 1000))
     return _decode(_seekable(image), printable(getattr(image, "name", "the image")))
 
 
@@ -128,11 +129,9 @@ class ImageProcessor:
     def __post_init__(self) -> None:
         for name, most in (
             ("min_pixels", MAX_DECODED_PIXELS),
-            ("max_pixels", MAX_PATCHES * 14 * 14),
+            ("max_pixels", MAX_BOUND),
         ):
-            pixels = getattr(self, name)
-            if not isinstance(pixels, int) or isinstance(pixels, bool) or not 1 <= pixels <= most:
-                raise ValueError(f"{name}: expected an integer of 1 to {most}, found {printable(pixels)}")
+            integer(name, getattr(self, name), 1, most)
         if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"expected min_pixels <= max_pixels, found {self.min_pixels} and {self.max_pixels}"

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2vl_q.image_processor import ImageInput, require_image
+from qwen2vl_q.arguments import integer
+from qwen2vl_q.image_processor import MAX_BOUND, ImageInput, require_image
 from qwen2vl_q.printable import printable
 
 ROLES = ("system", "user", "assistant")
@@ -65,6 +66,12 @@ class Message:
     @property
     def images(self) -> list[ImagePart]:
         return [part for part in self.content if isinstance(part, ImagePart)]
+
+    @property
+    def texts(self) -> list[str]:
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text for part in self.content if isinstance(part, TextPart)]
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it, without the pictures themselves."""
@@ -192,12 +199,10 @@ def _require_known(found: Mapping[str, Any], known: Sequence[str], where: str) -
 
 
 def _image_part(image: ImageInput, part: Mapping[str, Any], where: str) -> ImagePart:
-    limits = []
-    for key in ("min_pixels", "max_pixels"):
-        limit = part.get(key)
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise ValueError(f"{where}: expected {key} as a positive integer, found {printable(limit)}")
-        limits.append(limit)
+    limits = [
+        None if part.get(key) is None else integer(f"{where}: {key}", part[key], 1, MAX_BOUND)
+        for key in ("min_pixels", "max_pixels")
+    ]
     return ImagePart(image, limits[0], limits[1])
 
 

@@ -7,6 +7,7 @@ it spells. They arise only where a caller names them as allowed.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.printable import printable
 
 # transformers, models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX
 PRETOKENIZE_REGEX = (
@@ -25,6 +27,7 @@ GROUNDING_TOKENS = frozenset(
     f"<|{kind}_{edge}|>" for kind in ("object_ref", "box", "quad") for edge in ("start", "end")
 )
 EOS_TOKENS = ("<|im_end|>", "<|endoftext|>")
+MAX_WHITE_SPACE = 2**22  # in a row: at 10 million the pattern above meets its engine's limit, and that panics
 MAX_SPECIAL_TOKENS = 2048  # the released files have 14, fine-tunes for boxes a thousand
 
 # tokenizer.ggml.token_type
@@ -73,9 +76,10 @@ class Tokenizer:
             if kind == _NORMAL:
                 if not text or text in vocab:
                     raise FormatError(
-                        f"{name}: token {i} ({text!r}) is empty or already token {vocab.get(text)}"
+                        f"{name}: token {i} ({printable(text)}) is empty or already token {vocab.get(text)}"
                     )
                 vocab[text] = i
+        self._longest = max(map(len, tokens), default=0)  # a character of the BPE's is a byte
         missing = [symbol for symbol in _BYTE_OF if symbol not in vocab]
         if missing:
             raise FormatError(
@@ -103,7 +107,9 @@ class Tokenizer:
         """From the `tokenizer.ggml.*` keys; errors name the file `path` and the key."""
         for key, expected in (("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "qwen2")):
             if metadata.get(key) != expected:
-                raise UnsupportedError(f"{path}: {key}: expected {expected!r}, found {metadata.get(key)!r}")
+                raise UnsupportedError(
+                    f"{path}: {key}: expected {expected}, found {printable(metadata.get(key))}"
+                )
         parts: list[list[Any]] = []
         for key, kind in (("tokens", str), ("token_type", int), ("merges", str)):
             value = metadata.get(f"tokenizer.ggml.{key}")
@@ -139,6 +145,18 @@ class Tokenizer:
                 run.append(text)
         return ids + self._encode_plain("".join(run))
 
+    def require_room(self, texts: Iterable[str], n_tokens: int) -> None:
+        """ValueError, before anything is tokenized, for texts that cannot be so few tokens."""
+        most = n_tokens * self._longest
+        whole = list(texts)
+        if sum(map(len, whole)) <= most:
+            return
+        length = sum(len(unicodedata.normalize("NFC", text)) for text in whole)  # as they are tokenized
+        if length > most:
+            raise ValueError(
+                f"a text of {length} characters is more than the {n_tokens} tokens of context hold"
+            )
+
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of token ids; what is not UTF-8 becomes U+FFFD. ValueError for an id out of range."""
         return b"".join(self.token_bytes(i, skip_special) for i in ids).decode("utf-8", errors="replace")
@@ -161,6 +179,12 @@ class Tokenizer:
         if not text:
             return []
         require_characters(text)
+        if len(text) > MAX_WHITE_SPACE:
+            longest = max((len(match.group()) for match in re.finditer(r"\s+", text)), default=0)
+            if longest > MAX_WHITE_SPACE:
+                raise ValueError(
+                    f"text with {longest} characters of white space in a row, more than {MAX_WHITE_SPACE}"
+                )
         return self._bpe.encode(text, add_special_tokens=False).ids
 
 
@@ -183,6 +207,8 @@ def _checked_merges(merges: Sequence[str], vocab: Mapping[str, int], name: str) 
     for i, merge in enumerate(merges):
         left, space, right = merge.partition(" ")
         if not space or left not in vocab or right not in vocab or left + right not in vocab:
-            raise FormatError(f"{name}.merges: merge {i} ({merge!r}) does not join two tokens to a third")
+            raise FormatError(
+                f"{name}.merges: merge {i} ({printable(merge)}) does not join two tokens to a third"
+            )
         pairs.append((left, right))
     return pairs
