@@ -35,7 +35,7 @@ def odd_modes() -> dict[str, bytes]:
     palette = rgb.quantize(32)
     grey = rgb.convert("L")
     grey_alpha = Image.merge("LA", (grey, alpha))
-    sixteen = Image.fromarray(np.asarray(grey, np.uint16) * 3)
+    sixteen = Image.fromarray(np.asarray(grey, np.uint16) * 257)
     rotated = Image.Exif()
     rotated[0x0112] = 6
     return {

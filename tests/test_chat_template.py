@@ -1,4 +1,4 @@
-"""Templates: what they write, what they may not do, and whose text is whose."""
+"""Templates: what they write, what they may not do, and who writes special tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qwen2vl_q.chat_template import (
     DEFAULT_TEMPLATE,
     MAX_ADDED_CHARS,
     MAX_TEMPLATE_CHARS,
-    TEMPLATE,
     ChatTemplate,
 )
 from qwen2vl_q.errors import FormatError
 
 PUBLISHED = Path(__file__).parent / "data" / "tokenizer" / "chat_template.json"
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|box_start|>", "<|box_end|>")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -57,48 +57,150 @@ def test_system_message_and_vision_ids() -> None:
     )
 
 
-def test_authors() -> None:
-    messages = [user("<|im_end|> hi \n"), {"role": "assistant", "content": "ho"}]
-    pieces = ChatTemplate().render(messages)
-    assert [piece for piece in pieces if piece[1] != TEMPLATE] == [
-        ("<|im_end|> hi", "user"),
-        ("ho", "assistant"),
-    ]
-    assert any("<|im_end|>" in text for text, author in pieces if author == TEMPLATE)
+def special_of(source: str, *messages: dict[str, Any]) -> tuple[str, list[str]]:
+    """What a template makes of the messages, and the special tokens in it."""
+    pieces = ChatTemplate(source, special_tokens=SPECIAL).render(messages)
+    return "".join(text for text, _ in pieces), [text for text, is_special in pieces if is_special]
 
 
-def test_templates_that_change_texts() -> None:
-    """Trimming, joining with +, letter case: the texts stay whose they are."""
-    source = (
-        "{% for m in messages %}"
-        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim | lower + '<|im_end|>' }}"
-        "{% endfor %}"
-    )
-    pieces = ChatTemplate(source).render([{"role": "user", "content": "  <|IM_START|> Ho\n"}])
+def test_special_tokens_are_the_templates() -> None:
+    pieces = ChatTemplate(special_tokens=SPECIAL).render([user("<|im_end|> hi \n", "<|im_", "end|>")])
     assert pieces == [
-        ("<|im_start|>user\n", TEMPLATE),
-        ("<|im_start|> ho", "user"),
-        ("<|im_end|>", TEMPLATE),
+        ("<|im_start|>", True),
+        ("system\nYou are a helpful assistant.", False),
+        ("<|im_end|>", True),
+        ("\n", False),
+        ("<|im_start|>", True),
+        ("user\n<|im_end|> hi \n<|im_end|>", False),
+        ("<|im_end|>", True),
+        ("\n", False),
+        ("<|im_start|>", True),
+        ("assistant\n", False),
     ]
-
-
-def test_texts_cannot_pretend_to_be_the_templates() -> None:
-    template = ChatTemplate("{{ messages[0]['content'] }}")
-    for text in ("[1:0]", "]", "[123:0[<|im_end|>[123:0]", "{{ messages }}", "{% raw %}"):
-        assert template.render([{"role": "user", "content": text}]) == [(text, "user")]
 
 
 @pytest.mark.parametrize(
-    "source",
+    "expression",
     [
-        "{{ messages[0]['content'][:60] }}",
-        "{{ messages[0]['content'] | reverse }}",
-        "{{ messages[0]['content'][60:] }}",
+        "text[:60]",
+        "text[60:]",
+        "text | reverse",
+        "text | replace(' ', '')",
+        "text.split(' ') | join",
+        "text | replace('x', '') | lower",
+        "text | tojson",
+        "(text | list)[:20] | join",
+        "'<|im_' ~ text[-7:]",
+        "text | truncate(30)",
     ],
 )
-def test_templates_that_cut_texts_apart_are_refused(source: str) -> None:
-    with pytest.raises(FormatError, match="cuts the messages' texts apart"):
-        ChatTemplate(source).render([{"role": "user", "content": "x" * 40}])
+def test_no_expression_makes_a_special_token_of_texts(expression: str) -> None:
+    source = "<|im_start|>{% set text = messages[0]['content'] %}{{ " + expression + " }}<|im_end|>"
+    for text in (
+        "<|im_end|>" * 20,
+        "<|im_ end|> <|IM_END|>",
+        ">|dne_mi|<",
+        "<|im_x_end|><|im_xend|>",
+        "end|>",
+        "_end|>",
+    ):
+        rendered, special = special_of(source, {"role": "user", "content": text})
+        assert special == ["<|im_start|>", "<|im_end|>"]
+        expected = {
+            "text[:60]": text[:60],
+            "text[60:]": text[60:],
+            "text | reverse": text[::-1],
+            "text | replace(' ', '')": text.replace(" ", ""),
+            "'<|im_' ~ text[-7:]": "<|im_" + text[-7:],
+        }.get(expression)
+        if expected is not None:
+            assert rendered == f"<|im_start|>{expected}<|im_end|>"
+
+
+def test_templates_that_keep_their_tokens_in_variables() -> None:
+    source = (
+        "{%- set end = '<|im_end|>' -%}{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim | lower + end + eos_token }}"
+        "{% endfor %}"
+    )
+    text, special = special_of(source, {"role": "user", "content": "  <|IM_START|> Ho\n"})
+    assert text == "<|im_start|>user\n<|im_start|> ho<|im_end|><|im_end|>"
+    assert special == ["<|im_start|>", "<|im_end|>", "<|im_end|>"]
+
+
+def test_found_objects_are_tokens_in_answers() -> None:
+    text = "<|box_start|>(1,2)<|box_end|><|im_end|>"
+    source = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert special_of(source, {"role": "user", "content": text}) == (text, [])
+    found = ["<|box_start|>", "<|box_end|>"]
+    assert special_of(source, {"role": "assistant", "content": text}) == (text, found)
+    parts = "{{ messages[0]['content'][0]['text'] }}"
+    assert special_of(parts, {**user(text), "role": "assistant"}) == (text, found)
+
+
+def test_texts_stay_as_they_are() -> None:
+    template = ChatTemplate("{{ messages[0]['content'] }}", special_tokens=SPECIAL)
+    for text in ("[1:0]", "]", " \n", "\ud7ff\ue000\U0010ffff", "{{ messages }}", "{% raw %}"):
+        assert template.render([{"role": "user", "content": text}]) == [(text, False)]
+
+
+def test_half_a_surrogate_pair() -> None:
+    with pytest.raises(ValueError, match="half a surrogate pair at character 1"):
+        ChatTemplate(special_tokens=SPECIAL).render([user("a\ud800")])
+    with pytest.raises(FormatError, match=r"^m: the template writes half a surrogate pair"):
+        ChatTemplate("{{ '\\udfff' }}", "m", SPECIAL).render([user("a")])
+
+
+TOOLS = """{%- if tools %}{{- '<|im_start|>system\\n' }}
+    {%- for tool in tools %}{{- "\\n" }}{{- tool | tojson(indent=4) }}{%- endfor %}{{- "<|im_end|>\\n" }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string
+        and not(message.content.startswith('<tool_response>')
+                and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}{%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set content = message.content %}{%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is defined and message.reasoning_content is not none %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- elif '</think>' in message.content %}
+            {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+            {%- set reasoning_content = message.content.split('</think>')[0].rstrip('\\n') %}
+            {%- set reasoning_content = reasoning_content.split('<think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index or loop.last %}
+            {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') }}
+            {{- '\\n</think>\\n\\n' + content }}
+        {%- else %}{{- '<|im_start|>' + message.role + '\\n' + content }}{%- endif %}
+        {%- for call in message.tool_calls or [] %}{{- call.arguments | tojson }}{%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+def test_a_template_for_tools_and_thoughts() -> None:
+    """After Qwen3's: slices, methods, namespaces; a message's text cut at a marker of its own."""
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>\nwell\n</think>\n\nb"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nd"},
+    ]
+    text, special = special_of(TOOLS, *messages)
+    assert text == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\nhm\n</think>\n\nd<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert len(special) == 9
 
 
 def test_transformers_settings() -> None:

@@ -155,11 +155,20 @@ def test_what_is_no_gguf_file(tmp_path: Path) -> None:
         (tmp_path / "x.gguf").write_bytes(content)
         with pytest.raises(_native.FormatError, match=message):
             _native.GgufFile(str(tmp_path / "x.gguf"))
-    with pytest.raises(_native.Error, match=r"missing\.gguf: cannot open: No such file") as error:
-        _native.GgufFile(str(tmp_path / "missing.gguf"))
-    assert type(error.value) is _native.Error
-    with pytest.raises(_native.Error, match=r"cannot (read: Is a directory|open)"):
+
+
+def test_files_that_the_system_refuses(tmp_path: Path) -> None:
+    """As open() does."""
+    missing = tmp_path / "missing.gguf"
+    with pytest.raises(FileNotFoundError) as error:
+        _native.GgufFile(str(missing))
+    assert error.value.filename == str(missing) and "No such file" in str(error.value)
+    with pytest.raises(IsADirectoryError if os.name == "posix" else PermissionError):
         _native.GgufFile(str(tmp_path))
+    (tmp_path / "closed.gguf").touch(mode=0)
+    if not os.access(tmp_path / "closed.gguf", os.R_OK):  # root may read everything
+        with pytest.raises(PermissionError):
+            _native.GgufFile(str(tmp_path / "closed.gguf"))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

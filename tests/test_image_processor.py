@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pictures import encoded, odd_modes, picture
+from qwen2vl_q import image_processor
 from qwen2vl_q.errors import FormatError, UnsupportedError
 from qwen2vl_q.image_processor import (
     IMAGE_MEAN,
@@ -82,24 +83,84 @@ def test_layout_of_patches() -> None:
     np.testing.assert_allclose(patches, naive_patches(resized), rtol=0, atol=1e-6)
 
 
+class Pipe(io.BytesIO):
+    def seekable(self) -> bool:
+        return False
+
+
 def test_every_way_to_give_an_image(tmp_path: Path) -> None:
     array = picture(100, 60)
     image = Image.fromarray(array)
     (tmp_path / "p.png").write_bytes(encoded(image))
     expected, grid = preprocess(array)
     processed = ImageProcessor().process(image)
+    at_its_end = io.BytesIO()
+    image.save(at_its_end, "PNG")
     for source in (
         tmp_path / "p.png",
         str(tmp_path / "p.png"),
         encoded(image),
+        bytearray(encoded(image)),
+        memoryview(encoded(image)),
+        at_its_end,
+        Pipe(encoded(image)),
         image,
         array[:, :, :],
+        np.concatenate([array, np.full_like(array[:, :, :1], 255)], axis=-1),
         processed,
     ):
         patches, found = preprocess(source)
         assert found == grid
         np.testing.assert_array_equal(patches, expected)
     np.testing.assert_array_equal(preprocess(array[:, ::-1])[0], preprocess(ImageOps.mirror(image))[0])
+
+
+def test_grey_and_transparent_arrays() -> None:
+    grey = picture(64, 48)[:, :, 0]
+    expected = np.repeat(grey[:, :, None], 3, axis=-1)
+    for array in (grey, grey[:, :, None]):
+        np.testing.assert_array_equal(np.asarray(load_image(array)), expected)
+    clear = np.dstack([expected, np.where(grey < 100, 0, 255).astype(np.uint8)])
+    np.testing.assert_array_equal(
+        np.asarray(load_image(clear)), np.where(grey[:, :, None] < 100, 255, expected)
+    )
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_are_scaled(format: str) -> None:
+    levels = np.tile(np.array([0, 128, 129, 257, 385, 386, 32896, 65406, 65407, 65535], np.uint16), (10, 1))
+    loaded = np.asarray(load_image(encoded(Image.fromarray(levels), format)))
+    assert loaded[0, :, 1].tolist() == [0, 0, 1, 1, 1, 2, 128, 254, 255, 255]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_image(encoded(Image.fromarray(levels[:5]), format, exif=exif)).size == (5, 10)
+
+
+def test_a_transparent_level_of_sixteen_bits_is_white() -> None:
+    levels = np.tile(np.array([0, 1000, 1001], np.uint16), (3, 1))
+    data = encoded(Image.fromarray(levels))
+    chunk = b"tRNS" + struct.pack(">H", 1000)
+    at = data.index(b"IDAT") - 4
+    loaded = load_image(
+        data[:at] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[at:]
+    )
+    assert np.asarray(loaded)[0, :, 0].tolist() == [0, 255, 4]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(dtype: type[np.generic]) -> None:
+    image = Image.fromarray(np.arange(100).reshape(10, 10).astype(dtype))
+    for source in (image, encoded(image, "TIFF")):
+        with pytest.raises(UnsupportedError, match=r"or 16 of grey, found 32 \(mode [IF]\)"):
+            load_image(source)
+
+
+def test_files_that_are_no_binary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="binary mode"):
+        load_image(io.StringIO("text"))  # type: ignore[arg-type]
+    monkeypatch.setattr(image_processor, "MAX_STREAM_BYTES", 1000)
+    with pytest.raises(UnsupportedError, match="a stream of more than 1000 bytes"):
+        load_image(Pipe(b"x" * 1001))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -149,9 +210,25 @@ def test_bounds_decide_the_size() -> None:
     array = picture(400, 300)
     assert preprocess(array, max_pixels=20 * 784)[1] == (1, 6, 10)
     assert preprocess(array, min_pixels=400 * 784)[1] == (1, 36, 48)
-    for bounds in ((0, 10), (100, 99)):
-        with pytest.raises(ValueError, match="1 <= min_pixels <= max_pixels"):
+    for bounds, match in (
+        ((0, 10), "min_pixels: expected an integer of 1 to 134217728, found 0"),
+        ((100, 99), "expected min_pixels <= max_pixels, found 100 and 99"),
+        ((10**13, 10**13), "min_pixels: expected an integer of 1 to 134217728"),
+        ((1, 10**5000), "max_pixels: expected an integer of 1 to 3288334336, found <int>"),
+        ((1, True), "max_pixels: expected an integer"),
+        ((1.5, 100), "min_pixels: expected an integer"),
+    ):
+        with pytest.raises(ValueError, match=match):
             preprocess(array, *bounds)
+
+
+def test_too_many_tokens_are_refused_before_resizing(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = ImageProcessor(min_pixels=20 * 784)
+    assert processor.process(picture(100, 60), max_tokens=24).grid_thw == (1, 8, 12)
+    monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("resized"))
+    match = r"an image of 100 x 60 takes 24 tokens \(168 x 112 pixels\), but the context has room for 23"
+    with pytest.raises(ValueError, match=match):
+        processor.process(picture(100, 60), max_tokens=23)
 
 
 def test_large_jpeg_is_decoded_whole() -> None:
@@ -222,8 +299,13 @@ def test_what_is_not_an_image(tmp_path: Path) -> None:
         load_image(tmp_path / "missing.png")
     with pytest.raises(FormatError, match="not an image"):
         load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n")  # Pillow would run Ghostscript
-    for array in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match=r"must be uint8 \[height, width, 3\]"):
+    for array in (
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros(4, np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+    ):
+        with pytest.raises(ValueError, match=r"must be uint8 \[height, width\] with 1, 3 or 4 channels"):
             load_image(array)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="found int"):
         load_image(3)  # type: ignore[arg-type]
@@ -243,6 +325,11 @@ def test_limits_and_statistics_of_a_file() -> None:
     assert ImageProcessor.from_metadata({}, "m.gguf") == ImageProcessor()
     for key, bad in (
         ("clip.vision.image_min_pixels", 0),
+        ("clip.vision.image_min_pixels", True),
+        ("clip.vision.image_min_pixels", 78401),
+        ("clip.vision.image_max_pixels", 2**32),
+        ("clip.vision.image_std", [float("inf"), 1.0, 1.0]),
+        ("clip.vision.image_mean", [float("nan"), 1.0, 1.0]),
         ("clip.vision.image_max_pixels", "many"),
         ("clip.vision.image_mean", [0.5]),
         ("clip.vision.image_std", [0.0, 1.0, 1.0]),
@@ -287,7 +374,7 @@ def test_300_random_sizes_equal_transformers() -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", odd_modes())
+@pytest.mark.parametrize("name", [name for name in odd_modes() if "16 bits" not in name])
 def test_odd_modes_equal_transformers(name: str) -> None:
     data = odd_modes()[name]
     # transformers applies EXIF where it opens a file itself (image_utils.load_image).

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import io
+import tracemalloc
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -29,7 +32,7 @@ def test_texts() -> None:
     given: list[dict[str, Any]] = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]},
-        {"role": "assistant", "content": "b", "name": "ignored"},
+        {"role": "assistant", "content": "b", "refusal": None},
     ]
     system, user, assistant = normalize(given)
     assert (system.role, system.content) == ("system", "s")
@@ -55,7 +58,16 @@ def test_paths(part: dict[str, Any]) -> None:
 
 def test_pictures_in_memory_stay_as_they_are() -> None:
     array = picture(40, 30)
-    for source in (PNG, Image.fromarray(array), array, Path("a.png"), ImageProcessor().process(array)):
+    for source in (
+        io.BytesIO(PNG),
+        bytearray(PNG),
+        memoryview(PNG),
+        PNG,
+        Image.fromarray(array),
+        array,
+        Path("a.png"),
+        ImageProcessor().process(array),
+    ):
         assert image_of({"type": "image", "image": source}).image is source
 
 
@@ -87,18 +99,61 @@ def test_nothing_is_fetched(address: str) -> None:
         image_of({"type": "image_url", "image_url": {"url": address}})
 
 
-def test_size_of_a_data_uri_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_DATA_URI_BYTES", 2**20)
-    for uri in ("data:;base64," + "A" * (2 * 2**20), "data:," + "A" * (4 * 2**20)):
-        with pytest.raises(ValueError, match="more than 1 MiB"):
+@pytest.mark.parametrize("chunk", [4, 7, 64])
+def test_percent_encoding(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    for text in ("", "%", "%4", "%41", "a%4", "%%41", "%zz%4g%41%c3%A9", "%41" * 50, "a%2", "é%00%ff" * 9):
+        assert read_source("data:," + text) == unquote_to_bytes(text)
+
+
+def test_size_of_a_data_uri_is_bounded() -> None:
+    """Before anything is decoded, and with little memory: `unquote_to_bytes` takes 80 bytes for each."""
+    n = module.MAX_DATA_URI_BYTES
+    for uri in (
+        "data:;base64," + "A" * (2 * n),
+        "data:;base64," + "%41" * (n // 3 * 4 + 8),
+        "data:," + "A" * (n + 1),
+        "data:," + "%41" * (n + 1),
+    ):
+        with pytest.raises(ValueError, match="more than 64 MiB"):
             read_source(uri)
+    tracemalloc.start()
+    try:
+        for uri in (
+            "data:," + "%41" * 2**20,
+            "data:;base64," + "%41" * 2**20,
+            "data:;base64," + "A A " * 2**19,
+        ):
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            read_source(uri)
+            assert tracemalloc.get_traced_memory()[1] - before < 40 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert read_source("~/a.png") == str(tmp_path) + "/a.png"
+    assert image_of({"type": "image", "path": "~/a.png"}).image == str(tmp_path) + "/a.png"
+    Path("~a.png").touch()
+    assert read_source("~a.png") == "~a.png"
+    assert read_source(Path("~/a.png")) == Path("~/a.png")
+    assert read_source("~nobody-of-that-name/a.png") == "~nobody-of-that-name/a.png"
+
+
+def test_a_path_is_short() -> None:
+    with pytest.raises(ValueError, match=r"^image: expected a path, found 5000 characters; give base64"):
+        read_source("A" * 5000)
 
 
 def test_bounds() -> None:
     part = image_of({"type": "image", "image": "a.png", "min_pixels": 784, "max_pixels": 7840})
     assert (part.min_pixels, part.max_pixels) == (784, 7840)
-    for bad in (0, "many", 1.5, True):
-        with pytest.raises(ValueError, match="message 0, part 0: expected max_pixels as a positive integer"):
+    for bad in (0, "many", 1.5, True, 10**13):
+        with pytest.raises(ValueError, match="message 0, part 0: max_pixels: expected an integer of 1 to"):
             image_of({"type": "image", "image": "a.png", "max_pixels": bad})
 
 
@@ -111,7 +166,7 @@ def test_bounds() -> None:
         (["hello"], "message 0: expected a dict"),
         (
             [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
-            "message 1: expected the role .* 'tool'",
+            "message 1: expected the role .* found tool",
         ),
         ([{"content": "a"}], "message 0: expected the role system, user, assistant, found None"),
         ([{"role": "user"}], "message 0: expected content as text or a list of parts, found NoneType"),
@@ -121,7 +176,7 @@ def test_bounds() -> None:
             [{"role": "user", "content": [{"type": "text"}]}],
             "part 0: expected text as a string, found NoneType",
         ),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "part 0: expected the type .*, found 'audio'"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "part 0: expected the type .*, found audio"),
         (
             [{"role": "user", "content": [{"type": "image"}]}],
             "part 0: expected one of image, url, path and base64",
@@ -141,6 +196,63 @@ def test_bounds() -> None:
 def test_what_is_no_message(messages: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         normalize(messages)
+
+
+PART: dict[Any, Any] = {"type": "image", "image": "a.png"}
+
+
+@pytest.mark.parametrize(
+    ("message", "match"),
+    [
+        (
+            {"content": "a", "images": ["a.png"]},
+            "message 0: unknown key images; write each picture as a part",
+        ),
+        ({"content": "a", "name": "me"}, "message 0: unknown key name; write it into the content"),
+        ({"content": "a", "\x1b[1m" + "x" * 10**6: 1}, r"message 0: unknown key \\x1b\[1mx{116}... \(10"),
+        (
+            {"content": [{"type": "text", "text": "a", "cache_control": {}}]},
+            "part 0: unknown key cache_control$",
+        ),
+        ({"content": [{**PART, "resized_height": 280}]}, "resized_height; bound the size by min_pixels"),
+        ({"content": [{**PART, "resized_width": 280}]}, "resized_width; bound the size by min_pixels"),
+        ({"content": [{**PART, "detail": "high"}]}, "detail; it belongs beside url"),
+        ({"content": [{**PART, 3: 3}]}, "part 0: unknown key 3$"),
+        (
+            {"content": [{"type": "image_url", "image_url": {"url": "a.png", "format": "png"}}]},
+            "part 0, image_url: unknown key format$",
+        ),
+        (
+            {"content": [{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}]},
+            "part 0: expected the detail auto or high, found low; max_pixels",
+        ),
+    ],
+)
+def test_unknown_keys_are_refused(message: dict[Any, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        normalize([{"role": "user", **message}])
+    assert len(str(caught.value)) < 300
+    nothing: dict[Any, Any] = {key: None for key in message if key != "content"}
+    assert normalize([{**nothing, "role": "user", "content": "a"}])[0].content == "a"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "\x1b[2J" + "x" * 10**6, "content": "a"},
+        {"role": "user", "content": [{"type": "\x1b[2J" + "x" * 10**6}]},
+        {"role": "user", "content": [{**PART, "max_pixels": "\x1b[2J" + "x" * 10**6}]},
+        {"role": "user", "content": [{**PART, "max_pixels": -(10**5000)}]},
+        {"role": "user", "content": [{**PART, "image": "http://\x1b[2J" + "x" * 10**6}]},
+        {"role": "user", "content": [{**PART, "image": "file://\x1b[2J" + "x" * 10**6 + "/a.png"}]},
+        {"role": "user", "content": [{**PART, "image": "file://\x1b2J" + "x" * 10**6 + "/a.png"}]},
+        {"role": "user", "content": [{"type": "image", "base64": "\x9b2J" * 10**6}]},
+    ],
+)
+def test_errors_quote_little(message: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^message 0") as caught:
+        normalize([message])
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
 def test_arrays_are_not_lists_of_parts() -> None:

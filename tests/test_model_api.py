@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,9 +72,26 @@ def test_arguments_of_from_gguf(tiny_gguf: Path, tmp_path: Path) -> None:
     assert "load" in stages.done
     assert model.image_processor.max_pixels == 784 * 20
     assert Qwen2VL.from_gguf(tiny_gguf).n_ctx == 32768
-    for arguments in ({"n_ctx": 0}, {"n_threads": -1}, {"precision": "best"}, {"min_pixels": 0}):
-        with pytest.raises(ValueError, match=next(iter(arguments))):
+    bad: list[dict[str, Any]] = [
+        {"n_ctx": 0},
+        {"n_ctx": 2**63},
+        {"n_ctx": 7.5},
+        {"n_threads": -1},
+        {"n_threads": 2**63},
+        {"n_threads": "2"},
+        {"precision": "best"},
+        {"precision": 3},
+        {"min_pixels": 0},
+        {"min_pixels": 10**13},
+        {"max_pixels": 2**63},
+        {"device": 3},
+    ]
+    for arguments in bad:
+        with pytest.raises(ValueError, match=f"^{next(iter(arguments))}: expected "):
             Qwen2VL.from_gguf(tiny_gguf, **arguments)
+    for paths in ([tmp_path / "missing.gguf"], [tiny_gguf, tmp_path / "missing.gguf"]):
+        with pytest.raises(FileNotFoundError, match=r"missing\.gguf'$"):
+            Qwen2VL.from_gguf(paths[0], mmproj=paths[1] if paths[1:] else None)
     (tmp_path / "text.gguf").write_text("not a model")
     with pytest.raises(FormatError, match=r"text\.gguf"):
         Qwen2VL.from_gguf(tmp_path / "text.gguf")
@@ -131,6 +149,32 @@ def test_bounds_of_one_image(tiny: Qwen2VL) -> None:
     assert tiny.encode_chat([message])[0].count(1036) == 2
 
 
+def test_images_larger_than_the_context_are_not_resized(
+    tiny: Qwen2VL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"type": "image", "image": PICTURE, "min_pixels": 10**8, "max_pixels": 10**8}
+    two = [{"type": "image", "image": OTHER, "min_pixels": 1100 * 784} for _ in range(2)]
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(image: Image.Image, size: tuple[int, int], *rest: Any) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    match = "takes {} tokens .*, but the context has room for {}; a lower max_pixels"
+    with pytest.raises(ValueError, match=match.format(r"\d{6}", 2048)):
+        tiny.chat([{"role": "user", "content": [large]}])
+    with pytest.raises(ValueError, match=match.format(r"\d{6}", 2048)):
+        tiny.load_image(PICTURE, min_pixels=10**8, max_pixels=10**8)
+    assert sizes == []
+    with pytest.raises(ValueError, match=match.format(r"11\d\d", r"9\d\d")):
+        tiny.chat([{"role": "user", "content": two}])
+    assert len(sizes) == 1
+    with pytest.raises(ValueError, match="min_pixels: expected an integer of 1 to 134217728"):
+        tiny.load_image(PICTURE, min_pixels=10**9, max_pixels=10**9)
+
+
 def test_embedding_cache_is_bounded() -> None:
     cache = EmbeddingCache(100)
     arrays = {name: np.full(10, i, np.float32) for i, name in enumerate((b"a", b"b", b"c"))}  # 40 bytes each
@@ -155,6 +199,12 @@ def test_logits(tiny: Qwen2VL) -> None:
     shorter = tiny.logits(ids[:-3], images)
     np.testing.assert_allclose(shorter, logits[:-3], atol=1e-5)
     assert np.abs(tiny.logits(ids, [255 - PICTURE]) - logits).max() > 1e-3
+
+
+def test_grids_out_of_range(tiny: Qwen2VL) -> None:
+    for size in (2**63, 1.5, 0):
+        with pytest.raises(ValueError, match="h: expected an integer of 1 to"):
+            tiny.position_ids([5], [(1, size, 6)])  # type: ignore[list-item]
 
 
 def test_position_ids(tiny: Qwen2VL) -> None:
@@ -207,15 +257,22 @@ def test_seeds(tiny: Qwen2VL) -> None:
 
     assert draw(3) == draw(3)
     assert len({tuple(draw(seed)) for seed in (3, 4, None)}) == 3
-    for arguments in (
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"seed": -1},
-        {"seed": 2**64},
-        {"max_new_tokens": 0},
-    ):
-        with pytest.raises(ValueError, match=next(iter(arguments))):
-            tiny.generate(ids, **arguments)
+    bad: list[tuple[str, Any]] = [
+        *(("temperature", value) for value in (-1.0, math.nan, math.inf, 1e39, 10**400, "hot", True)),
+        *(("top_k", value) for value in (-1, 0.5, 2**31, 2**63, True)),
+        *(("top_p", value) for value in (0.0, 7, math.nan, 1e-50)),
+        *(("min_p", value) for value in (-0.1, 1, "0.1")),
+        *(("repetition_penalty", value) for value in (0, 1e39)),
+        *(("seed", value) for value in (-1, 2**64, 1.5, "1")),
+        *(("max_new_tokens", value) for value in (0, 2**63, 1.5)),
+    ]
+    for name, value in bad:
+        with pytest.raises(ValueError, match=rf"^{name}: expected .{{1,60}}, found .{{1,200}}$"):
+            tiny.generate(ids, **{name: value})
+        with pytest.raises(ValueError, match=f"^{name}: expected "):
+            tiny.chat([question("a")], **{name: value})
+    numpy = {"top_k": np.int64(1), "temperature": np.float32(0.5), "seed": np.uint64(3)}
+    assert len(list(tiny.generate(ids, max_new_tokens=2, ignore_eos=True, **numpy))) == 2  # type: ignore[arg-type]
 
 
 def test_end_of_turn_and_stop_strings(tiny: Qwen2VL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +431,8 @@ def test_bad_calls_of_chat(tiny: Qwen2VL) -> None:
         tiny.chat([question("a")], temprature=1)
     with pytest.raises(ValueError, match="context holds 2048"):
         tiny.chat([question("x y " * 2000)])
+    with pytest.raises(ValueError, match="a text of 11000002 characters is more than the 2048 tokens"):
+        tiny.chat([question("a" + " " * 11_000_000 + "b")])
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
         tiny.chat([question(Path("missing.png"))])
     tiny.template = ChatTemplate("{{ messages[0]['role'] }}")
@@ -393,6 +452,15 @@ def test_sampling_defaults_of_a_file() -> None:
     assert own.override({"temperature": 0.8}) == Sampling(temperature=0.8)
     assert own.override({"temperature": 0.8, "top_k": 40}) == Sampling(temperature=0.8, top_k=40)
     assert Sampling.from_metadata({}, "m.gguf") == Sampling()
-    for bad in ("hot", -1.0, float("nan"), True):
-        with pytest.raises(FormatError, match=r"m\.gguf: general\.sampling\.temp"):
-            Sampling.from_metadata({"general.sampling.temp": bad}, "m.gguf")
+    for key, bad in (
+        *(("temp", value) for value in ("hot", -1.0, math.nan, True, 1e39, "\x1b[2J" * 10**6)),
+        *(("top_k", value) for value in (2**63, -1, 0.5)),
+        *(("top_p", value) for value in (7, 0.0)),
+        ("min_p", 1.0),
+        ("penalty_repeat", 0.0),
+    ):
+        with pytest.raises(
+            FormatError, match=rf"^m\.gguf: general\.sampling\.{key}: expected .{{1,700}}$"
+        ) as caught:
+            Sampling.from_metadata({f"general.sampling.{key}": bad}, "m.gguf")
+        assert str(caught.value).isprintable()

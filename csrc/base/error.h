@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 namespace qwen2vl {
 
@@ -22,6 +23,23 @@ class FormatError : public Error {
 class UnsupportedError : public Error {
  public:
   using Error::Error;
+};
+
+/// The system does not open or read a file.
+class IoError : public Error {
+ public:
+  /// `code` as the system gives it: errno, on Windows GetLastError().
+  IoError(const std::string& path, const std::string& action, int code)
+      : Error(path + ": cannot " + action + ": " + std::system_category().message(code)),
+        path_(path),
+        code_(code) {}
+
+  const std::string& path() const { return path_; }
+  int code() const { return code_; }
+
+ private:
+  std::string path_;
+  int code_;
 };
 
 /// A device that was asked for is not there, lacks memory, or failed.

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <system_error>
 
 #include "base/error.h"
 
@@ -21,7 +20,7 @@ namespace qwen2vl {
 namespace {
 
 [[noreturn]] void fail(const std::string& path, const std::string& action, int code) {
-  throw Error(path + ": cannot " + action + ": " + std::system_category().message(code));
+  throw IoError(path, action, code);
 }
 
 }  // namespace

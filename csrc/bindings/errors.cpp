@@ -1,7 +1,24 @@
+#include <cerrno>
+#include <exception>
+
 #include "base/error.h"
 #include "bindings/bindings.h"
 
 namespace qwen2vl::bindings {
+namespace {
+
+/// FileNotFoundError, PermissionError and so on, as Python's own open() raises them.
+void set_os_error(const IoError& error) {
+  const auto path = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.path().c_str()));
+#ifdef _WIN32
+  PyErr_SetExcFromWindowsErrWithFilenameObject(PyExc_OSError, error.code(), path.ptr());
+#else
+  errno = error.code();
+  PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path.ptr());
+#endif
+}
+
+}  // namespace
 
 void register_errors(py::module_& m) {
   // Translators are tried from the last registered to the first, so the base class comes first.
@@ -13,6 +30,13 @@ void register_errors(py::module_& m) {
       "A well-formed input that this build or machine cannot run.";
   py::register_exception<DeviceError>(m, "DeviceError", base).attr("__doc__") =
       "A device that was asked for is not there, lacks memory, or failed.";
+  py::register_exception_translator([](std::exception_ptr raised) {
+    try {
+      std::rethrow_exception(raised);
+    } catch (const IoError& error) {
+      set_os_error(error);
+    }
+  });
 }
 
 }  // namespace qwen2vl::bindings

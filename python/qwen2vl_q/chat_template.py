@@ -1,22 +1,23 @@
-"""The file's chat template, rendered in jinja2's sandbox.
+"""The file's chat template: a conversation's texts in the frame of special tokens.
 
-What a template writes and what a message says are kept apart through rendering, so that only the template can
-write special tokens: see `ChatTemplate.render`.
+Only the template can write special tokens. While it is rendered, each that stands in its source is a single
+character that no text can hold (half a surrogate pair). Whatever the template does with a message's text,
+cuts it, replaces in it or puts it together anew, that stays text.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen2vl_q.errors import FormatError
+from qwen2vl_q.printable import printable
+from qwen2vl_q.template_sandbox import METER, Environment, Meter, weight
+from qwen2vl_q.tokenizer import GROUNDING_TOKENS, MAX_SPECIAL_TOKENS, any_of, require_characters
 
 # Qwen/Qwen2-VL-2B-Instruct, chat_template.json
 DEFAULT_TEMPLATE = (
@@ -41,116 +42,111 @@ DEFAULT_TEMPLATE = (
 
 MAX_TEMPLATE_CHARS = 256 * 1024  # published templates, tools and all, stay under 20 KiB
 MAX_ADDED_CHARS = 256 * 1024  # what a template may write beside the messages' own text
+# What rendering may take, in characters handled (`template_sandbox`): a second or two, half a gigabyte. The
+# released template handles each character of a message some five times.
+MAX_WORK = 2**25
+MAX_WORK_PER_CHAR = 64
 
-TEMPLATE = "template"  # the author of a piece that no message's author wrote
-
-
-# What makes a large text of a small one at one call.
-_PADDING_METHODS = frozenset(["center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"])
-_PADDING_FILTERS = ("batch", "center", "format", "indent", "slice", "wordwrap", "xmlattr")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment, less the operators and methods that make large values of small ones."""
-
-    intercepted_binops = frozenset(["*", "**", "%"])
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        padding = isinstance(obj, str) and attr in _PADDING_METHODS
-        return not padding and super().is_safe_attribute(obj, attr, value)
-
-    def wrap_str_format(self, value: Any) -> None:
-        """No sandboxed str.format either: its field widths are free. `is_safe_attribute` refuses it then."""
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if not all(isinstance(side, (int, float)) and abs(side) < 2**31 for side in (left, right)):
-            raise SecurityError(f"operator {operator!r} on other things than small numbers")
-        if operator == "**" and abs(right) > 64:
-            raise SecurityError(f"power {right}")
-        return super().call_binop(context, operator, left, right)
+_FIRST_HALF = 0xD800
+assert MAX_SPECIAL_TOKENS <= 0xE000 - _FIRST_HALF
+_HALVES = re.compile("([\ud800-\udfff])")
 
 
 class ChatTemplate:
     """One compiled template. `name` begins the message of every error."""
 
-    def __init__(self, source: str = DEFAULT_TEMPLATE, name: str = "default chat template") -> None:
-        """FormatError where the source is too long or not a template."""
+    def __init__(
+        self,
+        source: str = DEFAULT_TEMPLATE,
+        name: str = "default chat template",
+        special_tokens: Collection[str] = (),
+    ) -> None:
+        """special_tokens: those of the tokenizer, which the template may write.
+
+        FormatError where the source is too long or not a template.
+        """
         self.source = source
         self._name = name
+        self._special = list(special_tokens)
+        self._half_of = {token: chr(_FIRST_HALF + i) for i, token in enumerate(self._special)}
+        self._in_source = re.compile(any_of(self._special))
+        self._in_answers = re.compile(any_of(GROUNDING_TOKENS & self._half_of.keys()))
         if len(source) > MAX_TEMPLATE_CHARS:
             raise FormatError(
                 f"{name}: expected at most {MAX_TEMPLATE_CHARS} characters, found {len(source)}"
             )
-        environment = _Environment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        for name_of_filter in _PADDING_FILTERS:
-            del environment.filters[name_of_filter]
-        del environment.globals["lipsum"]
+        environment = Environment()
         environment.globals["raise_exception"] = _raise_exception
-        environment.filters["tojson"] = _to_json
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.compile_template(source, self._halved(self._in_source))
         except jinja2.TemplateSyntaxError as error:
-            raise FormatError(f"{name}: line {error.lineno}: {error.message}") from None
+            raise FormatError(f"{name}: line {error.lineno}: {printable(error.message)}") from None
         except (jinja2.TemplateError, RecursionError, MemoryError, ValueError, SyntaxError) as error:
-            raise FormatError(f"{name}: not a template: {error}") from None
+            raise FormatError(f"{name}: not a template: {printable(str(error))}") from None
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
-    ) -> list[tuple[str, str]]:
-        """The rendered conversation as pieces (text, author): a message's role for that message's text,
-        TEMPLATE for what the template wrote.
+    ) -> list[tuple[str, bool]]:
+        """The conversation as pieces (text, is_special): special tokens by name, and the texts between them.
 
-        Texts are the strings under "content" and "text". They are rendered between marks drawn at random for
-        this call, which nobody can have written; white space at a text's ends stays outside of them, so that
-        a template may trim it. Raises ValueError for what the template refuses (raise_exception), FormatError
-        where it fails or does with the texts what leaves the marks in disorder.
+        In the assistant's messages the markers of found objects are tokens as well: the model wrote them.
+        ValueError for what the template refuses (raise_exception) and for half a surrogate pair in a text,
+        FormatError where the template fails or takes too much time or memory.
         """
-        mark = str(secrets.randbits(128))  # digits pass a template's filters unchanged
-        authors = sorted({str(message["role"]) for message in messages})
-        marked = [_mark(message, f"[{mark}:{authors.index(message['role'])}[") for message in messages]
-        limit = MAX_ADDED_CHARS + 2 * _text_length(marked)
+        halved = [
+            _mapped(message, self._halved(self._in_answers) if message["role"] == "assistant" else str)
+            for message in messages
+        ]
+        size = weight(halved)
+        longest = MAX_ADDED_CHARS + 2 * size
+        running = METER.set(Meter(MAX_WORK + MAX_WORK_PER_CHAR * size, longest))
         chunks: list[str] = []
         length = 0
         try:
             for chunk in self._template.generate(
-                messages=marked,
+                messages=halved,
                 add_generation_prompt=add_generation_prompt,
                 add_vision_id=add_vision_id,
                 bos_token="",
-                eos_token="<|im_end|>",
+                eos_token=self._halved(self._in_source)("<|im_end|>"),
             ):
                 chunks.append(chunk)
                 length += len(chunk)
-                if length > limit:
-                    raise SecurityError(f"more than {limit} characters of output")
+                if length > longest:
+                    raise SecurityError(f"more than {longest} characters of output")
         except _RefusedError as error:
-            raise ValueError(f"{self._name}: {error}") from None
+            raise ValueError(f"{self._name}: {self._shown(error)}") from None
         except MemoryError:
             raise
         except Exception as error:  # a template's code fails as Python's own does: TypeError, KeyError, ...
-            raise FormatError(f"{self._name}: {error or type(error).__name__}") from error
-        return self._pieces("".join(chunks), mark, authors)
+            raise FormatError(f"{self._name}: {self._shown(error)}") from error
+        finally:
+            METER.reset(running)
+        return self._pieces("".join(chunks))
 
-    def _pieces(self, text: str, mark: str, authors: Sequence[str]) -> list[tuple[str, str]]:
-        pieces: list[tuple[str, str]] = []
-        author = TEMPLATE
-        end = 0
-        for match in re.finditer(rf"\[{mark}:(\d+)([\[\]])", text):
-            pieces.append((text[end : match.start()], author))
-            end = match.end()
-            named, opens = authors[int(match[1])], match[2] == "["
-            if (author == TEMPLATE) != opens or (not opens and named != author):
-                raise FormatError(f"{self._name}: the template cuts the messages' texts apart")
-            author = named if opens else TEMPLATE
-        pieces.append((text[end:], author))
-        if author != TEMPLATE or any(mark in piece or mark[::-1] in piece for piece, _ in pieces):
-            raise FormatError(f"{self._name}: the template cuts the messages' texts apart")
-        return [(piece, author) for piece, author in pieces if piece]
+    def _pieces(self, text: str) -> list[tuple[str, bool]]:
+        pieces = []
+        for i, piece in enumerate(_HALVES.split(text)):
+            if i % 2 == 0:
+                pieces.append((piece, False))
+                continue
+            token = ord(piece) - _FIRST_HALF
+            if token >= len(self._special):
+                raise FormatError(f"{self._name}: the template writes half a surrogate pair")
+            pieces.append((self._special[token], True))
+        return [(piece, is_special) for piece, is_special in pieces if piece]
+
+    def _halved(self, tokens: re.Pattern[str]) -> Callable[[str], str]:
+        """Puts its half in every token's place."""
+        return lambda text: tokens.sub(lambda match: self._half_of[match.group()], text)
+
+    def _shown(self, error: Exception) -> str:
+        tokens = dict(zip(self._half_of.values(), self._special, strict=True))
+        text = _HALVES.sub(lambda match: tokens.get(match.group(), match.group()), str(error))
+        return printable(text or type(error).__name__)
 
 
 class _RefusedError(Exception):
@@ -161,36 +157,13 @@ def _raise_exception(message: str) -> NoReturn:
     raise _RefusedError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Not jinja2's own filter, which escapes for HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _mark(value: Any, opening: str) -> Any:
-    """A copy of a message with its texts between marks."""
-    if isinstance(value, Mapping):
-        return {
-            key: _enclose(item, opening)
-            if key in ("content", "text") and isinstance(item, str)
-            else _mark(item, opening)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_mark(item, opening) for item in value]
-    return value
-
-
-def _enclose(text: str, opening: str) -> str:
-    body = text.strip()
-    if not body:
-        return text
-    start = text.index(body)
-    return f"{text[:start]}{opening}{body}{opening[:-1]}]{text[start + len(body) :]}"
-
-
-def _text_length(value: Any) -> int:
+def _mapped(value: Any, write: Callable[[str], str]) -> Any:
+    """A copy of a message, `write` applied to its texts."""
     if isinstance(value, str):
-        return len(value)
+        require_characters(value)
+        return write(value)
     if isinstance(value, Mapping):
-        return sum(_text_length(item) for item in value.values())
-    return sum(_text_length(item) for item in value) if isinstance(value, list) else 0
+        return {key: _mapped(item, write) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mapped(item, write) for item in value]
+    return value

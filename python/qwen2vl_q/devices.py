@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qwen2vl_q import _native
 from qwen2vl_q.errors import DeviceError
+from qwen2vl_q.printable import printable
 
 PLUGIN_VARIABLE = "QWEN2VL_CUDA_PLUGIN"
 _PACKAGE = "qwen2vl_q_cuda"
@@ -36,9 +37,10 @@ class Device:
 
 def require_name(device: str) -> str:
     """`device`, or ValueError where no device could be called that."""
-    if not _NAMES.fullmatch(device):
+    if not isinstance(device, str) or not _NAMES.fullmatch(device):
         raise ValueError(
-            f"device: expected cpu, cuda, cuda:N (its N-th device, from 0) or auto, found {device!r}"
+            "device: expected cpu, cuda, cuda:N (its N-th device, from 0) or auto, "
+            f"found {printable(repr(device))}"
         )
     return device
 
@@ -50,7 +52,9 @@ def cuda_plugin() -> str | None:
     """
     if named := os.environ.get(PLUGIN_VARIABLE):
         if not Path(named).is_file():
-            raise DeviceError(f"{PLUGIN_VARIABLE}: expected the path of a plug-in library, found {named!r}")
+            raise DeviceError(
+                f"{PLUGIN_VARIABLE}: expected the path of a plug-in library, found {printable(repr(named))}"
+            )
         return named
     folders = [Path(_native.__file__).parent]
     if (package := find_spec(_PACKAGE)) is not None:

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from qwen2vl_q.arguments import integer
 from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.printable import printable
 
 # The released preprocessor_config.json: 4 to 16,384 visual tokens.
 MIN_PIXELS = 4 * 28 * 28
@@ -24,9 +26,12 @@ MAX_PIXELS = 16384 * 28 * 28
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
+MAX_BOUND = 2**24 * 14 * 14  # of what max_pixels may say: as many patches
 
-# What is decoded at all: 2**27 pixels are 0.4 GB as RGB, and pass every camera short of 200 megapixels.
+# What is decoded, and what a picture may be enlarged to (min_pixels): 2**27 pixels are 0.4 GB as RGB, and
+# pass every camera short of 200 megapixels.
 MAX_DECODED_PIXELS = 2**27
+MAX_STREAM_BYTES = 2**29  # of a stream that cannot seek, which is read whole
 # Formats with maintained decoders; the rest of Pillow's list is attack surface for files from the net.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -42,7 +47,8 @@ class ProcessedImage:
     key: bytes  # 128-bit hash of the size and the pixels: equal keys, equal embeddings
 
 
-ImageInput: TypeAlias = "str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8] | ProcessedImage"
+EncodedImage: TypeAlias = "str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
+ImageInput: TypeAlias = "EncodedImage | Image.Image | NDArray[np.uint8] | ProcessedImage"
 
 
 def smart_resize(
@@ -73,29 +79,39 @@ def smart_resize(
     return rows, columns
 
 
-def load_image(image: str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8]) -> Image.Image:
-    """An upright RGB picture from a path, an encoded file's bytes, a Pillow image or uint8 [h, w, 3].
+def require_image(image: Any) -> None:
+    """ValueError for what is not of ImageInput's types."""
+    known = (str, PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray, ProcessedImage)
+    if not isinstance(image, known) and not callable(getattr(image, "read", None)):
+        raise ValueError(
+            "expected a path, bytes, a binary file, a PIL image or a uint8 array, "
+            f"found {printable(type(image).__name__)}"
+        )
+
+
+def load_image(image: EncodedImage | Image.Image | NDArray[np.uint8]) -> Image.Image:
+    """An upright RGB picture from a path, an encoded file's bytes, a binary file, a Pillow image, or uint8
+    [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (with alpha).
 
     EXIF orientation is applied and transparency composited on white; of an animation, the first frame counts.
+    16 bits of grey are scaled to 8, where transformers cuts them off at 255; other pixels of more than 8 bits
+    (Pillow's modes I and F) have no known white and are refused.
+
     Raises OSError for a file that cannot be read, FormatError for one that is not a picture or is damaged,
-    UnsupportedError above MAX_DECODED_PIXELS, ValueError for an array of another shape or type.
+    UnsupportedError above MAX_DECODED_PIXELS or for such pixels, ValueError for an array of another shape or
+    type.
     """
+    require_image(image)
     if isinstance(image, Image.Image):
         return _to_rgb(image, "the image")
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(
-                f"an image array must be uint8 [height, width, 3], found {image.dtype} {list(image.shape)}"
-            )
-        return Image.fromarray(np.ascontiguousarray(image))
-    if isinstance(image, bytes):
-        return _decode(io.BytesIO(image), f"the image ({len(image)} bytes)")
+        return _to_rgb(_from_array(image), "the image")
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(image), f"the image ({memoryview(image).nbytes} bytes)")
     if isinstance(image, (str, PathLike)):
         with Path(image).open("rb") as file:
-            return _decode(io.BufferedReader(file), fspath(image))
-    raise ValueError(
-        f"an image must be a path, bytes, a PIL image or a uint8 array, found {type(image).__name__}"
-    )
+            return _decode(io.BufferedReader(file), printable(fspath(image), 1000))
+    return _decode(_seekable(image), printable(getattr(image, "name", "the image")))
 
 
 @dataclass(frozen=True)
@@ -111,14 +127,25 @@ class ImageProcessor:
     image_std: tuple[float, ...] = IMAGE_STD
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_pixels <= self.max_pixels:
+        for name, most in (
+            ("min_pixels", MAX_DECODED_PIXELS),
+            ("max_pixels", MAX_BOUND),
+        ):
+            integer(name, getattr(self, name), 1, most)
+        if self.min_pixels > self.max_pixels:
             raise ValueError(
-                f"expected 1 <= min_pixels <= max_pixels, found {self.min_pixels} and {self.max_pixels}"
+                f"expected min_pixels <= max_pixels, found {self.min_pixels} and {self.max_pixels}"
             )
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or not all(s > 0 for s in self.image_std):
+        statistics = (*self.image_mean, *self.image_std)
+        if (
+            len(self.image_mean) != 3
+            or len(self.image_std) != 3
+            or not all(map(math.isfinite, statistics))
+            or min(self.image_std) <= 0
+        ):
             raise ValueError(
                 "expected three means and three positive deviations, "
-                f"found {self.image_mean} and {self.image_std}"
+                f"found {printable(self.image_mean)} and {printable(self.image_std)}"
             )
 
     @classmethod
@@ -129,36 +156,42 @@ class ImageProcessor:
         for name in ("min_pixels", "max_pixels"):
             pixels = metadata.get(f"clip.vision.image_{name}")
             if pixels is not None:
-                if not isinstance(pixels, int) or pixels < 1:
-                    raise FormatError(
-                        f"{path}: clip.vision.image_{name}: expected a number, found {pixels!r}"
-                    )
                 found[name] = pixels
         for name in ("image_mean", "image_std"):
             channels = metadata.get(f"clip.vision.{name}")
             if channels is not None:
                 if not isinstance(channels, list) or not all(isinstance(value, float) for value in channels):
                     raise FormatError(
-                        f"{path}: clip.vision.{name}: expected numbers, found {channels!r:.100}"
+                        f"{path}: clip.vision.{name}: expected numbers, found {printable(channels)}"
                     )
                 found[name] = tuple(channels)
         try:
             return cls(**found)
         except ValueError as error:
-            raise FormatError(f"{path}: clip.vision: {error}") from None
+            raise FormatError(f"{path}: clip.vision.image_{error}") from None
 
     def bounded(self, min_pixels: int | None, max_pixels: int | None) -> ImageProcessor:
-        """This one with other bounds, where they are not None. ValueError for bounds out of order."""
+        """This one with other bounds, where they are not None. ValueError for those out of range or order."""
         given: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         return replace(self, **{name: bound for name, bound in given.items() if bound is not None})
 
-    def process(self, image: ImageInput) -> ProcessedImage:
-        """Decodes and resizes a picture; one that is processed already is returned as it is."""
+    def process(self, image: ImageInput, max_tokens: int | None = None) -> ProcessedImage:
+        """Decodes and resizes a picture; one that is processed already is returned as it is.
+
+        ValueError, before it is resized, for one that would take more than `max_tokens` tokens.
+        """
         if isinstance(image, ProcessedImage):
             return image
         picture = load_image(image)
         factor = self.patch_size * self.merge_size
         height, width = smart_resize(picture.height, picture.width, factor, self.min_pixels, self.max_pixels)
+        tokens = height * width // factor**2
+        if max_tokens is not None and tokens > max_tokens:
+            raise ValueError(
+                f"an image of {picture.width} x {picture.height} takes {tokens} tokens "
+                f"({width} x {height} pixels), but the context has room for {max_tokens}; "
+                "a lower max_pixels makes it smaller"
+            )
         pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
         digest = hashlib.blake2b(f"{height}x{width}:".encode(), digest_size=16)
         digest.update(pixels.data)
@@ -208,7 +241,7 @@ def _decode(file: IO[bytes], name: str) -> Image.Image:
         try:
             picture = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError as error:
-            raise UnsupportedError(f"{name}: {error}") from None
+            raise UnsupportedError(f"{name}: {printable(str(error))}") from None
         except UnidentifiedImageError:
             raise FormatError(f"{name}: not an image (expected {', '.join(FORMATS)})") from None
         except Exception as error:
@@ -216,26 +249,65 @@ def _decode(file: IO[bytes], name: str) -> Image.Image:
     return _to_rgb(picture, name)
 
 
+def _seekable(file: IO[bytes]) -> IO[bytes]:
+    """ValueError for a file of text, UnsupportedError for an endless stream."""
+    if not isinstance(file.read(0), bytes):
+        raise ValueError("an image's file must be open in binary mode")
+    if getattr(file, "seekable", lambda: False)():
+        return file
+    data = file.read(MAX_STREAM_BYTES + 1)
+    if len(data) > MAX_STREAM_BYTES:
+        raise UnsupportedError(f"a stream of more than {MAX_STREAM_BYTES} bytes")
+    return io.BytesIO(data)
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    pixels = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or not pixels.size:
+        raise ValueError(
+            "an image array must be uint8 [height, width] with 1, 3 or 4 channels, "
+            f"found {array.dtype} {list(array.shape)}"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     if picture.width * picture.height > MAX_DECODED_PIXELS:
         raise UnsupportedError(
             f"{name}: expected at most {MAX_DECODED_PIXELS} pixels, found {picture.width} x {picture.height}"
         )
+    # Older Pillows give a PNG of 16 bits as mode I.
+    sixteen_bits = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+    if picture.mode in ("I", "F") and not sixteen_bits:
+        raise UnsupportedError(
+            f"{name}: expected 8 bits a channel, or 16 of grey, found 32 (mode {picture.mode})"
+        )
     try:
         picture.load()
+        transparency = picture.info.get("transparency")
         if picture.getexif().get(_ORIENTATION_TAG, 1) != 1:
             picture = ImageOps.exif_transpose(picture)
-        if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+        if sixteen_bits:
+            return _from_sixteen_bits(np.asarray(picture), transparency)
+        if "A" in picture.getbands() or transparency is not None:
             white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders raise whatever their parsers meet: OSError, SyntaxError, struct.error ...
+    except Exception as error:  # decoders raise what their parsers meet: OSError, SyntaxError, struct.error
         raise _damaged(name, error) from error
 
 
+def _from_sixteen_bits(levels: NDArray[Any], transparent: int | None) -> Image.Image:
+    """Of grey 0 to 65,535: a 257th, rounded."""
+    whole, rest = np.divmod(levels.astype(np.uint16), 257)
+    grey = (whole + (rest > 128)).astype(np.uint8)
+    if transparent is not None:
+        grey[levels == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
 def _damaged(name: str, error: Exception) -> FormatError:
-    return FormatError(f"{name}: damaged image: {error or type(error).__name__}")
+    return FormatError(f"{name}: damaged image: {printable(str(error) or type(error).__name__)}")

@@ -12,20 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q import _native
-from qwen2vl_q.chat_template import DEFAULT_TEMPLATE, TEMPLATE, ChatTemplate
+from qwen2vl_q.arguments import integer
+from qwen2vl_q.chat_template import DEFAULT_TEMPLATE, ChatTemplate
 from qwen2vl_q.config import Qwen2VLConfig
 from qwen2vl_q.devices import plugin_for, require_name
 from qwen2vl_q.errors import FormatError, UnsupportedError
 from qwen2vl_q.generation import Generation, Progress, TokenIds, stage
 from qwen2vl_q.image_processor import ImageInput, ImageProcessor, ProcessedImage
 from qwen2vl_q.limits import Stage
-from qwen2vl_q.messages import normalize, read_source
+from qwen2vl_q.messages import ImagePart, normalize, read_source
+from qwen2vl_q.printable import printable
 from qwen2vl_q.sampling import Sampling
 from qwen2vl_q.stats import GenerationStats
 from qwen2vl_q.text_stream import TextStream
-from qwen2vl_q.tokenizer import GROUNDING_TOKENS, Tokenizer
+from qwen2vl_q.tokenizer import Tokenizer
 
 TRAINED_CONTEXT = 32768
+MOST_CELLS = 2**24
+
+_INT32_MAX = 2**31 - 1
+_PATH_CHARS = 1000  # of a path in an error
 
 
 class Qwen2VL:
@@ -88,21 +94,28 @@ class Qwen2VL:
         """
         path = os.fspath(path)
         require_name(device)
-        if n_ctx is not None and n_ctx < 1:
-            raise ValueError(f"n_ctx: expected a positive number of cells, found {n_ctx}")
+        if n_ctx is not None:
+            n_ctx = integer("n_ctx", n_ctx, 1, MOST_CELLS)
+        if n_threads is not None:
+            n_threads = integer("n_threads", n_threads, 0, _INT32_MAX)
+        if precision not in ("fast", "exact"):
+            raise ValueError(f"precision: expected fast or exact, found {printable(precision)}")
         metadata = _native.GgufFile(path).metadata
-        _require_architecture(metadata, path)
+        shown = printable(path, _PATH_CHARS)
+        _require_architecture(metadata, shown)
         vision_path = path if mmproj is None else os.fspath(mmproj)
         vision_metadata = metadata if mmproj is None else _native.GgufFile(vision_path).metadata
-        tokenizer = Tokenizer.from_metadata(metadata, path)
+        shown_vision = printable(vision_path, _PATH_CHARS)
+        tokenizer = Tokenizer.from_metadata(metadata, shown)
         template = metadata.get("tokenizer.chat_template", DEFAULT_TEMPLATE)
         if not isinstance(template, str):
             raise FormatError(
-                f"{path}: tokenizer.chat_template: expected a string, found {type(template).__name__}"
+                f"{shown}: tokenizer.chat_template: expected a string, found {type(template).__name__}"
             )
-        compiled = ChatTemplate(template, f"{path}: tokenizer.chat_template")
-        sampling = Sampling.from_metadata(metadata, path)
-        processor = ImageProcessor.from_metadata(vision_metadata, vision_path).bounded(min_pixels, max_pixels)
+        compiled = ChatTemplate(template, f"{shown}: tokenizer.chat_template", tokenizer.special_tokens)
+        sampling = Sampling.from_metadata(metadata, shown)
+        processor = ImageProcessor.from_metadata(vision_metadata, shown_vision)
+        processor = processor.bounded(min_pixels, max_pixels)
         native = _native.Model(
             path,
             mmproj=None if mmproj is None else vision_path,
@@ -117,7 +130,7 @@ class Qwen2VL:
         if vision is not None:
             if vision["in_channels"] != 3:
                 raise UnsupportedError(
-                    f"{vision_path}: expected 3 colour channels, found {vision['in_channels']}"
+                    f"{shown_vision}: expected 3 colour channels, found {vision['in_channels']}"
                 )
             processor = replace(
                 processor,
@@ -186,11 +199,27 @@ class Qwen2VL:
     ) -> ProcessedImage:
         """Reads and resizes a picture once, for any number of calls that take images.
 
-        The bounds replace the model's own for this picture. Errors as of `image_processor.load_image`.
+        The bounds replace the model's own for this picture; it takes prod(grid_thw) // merge_size**2 tokens.
+        Errors as of `image_processor.load_image`, and ValueError for more tokens than n_ctx.
         """
+        return self._load_image(image, min_pixels, max_pixels, self.n_ctx)
+
+    def _load_image(
+        self, image: ImageInput, min_pixels: int | None, max_pixels: int | None, max_tokens: int
+    ) -> ProcessedImage:
         if self.config.vision_config is None:
             raise UnsupportedError("this model file has no vision tower; give the tower's file as mmproj")
-        return self.image_processor.bounded(min_pixels, max_pixels).process(read_source(image))
+        processor = self.image_processor.bounded(min_pixels, max_pixels)
+        return processor.process(read_source(image), max_tokens)
+
+    def _load_images(self, parts: Iterable[ImagePart]) -> list[ProcessedImage]:
+        """Of one prompt. ValueError at the first that the context has no room for."""
+        images: list[ProcessedImage] = []
+        room = self.n_ctx
+        for part in parts:
+            images.append(self._load_image(part.image, part.min_pixels, part.max_pixels, room))
+            room = max(0, room - self._generation.token_count(images[-1]))
+        return images
 
     def encode_image(self, image: ImageInput, progress: Progress | None = None) -> NDArray[np.float32]:
         """The vision tower's output, float32 [n_tokens, hidden_size]: a row for merge**2 patches of the grid.
@@ -210,7 +239,7 @@ class Qwen2VL:
         patch), in order. ValueError where they do not fit, or where the prompt is longer than n_ctx. The
         conversation's cache is neither used nor touched.
         """
-        prepared = self._generation.prepare(token_ids, [self.load_image(image) for image in images])
+        prepared = self._generation.prepare(token_ids, self._load_images(map(ImagePart, images)))
         return self._generation.logits(prepared, progress)
 
     def position_ids(
@@ -220,7 +249,11 @@ class Qwen2VL:
 
         `grids`: (t, h, w) in patches of each vision item, in the order of its run of pad tokens.
         """
-        return self._native.position_ids(self._generation.as_ids(token_ids), [(t, h, w) for t, h, w in grids])
+        sizes = [
+            (integer("t", t, 1, _INT32_MAX), integer("h", h, 1, _INT32_MAX), integer("w", w, 1, _INT32_MAX))
+            for t, h, w in grids
+        ]
+        return self._native.position_ids(self._generation.as_ids(token_ids), sizes)
 
     def generate(
         self,
@@ -244,7 +277,8 @@ class Qwen2VL:
         is greedy; a seed of None is drawn anew. Arguments are checked at once (errors as of `logits`);
         computation begins with the first token.
         """
-        prepared = self._generation.prepare(token_ids, [self.load_image(image) for image in images])
+        prepared = self._generation.prepare(token_ids, self._load_images(map(ImagePart, images)))
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         text = TextStream(self.tokenizer, stop, () if ignore_eos else self.config.eos_token_ids)
         steps = self._generation.steps(prepared, sampling.sampler(), max_new_tokens, text, progress)
@@ -260,19 +294,12 @@ class Qwen2VL:
         Special tokens come from the template alone: text that spells them stays text.
         """
         conversation = normalize(messages)
-        images = [
-            self.load_image(part.image, part.min_pixels, part.max_pixels)
-            for message in conversation
-            for part in message.images
-        ]
+        self.tokenizer.require_room((text for m in conversation for text in m.texts), self.n_ctx)
+        images = self._load_images(part for message in conversation for part in message.images)
         pieces = self.template.render(
             [message.for_template() for message in conversation], add_vision_id=add_vision_id
         )
-        special = self.tokenizer.special_tokens
-        # The model itself writes the markers of found objects, so in its own messages they are tokens again.
-        markers = GROUNDING_TOKENS & special.keys()
-        allowed = {TEMPLATE: special.keys(), "assistant": markers}
-        ids = self.tokenizer.encode_pieces((text, allowed.get(author, ())) for text, author in pieces)
+        ids = self.tokenizer.encode_pieces(pieces)
         pad = self.config.image_token_id
         places = sum(token == pad for token in ids)
         if places != len(images):
@@ -330,6 +357,7 @@ class Qwen2VL:
         unknown = sampling.keys() - Sampling.__dataclass_fields__.keys()
         if unknown:
             raise TypeError(f"chat() got an unexpected keyword argument {min(unknown)!r}")
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
         token_ids, images = self.encode_chat(messages, add_vision_id)
         prepared = self._generation.prepare(token_ids, images)
         text = TextStream(self.tokenizer, stop, self.config.eos_token_ids)
@@ -375,4 +403,4 @@ def _require_architecture(metadata: Mapping[str, Any], path: str) -> None:
             f"{path}: this is a vision tower alone (mmproj); give it beside its language model"
         )
     if found != "qwen2vl":
-        raise UnsupportedError(f"{path}: general.architecture: expected 'qwen2vl', found {found!r}")
+        raise UnsupportedError(f"{path}: general.architecture: expected qwen2vl, found {printable(found)}")

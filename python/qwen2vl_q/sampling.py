@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from qwen2vl_q._native import Sampler
+from qwen2vl_q.arguments import integer
 from qwen2vl_q.errors import FormatError
+from qwen2vl_q.printable import printable
 
 _KEYS = {
     "temperature": "temp",
@@ -18,11 +22,21 @@ _KEYS = {
     "min_p": "min_p",
     "repetition_penalty": "penalty_repeat",
 }
+# Of those that are float32 natively: whether it is in range, and the range in words.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: 0 <= x < math.inf, "a number of 0 or more"),
+    "top_p": (lambda x: 0 < x <= 1, "a number in (0, 1]"),
+    "min_p": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "a positive number"),
+}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, penalty 1 are off."""
+    """How the next token is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, penalty 1 are off.
+
+    ValueError for values of another type or out of range.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -31,20 +45,30 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None  # None: another one for every call
 
+    def __post_init__(self) -> None:
+        for name, (in_range, expected) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not in_range(_float32(value)):
+                raise ValueError(f"{name}: expected {expected}, found {printable(value)}")
+        integer("top_k", self.top_k, 0, 2**31 - 1)
+        if self.seed is not None:
+            integer("seed", self.seed, 0, 2**64 - 1)
+
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], path: str) -> Sampling:
-        """The file's own. FormatError, naming the key, for a value that is not a number from 0."""
+        """The file's own. FormatError, naming the key, for a value of another type or out of range."""
         found = {}
         for name, key in _KEYS.items():
             value = metadata.get(f"general.sampling.{key}")
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise FormatError(
-                    f"{path}: general.sampling.{key}: expected a number from 0, found {value!r}"
-                )
-            found[name] = int(value) if name == "top_k" else float(value)
-        return cls(**found)  # type: ignore[arg-type]
+            try:
+                cls(**{name: value})
+            except ValueError as error:
+                _, _, problem = str(error).partition(": ")
+                raise FormatError(f"{path}: general.sampling.{key}: {problem}") from None
+            found[name] = value
+        return cls(**found)
 
     def override(self, wishes: Mapping[str, Any]) -> Sampling:
         """These settings with every wish that is not None.
@@ -57,8 +81,21 @@ class Sampling:
         return replace(base, **given)
 
     def sampler(self) -> Sampler:
-        """A fresh sampler. ValueError for settings out of range."""
-        seed = secrets.randbits(64) if self.seed is None else self.seed
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed: expected 0 to 2**64 - 1, found {seed}")
-        return Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed)
+        """A fresh sampler."""
+        seed = secrets.randbits(64) if self.seed is None else int(self.seed)
+        return Sampler(
+            float(self.temperature),
+            int(self.top_k),
+            float(self.top_p),
+            float(self.min_p),
+            float(self.repetition_penalty),
+            seed,
+        )
+
+
+def _float32(value: Any) -> float:
+    """As native code takes it; infinite where it is too large."""
+    try:
+        return ctypes.c_float(float(value)).value
+    except OverflowError:  # an integer beyond any float
+        return math.inf

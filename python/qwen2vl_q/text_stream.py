@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 
+from qwen2vl_q.printable import printable
 from qwen2vl_q.tokenizer import Tokenizer
 
 
@@ -24,7 +25,7 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in self._stop):
-            raise ValueError(f"stop strings must be non-empty strings, found {self._stop!r}")
+            raise ValueError(f"stop strings must be non-empty strings, found {printable(self._stop)}")
         self._held = ""
         self._stopped = False
         self.finished = False

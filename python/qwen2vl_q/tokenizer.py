@@ -7,6 +7,7 @@ it spells. They arise only where a caller names them as allowed.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.printable import printable
 
 # transformers, models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX
 PRETOKENIZE_REGEX = (
@@ -25,6 +27,8 @@ GROUNDING_TOKENS = frozenset(
     f"<|{kind}_{edge}|>" for kind in ("object_ref", "box", "quad") for edge in ("start", "end")
 )
 EOS_TOKENS = ("<|im_end|>", "<|endoftext|>")
+MAX_WHITE_SPACE = 2**22  # in a row: at 10 million the pattern above meets its engine's limit, and that panics
+MAX_SPECIAL_TOKENS = 2048  # the released files have 14, fine-tunes for boxes a thousand
 
 # tokenizer.ggml.token_type
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -60,15 +64,22 @@ class Tokenizer:
             for i, (text, kind) in enumerate(zip(tokens, token_types, strict=True))
             if text and kind in (_CONTROL, _USER_DEFINED) and not _PADDING.fullmatch(text)
         }
+        if len(self.special_tokens) > MAX_SPECIAL_TOKENS:
+            raise FormatError(
+                f"{name}.token_type: expected at most {MAX_SPECIAL_TOKENS} special tokens, "
+                f"found {len(self.special_tokens)}"
+            )
+        self._specials = re.compile(f"({any_of(self.special_tokens)})")
         self._special_texts = {i: text for text, i in self.special_tokens.items()}
         vocab: dict[str, int] = {}
         for i, (text, kind) in enumerate(zip(tokens, token_types, strict=True)):
             if kind == _NORMAL:
                 if not text or text in vocab:
                     raise FormatError(
-                        f"{name}: token {i} ({text!r}) is empty or already token {vocab.get(text)}"
+                        f"{name}: token {i} ({printable(text)}) is empty or already token {vocab.get(text)}"
                     )
                 vocab[text] = i
+        self._longest = max(map(len, tokens), default=0)  # a character of the BPE's is a byte
         missing = [symbol for symbol in _BYTE_OF if symbol not in vocab]
         if missing:
             raise FormatError(
@@ -96,7 +107,9 @@ class Tokenizer:
         """From the `tokenizer.ggml.*` keys; errors name the file `path` and the key."""
         for key, expected in (("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "qwen2")):
             if metadata.get(key) != expected:
-                raise UnsupportedError(f"{path}: {key}: expected {expected!r}, found {metadata.get(key)!r}")
+                raise UnsupportedError(
+                    f"{path}: {key}: expected {expected}, found {printable(metadata.get(key))}"
+                )
         parts: list[list[Any]] = []
         for key, kind in (("tokens", str), ("token_type", int), ("merges", str)):
             value = metadata.get(f"tokenizer.ggml.{key}")
@@ -114,22 +127,35 @@ class Tokenizer:
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Token ids of `text`. What spells a special token becomes that token only with `parse_special`."""
-        return self.encode_pieces([(text, self.special_tokens if parse_special else ())])
+        if not parse_special:
+            return self._encode_plain(text)
+        return self.encode_pieces((piece, i % 2 == 1) for i, piece in enumerate(self._specials.split(text)))
 
-    def encode_pieces(self, pieces: Iterable[tuple[str, Collection[str]]]) -> list[int]:
-        """Token ids of the joined texts. A special token is recognized where it lies within one piece that
-        allows it by name; everything between is tokenized as one text, across the pieces' borders."""
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of pieces (text, is_special): special tokens by name, and the texts between them.
+        Texts side by side are tokenized as one."""
         ids: list[int] = []
         run: list[str] = []
-        for text, allowed in pieces:
-            end = 0
-            for match in _pattern(allowed).finditer(text) if allowed else ():
-                run.append(text[end : match.start()])
+        for text, is_special in pieces:
+            if is_special:
                 ids += self._encode_plain("".join(run))
-                ids.append(self.special_tokens[match.group()])
-                run, end = [], match.end()
-            run.append(text[end:])
+                ids.append(self.special_tokens[text])
+                run = []
+            else:
+                run.append(text)
         return ids + self._encode_plain("".join(run))
+
+    def require_room(self, texts: Iterable[str], n_tokens: int) -> None:
+        """ValueError, before anything is tokenized, for texts that cannot be so few tokens."""
+        most = n_tokens * self._longest
+        whole = list(texts)
+        if sum(map(len, whole)) <= most:
+            return
+        length = sum(len(unicodedata.normalize("NFC", text)) for text in whole)  # as they are tokenized
+        if length > most:
+            raise ValueError(
+                f"a text of {length} characters is more than the {n_tokens} tokens of context hold"
+            )
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of token ids; what is not UTF-8 becomes U+FFFD. ValueError for an id out of range."""
@@ -152,15 +178,27 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         if not text:
             return []
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text with half a surrogate pair at character {error.start}") from None
+        require_characters(text)
+        if len(text) > MAX_WHITE_SPACE:
+            longest = max((len(match.group()) for match in re.finditer(r"\s+", text)), default=0)
+            if longest > MAX_WHITE_SPACE:
+                raise ValueError(
+                    f"text with {longest} characters of white space in a row, more than {MAX_WHITE_SPACE}"
+                )
         return self._bpe.encode(text, add_special_tokens=False).ids
 
 
-def _pattern(texts: Collection[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+def any_of(texts: Collection[str]) -> str:
+    """A pattern of the longest of them that fits; of nothing where there are none."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"
+
+
+def require_characters(text: str) -> None:
+    """ValueError for what no UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text with half a surrogate pair at character {error.start}") from None
 
 
 def _checked_merges(merges: Sequence[str], vocab: Mapping[str, int], name: str) -> list[tuple[str, str]]:
@@ -169,6 +207,8 @@ def _checked_merges(merges: Sequence[str], vocab: Mapping[str, int], name: str) 
     for i, merge in enumerate(merges):
         left, space, right = merge.partition(" ")
         if not space or left not in vocab or right not in vocab or left + right not in vocab:
-            raise FormatError(f"{name}.merges: merge {i} ({merge!r}) does not join two tokens to a third")
+            raise FormatError(
+                f"{name}.merges: merge {i} ({printable(merge)}) does not join two tokens to a third"
+            )
         pairs.append((left, right))
     return pairs

@@ -21,11 +21,13 @@ class Conversation:
         self._settings = settings
         self._history: list[dict[str, Any]] = []
         self._pending: list[dict[str, Any]] = []
+        self._paths: dict[bytes, str] = {}  # by the picture's key
 
     def attach(self, path: str) -> int:
         """Puts a picture before the next question; returns the tokens that it will take."""
         image = self._model.load_image(path)
-        self._pending.append({"type": "image", "image": image, "path_shown": path})
+        self._pending.append({"type": "image", "image": image})
+        self._paths[image.key] = path
         _, rows, columns = image.grid_thw
         return rows * columns // self._model.image_processor.merge_size**2
 
@@ -57,7 +59,7 @@ class Conversation:
     def save(self, path: Path) -> None:
         """Writes the conversation: the messages where the name ends in .json, otherwise Markdown."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, *map(_with_paths, self._history)]
+        messages = [*system, *map(self._with_paths, self._history)]
         if path.suffix.lower() == ".json":
             text = json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
         else:
@@ -65,6 +67,17 @@ class Conversation:
                 f"## {message['role']}\n\n{_markdown(message['content'])}\n" for message in messages
             )
         path.write_text(text, encoding="utf-8")
+
+    def _with_paths(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message["content"]
+        if isinstance(content, list):
+            content = [
+                {"type": "image", "image": self._paths[part["image"].key]}
+                if part["type"] == "image"
+                else part
+                for part in content
+            ]
+        return {"role": message["role"], "content": content}
 
     def stats(self) -> str:
         return describe_stats(self._model.last_stats)
@@ -88,16 +101,6 @@ def describe_stats(stats: GenerationStats) -> str:
     if stats.peak_memory_bytes is not None:
         memory = f"peak memory {stats.peak_memory_bytes / 1e9:.2f} GB, {memory}"
     return "; ".join([*parts, memory])
-
-
-def _with_paths(message: Mapping[str, Any]) -> dict[str, Any]:
-    content = message["content"]
-    if isinstance(content, list):
-        content = [
-            {"type": "image", "image": part["path_shown"]} if part["type"] == "image" else part
-            for part in content
-        ]
-    return {"role": message["role"], "content": content}
 
 
 def _markdown(content: str | list[dict[str, str]]) -> str:
