@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.printable import printable
 
 # transformers, models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX
 PRETOKENIZE_REGEX = (
@@ -66,7 +67,7 @@ class Tokenizer:
             if kind == _NORMAL:
                 if not text or text in vocab:
                     raise FormatError(
-                        f"{name}: token {i} ({text!r}) is empty or already token {vocab.get(text)}"
+                        f"{name}: token {i} ('{printable(text)}') is empty or already token {vocab.get(text)}"
                     )
                 vocab[text] = i
         missing = [symbol for symbol in _BYTE_OF if symbol not in vocab]
@@ -169,6 +170,8 @@ def _checked_merges(merges: Sequence[str], vocab: Mapping[str, int], name: str) 
     for i, merge in enumerate(merges):
         left, space, right = merge.partition(" ")
         if not space or left not in vocab or right not in vocab or left + right not in vocab:
-            raise FormatError(f"{name}.merges: merge {i} ({merge!r}) does not join two tokens to a third")
+            raise FormatError(
+                f"{name}.merges: merge {i} ('{printable(merge)}') does not join two tokens to a third"
+            )
         pairs.append((left, right))
     return pairs
