@@ -19,7 +19,8 @@ from qwen2vl_q.convert.recipe import Recipe, type_for_row
 from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
-from qwen2vl_q.errors import FormatError
+from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.model_parts import check_model_file
 
 _CHUNK_VALUES = 1 << 22  # values in memory at a time (16 MiB as float32), however large the tensor
 _F16_MAX = 65504.0  # F16 values, and the F16 scales of the block types, end here
@@ -55,7 +56,8 @@ def convert_checkpoint(
 ) -> Report:
     """Converts the checkpoint in the folder `source` to the file `out`, which appears whole or not at all.
 
-    Raises FormatError or UnsupportedError for a checkpoint that is damaged or not a Qwen2-VL,
+    What it becomes passes the runtime's own checks, before the tensors are quantized. Raises FormatError or
+    UnsupportedError for a checkpoint that is damaged or not a Qwen2-VL,
     FileExistsError where `out` exists and `overwrite` is false, OSError for the disk's errors.
     """
     config = read_config(source)
@@ -85,15 +87,25 @@ def convert_checkpoint(
         lambda output: _chunks(checkpoint, by_name[output.name]),
         overwrite,
         advance,
+        check=lambda part: _check(part, config.path),
     )
     notes = [
         f"{name} is not written: config.json ties the head to the embeddings"
         for name in ignored
         if name in checkpoint.tensors
     ]
-    if not tokenizer.chat_templates:
-        notes.append("the checkpoint has no chat template")
+    if "default" not in tokenizer.chat_templates:
+        notes.append("the checkpoint has no chat template: Qwen2-VL's own is used")
     return Report(out, size, tensors, notes)
+
+
+def _check(part: Path, config_path: Path) -> None:
+    """What the other files bring has been checked when they were read; the rest is config.json's."""
+    try:
+        check_model_file(str(part))
+    except (FormatError, UnsupportedError) as error:
+        reason = str(error).removeprefix(f"{part}: ")
+        raise type(error)(f"{config_path}: the runtime refuses what it describes: {reason}") from None
 
 
 def _plan(mapped: MappedTensor, recipe: Recipe) -> list[ConvertedTensor]:

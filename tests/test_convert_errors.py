@@ -36,7 +36,7 @@ def own_checkpoint(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "checkpoint", SPEC)
 
 
-def test_all_tensor_problems_are_listed_at_once(own_checkpoint: Path, tmp_path: Path) -> None:
+def test_tensor_problems_are_listed_and_counted(own_checkpoint: Path, tmp_path: Path) -> None:
     tensors = random_tensors(SPEC, 0)
     del tensors["visual.merger.ln_q.bias"], tensors["model.layers.1.self_attn.k_proj.bias"]
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
@@ -46,15 +46,24 @@ def test_all_tensor_problems_are_listed_at_once(own_checkpoint: Path, tmp_path: 
     write_safetensors(own_checkpoint / "model.safetensors", tensors)
     with pytest.raises(FormatError, match=r"5 tensors do not fit config\.json") as error:
         convert(own_checkpoint, tmp_path / "m.gguf")
-    for line in (
-        "missing: visual.merger.ln_q.bias [64]",
-        "missing: model.layers.1.self_attn.k_proj.bias [32]",
-        "misshapen: model.norm.weight: expected [64], found [63]",
-        "misshapen: visual.blocks.0.attn.qkv.weight: expected [192, 64], found [64, 192]",
-        "unexpected: model.layers.0.lora_A [2, 3] in model.safetensors",
-    ):
-        assert line in str(error.value)
+    assert str(error.value).endswith(
+        ": missing: model.layers.1.self_attn.k_proj.bias [32]; missing: visual.merger.ln_q.bias [64]; "
+        "misshapen: model.norm.weight [63], expected [64]; and 2 more"
+    )
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_tensors_of_other_names_and_types(own_checkpoint: Path, tmp_path: Path) -> None:
+    tensors = random_tensors(SPEC, 0)
+    tensors["model.layers.0.lora_A"] = np.zeros((2, 3), np.float32)
+    write_safetensors(own_checkpoint / "model.safetensors", tensors)
+    message = r"1 tensors .*: unexpected: model\.layers\.0\.lora_A \[2, 3\] in model\.safetensors$"
+    with pytest.raises(FormatError, match=message):
+        convert(own_checkpoint, tmp_path / "m.gguf")
+    data = (write_checkpoint(tmp_path / "d", SPEC) / "model.safetensors").read_bytes()
+    (own_checkpoint / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(FormatError, match=r"type: model.embed_tokens.weight .* is I32, expected F32, F16 or"):
+        convert(own_checkpoint, tmp_path / "m.gguf")
 
 
 def test_a_tied_head_that_was_saved_is_left_out(own_checkpoint: Path, tmp_path: Path) -> None:
@@ -96,12 +105,12 @@ def test_a_tied_head_that_was_saved_is_left_out(own_checkpoint: Path, tmp_path: 
         ),
         ({"num_hidden_layers": 10**9}, FormatError, "num_hidden_layers: expected an integer from 1 to 1024"),
         ({"num_key_value_heads": 3}, FormatError, "num_key_value_heads 3"),
-        ({"rms_norm_eps": -1}, FormatError, "rms_norm_eps: expected a positive number, found -1"),
+        ({"rms_norm_eps": -1}, FormatError, r"rms_norm_eps: expected a number in \(0, 1\), found -1"),
         ({"tie_word_embeddings": "no"}, FormatError, "tie_word_embeddings: expected true or false"),
         ({"tie_word_embeddings": False}, FormatError, r"missing: lm_head.weight \[1040, 64\]"),
         ({"vision_config": []}, FormatError, "vision_config: expected an object"),
         ({"image_token_id": 5}, FormatError, r"image_token_id: expected 1036, the id of <\|image_pad\|>"),
-        ({"vocab_size": 1037}, FormatError, r"misshapen: model.embed_tokens.weight: expected \[1037, 64\]"),
+        ({"vocab_size": 1037}, FormatError, r"model.embed_tokens.weight \[1040, 64\], expected \[1037, 64\]"),
     ],
 )
 def test_configurations_that_are_refused(
@@ -218,6 +227,60 @@ def test_damaged_checkpoints(
         convert(own_checkpoint, tmp_path / "m.gguf")
     assert str(own_checkpoint) in str(raised.value)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit("config.json", rms_norm_eps=5), r"config\.json: rms_norm_eps: expected a number in \(0, 1\)"),
+        (edit("config.json", rms_norm_eps=1e-50), r"config\.json: rms_norm_eps: expected .* found 1e-50"),
+        (edit("config.json", rope_theta=1e39), r"config\.json: rope_theta: expected a positive number"),
+        (
+            edit("config.json", max_position_embeddings=1 << 25),
+            r"config\.json: max_position_embeddings: expe",
+        ),
+        (edit("preprocessor_config.json", min_pixels=20000000), r"preprocessor_config\.json: .*min_pixels"),
+        (edit("preprocessor_config.json", image_std=[0.5, 0, 1]), r"preprocessor_config\.json: .*deviations"),
+        (edit("preprocessor_config.json", image_mean=[0, 0, 1e39]), r"preprocessor_config\.json: image_mean"),
+        (edit("generation_config.json", temperature=1e39), r"generation_config\.json: temperature: expected"),
+        (edit("generation_config.json", top_p=7), r"generation_config\.json: .*top_p: expected .* found 7"),
+        (edit("generation_config.json", min_p=1.5), r"generation_config\.json: .*min_p: expected"),
+        (edit("generation_config.json", top_k=1 << 40), r"generation_config\.json: top_k: expected"),
+        (edit("generation_config.json", repetition_penalty=0), r"generation_config\.json: .*penalty"),
+        (
+            edit("chat_template.json", chat_template="{% for m in messages %}"),
+            r"chat_template\.json: chat_template: line 1: Unexpected end",
+        ),
+        (write("chat_template.jinja", "{{ x"), r"chat_template\.jinja: chat_template: line 1"),
+    ],
+)
+def test_what_the_runtime_would_refuse(
+    own_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], object],
+    message: str,
+) -> None:
+    damage(own_checkpoint)
+    monkeypatch.setattr("qwen2vl_q.convert.convert.quantize", None)  # before the work, not after
+    with pytest.raises((FormatError, UnsupportedError), match=message):
+        convert(own_checkpoint, tmp_path / "m.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_the_written_head_passes_the_runtimes_checks(
+    own_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the converter itself lets through is refused before the tensors are quantized, too."""
+    monkeypatch.setattr("qwen2vl_q.convert.config._MAX_CONTEXT", 1 << 30)
+    monkeypatch.setattr("qwen2vl_q.convert.convert.quantize", None)
+    edit_json(own_checkpoint / "config.json", max_position_embeddings=1 << 25)
+    out = tmp_path / "m.gguf"
+    out.write_text("the one before")
+    with pytest.raises(FormatError, match=r"config\.json: the runtime refuses .*qwen2vl\.context_length"):
+        convert(own_checkpoint, out)
+    assert out.read_text() == "the one before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "m.gguf"]
 
 
 def test_the_same_tensor_in_both_styles(own_checkpoint: Path, tmp_path: Path) -> None:
