@@ -109,9 +109,9 @@ class Checkpoint:
 
 def _shard_files(folder: Path) -> list[Path]:
     single, index = folder / _SINGLE, folder / _INDEX
-    if single.exists():  # first, as transformers: an index beside it may be an older save's
+    if single.is_file():  # first, as transformers: an index beside it may be an older save's
         return [single]
-    if not index.exists():
+    if not index.is_file():
         raise FormatError(f"{folder}: neither {_SINGLE} nor {_INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -80,5 +80,5 @@ def download(repo_id: str) -> Path:
     except (OSError, ValueError) as error:  # what snapshot_download documents
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise OSError(
-            f"'{repo_id}' is no folder here, and the Hugging Face hub did not deliver it: {reason}"
+            f"'{repo_id}' is no folder here, and the Hugging Face hub did not deliver it: {printable(reason)}"
         ) from error

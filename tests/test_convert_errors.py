@@ -19,6 +19,7 @@ import pytest
 
 from checkpoints import CheckpointSpec, random_tensors, write_checkpoint, write_safetensors
 from conversion import convert, edit_json, stored_bytes
+from qwen2vl_q.atomic_file import part_of, whole_or_not_at_all
 from qwen2vl_q.convert import Recipe, convert_checkpoint
 from qwen2vl_q.errors import FormatError, UnsupportedError
 
@@ -340,7 +341,7 @@ def test_progress_ends_at_the_total(checkpoint: Path, tmp_path: Path) -> None:
 SCRIPT = """
     import os, signal, sys
     import qwen2vl_q.convert.convert as module
-    from qwen2vl_q.cli.convert import convert
+    from qwen2vl_q.cli.main import main
     calls, quantize = [], module.quantize
     def interrupting(values, type):
         calls.append(type)
@@ -348,7 +349,7 @@ SCRIPT = """
             {during}
         return quantize(values, type)
     module.quantize = interrupting
-    convert([sys.argv[1], sys.argv[2], "--force"])
+    sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--force"]))
 """
 
 
@@ -361,34 +362,57 @@ def run_interrupted(checkpoint: Path, out: Path, during: str) -> subprocess.Comp
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 @pytest.mark.parametrize(
-    ("during", "message"),
+    ("during", "code", "message"),
     [
-        ("os.kill(os.getpid(), signal.SIGINT)", "Aborted"),
-        ("os.kill(os.getpid(), signal.SIGTERM)", ""),
-        ("os.kill(os.getpid(), signal.SIGHUP)", ""),
-        ("raise RuntimeError('broken')", "broken"),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted: {out} is not written"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 128 + 15, ""),
+        ("os.kill(os.getpid(), signal.SIGHUP)", 128 + 1, ""),
+        (
+            "raise RuntimeError('broken')",
+            1,
+            "error: internal error, RuntimeError: broken (--debug shows where)",
+        ),
         (
             "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))",  # as a full disk
-            os.strerror(errno.EFBIG),
+            1,
+            "error: {out}: " + os.strerror(errno.EFBIG),
         ),
     ],
     ids=["ctrl-c", "terminated", "hung up", "exception", "disk full"],
 )
 def test_interrupted_conversions_leave_nothing(
-    checkpoint: Path, tmp_path: Path, during: str, message: str
+    checkpoint: Path, tmp_path: Path, during: str, code: int, message: str
 ) -> None:
     out = tmp_path / "m.gguf"
     out.write_text("the one before")
     result = run_interrupted(checkpoint, out, during)
-    assert result.returncode != 0
-    assert message in result.stderr
+    assert result.returncode == code
+    assert result.stderr.strip() == message.format(out=out)
+    assert result.stdout == ""
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
     assert out.read_text() == "the one before"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_a_kill_leaves_no_file_of_that_name(checkpoint: Path, tmp_path: Path) -> None:
-    result = run_interrupted(checkpoint, tmp_path / "m.gguf", "os.kill(os.getpid(), signal.SIGKILL)")
+def test_what_a_kill_leaves_is_named_and_written_over(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    result = run_interrupted(checkpoint, out, "os.kill(os.getpid(), signal.SIGKILL)")
     assert result.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    assert left.suffix == ".part"
+    assert left == part_of(out)
+    size = left.stat().st_size
+    result = run_interrupted(checkpoint, out, "pass")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    note = f"m.gguf.part, which a conversion that was killed had left, is gone: {size:,} bytes"
+    assert f"note: {note}" in result.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_conversion_that_another_process_makes(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    with whole_or_not_at_all(out, overwrite=False):
+        result = run_interrupted(checkpoint, out, "pass")
+        assert result.returncode == 1
+        assert result.stderr == f"error: {out}: another process is writing it\n"
+        assert part_of(out).exists()
