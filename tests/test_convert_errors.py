@@ -1,15 +1,9 @@
-"""What the converter refuses, and that a file appears whole or not at all."""
+"""What the converter refuses."""
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,16 +13,9 @@ import pytest
 
 from checkpoints import CheckpointSpec, random_tensors, write_checkpoint, write_safetensors
 from conversion import convert, edit_json, stored_bytes
-from qwen2vl_q.atomic_file import part_of, whole_or_not_at_all
-from qwen2vl_q.convert import Recipe, convert_checkpoint
 from qwen2vl_q.errors import FormatError, UnsupportedError
 
 SPEC = CheckpointSpec()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SPEC)
 
 
 @pytest.fixture
@@ -106,6 +93,16 @@ def test_a_tied_head_that_was_saved_is_left_out(own_checkpoint: Path, tmp_path: 
         ),
         ({"num_hidden_layers": 10**9}, FormatError, "num_hidden_layers: expected an integer from 1 to 1024"),
         ({"num_key_value_heads": 3}, FormatError, "num_key_value_heads 3"),
+        (
+            {"num_attention_heads": 4097},
+            FormatError,
+            "num_attention_heads: expected .* 1 to 4096, found 4097",
+        ),
+        (
+            {"num_key_value_heads": 4097},
+            FormatError,
+            "num_key_value_heads: expected .* 1 to 4096, found 4097",
+        ),
         ({"rms_norm_eps": -1}, FormatError, r"rms_norm_eps: expected a number in \(0, 1\), found -1"),
         ({"tie_word_embeddings": "no"}, FormatError, "tie_word_embeddings: expected true or false"),
         ({"tie_word_embeddings": False}, FormatError, r"missing: lm_head.weight \[1040, 64\]"),
@@ -131,6 +128,10 @@ def test_configurations_that_are_refused(
         ({"hidden_act": "gelu"}, "hidden_act: only 'quick_gelu'"),
         ({"hidden_size": 32}, "vision_config.hidden_size: expected the language model's 64, found 32"),
         ({"num_heads": 5}, "vision embed_dim 64 is not a multiple of 4 num_heads 20"),
+        ({"num_heads": 4097}, "num_heads: expected an integer from 1 to 4096, found 4097"),
+        ({"in_channels": 4}, "in_channels: only 3 is supported, found 4"),
+        ({"patch_size": 1025}, "patch_size: expected an integer from 1 to 1024, found 1025"),
+        ({"spatial_merge_size": 17}, "spatial_merge_size: expected an integer from 1 to 16, found 17"),
         ({"rope_parameters": {"rope_type": "axial", "rope_theta": 5.0}}, "rope_theta: only 10000.0"),
     ],
 )
@@ -212,6 +213,30 @@ def index(text: str) -> Callable[[Path], object]:
         (
             edit("chat_template.json", chat_template=3),
             "chat_template.json: chat_template: expected a template",
+        ),
+        *(
+            (edit("chat_template.json", chat_template=odd), "chat_template: expected a template or a list")
+            for odd in (
+                [{"name": [], "template": "x"}],
+                [{"name": "x"}],
+                ["x"],
+                [],
+                {},
+                {"default": [1]},
+                "\ud800",
+            )
+        ),
+        (
+            edit("chat_template.json", chat_template={"x" * 101: "x"}),
+            "chat_template: expected a template or a list",
+        ),
+        (
+            lambda folder: os.truncate(folder / "tokenizer.json", 2**28 + 1),
+            "expected at most 268435456 bytes",
+        ),
+        (
+            edit("tokenizer.json", model={"vocab": {"a": 0}, "merges": []}),
+            "merges: expected a list of merges",
         ),
         (remove("preprocessor_config.json"), "neither preprocessor_config.json nor processor_config.json"),
         (edit("preprocessor_config.json", max_pixels=None), r"max_pixels \(or size.longest_edge\): expected"),
@@ -299,120 +324,3 @@ def test_values_beyond_f16(own_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"F16 reaches to 65504, found 100000: convert to bf16 or f32"):
         convert(own_checkpoint, tmp_path / "m.gguf", "f16")
     convert(own_checkpoint, tmp_path / "m.gguf", "bf16")
-
-
-# --- whole or not at all --------------------------------------------------------------------------------
-
-
-def test_existing_files_are_kept(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "m.gguf"
-    out.write_text("precious")
-    with pytest.raises(FileExistsError, match=r"m\.gguf exists"):
-        convert_checkpoint(checkpoint, out, Recipe("f32"))
-    assert out.read_text() == "precious"
-    convert_checkpoint(checkpoint, out, Recipe("f32"), overwrite=True)
-    assert out.read_bytes()[:4] == b"GGUF"
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-
-
-def test_a_file_that_does_not_fit_is_not_begun(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = dataclasses.make_dataclass("Usage", ["free"])
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1000))
-    monkeypatch.setattr("qwen2vl_q.convert.convert.quantize", None)  # calling it would be another error
-    with pytest.raises(OSError, match=r"the file needs \d+ bytes, the disk has 1000 left"):
-        convert(checkpoint, tmp_path / "m.gguf")
-    assert not list(tmp_path.iterdir())
-
-
-def test_progress_ends_at_the_total(checkpoint: Path, tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    report = convert_checkpoint(
-        checkpoint, tmp_path / "m.gguf", Recipe("q8_0"), progress=lambda *call: calls.append(call)
-    )
-    total = sum(t.output.n_bytes for t in report.tensors)
-    assert calls[-1] == (total, total)
-    assert calls == sorted(calls)
-    assert report.n_bytes == (tmp_path / "m.gguf").stat().st_size > total
-
-
-# Runs the command with `during` executed at the fifth slice that is quantized.
-SCRIPT = """
-    import os, signal, sys
-    import qwen2vl_q.convert.convert as module
-    from qwen2vl_q.cli.main import main
-    calls, quantize = [], module.quantize
-    def interrupting(values, type):
-        calls.append(type)
-        if len(calls) == 5:
-            {during}
-        return quantize(values, type)
-    module.quantize = interrupting
-    sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--force"]))
-"""
-
-
-def run_interrupted(checkpoint: Path, out: Path, during: str) -> subprocess.CompletedProcess[str]:
-    script = textwrap.dedent(SCRIPT).format(during=during)
-    return subprocess.run(
-        [sys.executable, "-c", script, str(checkpoint), str(out)], capture_output=True, text=True, timeout=60
-    )
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
-@pytest.mark.parametrize(
-    ("during", "code", "message"),
-    [
-        ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted: {out} is not written"),
-        ("os.kill(os.getpid(), signal.SIGTERM)", 128 + 15, ""),
-        ("os.kill(os.getpid(), signal.SIGHUP)", 128 + 1, ""),
-        (
-            "raise RuntimeError('broken')",
-            1,
-            "error: internal error, RuntimeError: broken (--debug shows where)",
-        ),
-        (
-            "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))",  # as a full disk
-            1,
-            "error: {out}: " + os.strerror(errno.EFBIG),
-        ),
-    ],
-    ids=["ctrl-c", "terminated", "hung up", "exception", "disk full"],
-)
-def test_interrupted_conversions_leave_nothing(
-    checkpoint: Path, tmp_path: Path, during: str, code: int, message: str
-) -> None:
-    out = tmp_path / "m.gguf"
-    out.write_text("the one before")
-    result = run_interrupted(checkpoint, out, during)
-    assert result.returncode == code
-    assert result.stderr.strip() == message.format(out=out)
-    assert result.stdout == ""
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-    assert out.read_text() == "the one before"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_what_a_kill_leaves_is_named_and_written_over(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "m.gguf"
-    result = run_interrupted(checkpoint, out, "os.kill(os.getpid(), signal.SIGKILL)")
-    assert result.returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert left == part_of(out)
-    size = left.stat().st_size
-    result = run_interrupted(checkpoint, out, "pass")
-    assert result.returncode == 0
-    assert result.stderr == ""
-    note = f"m.gguf.part, which a conversion that was killed had left, is gone: {size:,} bytes"
-    assert f"note: {note}" in result.stdout
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-
-
-def test_a_conversion_that_another_process_makes(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "m.gguf"
-    with whole_or_not_at_all(out, overwrite=False):
-        result = run_interrupted(checkpoint, out, "pass")
-        assert result.returncode == 1
-        assert result.stderr == f"error: {out}: another process is writing it\n"
-        assert part_of(out).exists()
