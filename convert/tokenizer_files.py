@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 from gguf import TokenType
 
-from qwen2vl_q.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
+from qwen2vl_q.chat_template import ChatTemplate
 from qwen2vl_q.convert.config import CheckpointConfig
 from qwen2vl_q.convert.files import quoted, read_json, read_json_if_present, read_text
 from qwen2vl_q.errors import FormatError, UnsupportedError
@@ -266,7 +266,7 @@ def _named_templates(path: Path, template: object) -> dict[str, str]:
             named = list(template.items())
         case _:
             named = []
-    if not named or not all(_is_text(name, _MAX_NAME) and _is_text(text) for name, text in named):
+    if not named or not all(_is_text(n) and len(str(n)) <= _MAX_NAME and _is_text(t) for n, t in named):
         raise FormatError(f"{path}: chat_template: expected a template or a list of named ones")
     # Names become parts of keys: letters, digits and underscores only, as llama.cpp writes them.
     templates = {re.sub(r"[^A-Za-z0-9]", "_", str(name)): str(text) for name, text in named}
@@ -275,8 +275,8 @@ def _named_templates(path: Path, template: object) -> dict[str, str]:
     return templates
 
 
-def _is_text(value: object, limit: int = MAX_TEMPLATE_CHARS) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= limit and _is_unicode(value)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != "" and _is_unicode(value)
 
 
 def _is_unicode(text: str) -> bool:

@@ -278,6 +278,7 @@ def test_damaged_checkpoints(
             r"chat_template\.json: chat_template: line 1: Unexpected end",
         ),
         (write("chat_template.jinja", "{{ x"), r"chat_template\.jinja: chat_template: line 1"),
+        (write("chat_template.jinja", "x" * 2**20), r"jinja: chat_template: expected at most 262144 char"),
     ],
 )
 def test_what_the_runtime_would_refuse(
