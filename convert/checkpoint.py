@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from qwen2vl_q.convert.files import read_json
+from qwen2vl_q.convert.files import quoted, read_json
 from qwen2vl_q.convert.tensor_map import MappedTensor
 from qwen2vl_q.errors import FormatError
+from qwen2vl_q.printable import printable
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -23,6 +24,7 @@ _SINGLE = "model.safetensors"
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 # Tables that old versions of transformers saved and every runtime computes.
 _DERIVED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
+_SHOWN = 3  # of the tensors that do not fit
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class StoredTensor:
     dtype: str  # as safetensors names it
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
+
+    def __str__(self) -> str:
+        return f"{printable(self.name, 80)} {printable(list(self.shape), 40)}"
 
 
 def canonical_name(name: str) -> str:
@@ -55,12 +60,14 @@ class Checkpoint:
                 if name in self.tensors:
                     other = self.tensors[name]
                     raise FormatError(
-                        f"{file}: tensor '{tensor.name}' is also in {other.file.name} as '{other.name}'"
+                        f"{file}: tensor '{printable(tensor.name)}' is also in {other.file.name} "
+                        f"as '{printable(other.name)}'"
                     )
                 self.tensors[name] = tensor
 
     def check(self, expected: Iterable[MappedTensor], ignored: Iterable[str]) -> None:
-        """Raises one FormatError with every missing, unexpected, misshapen or unreadable tensor."""
+        """Raises one FormatError for all missing, unexpected, misshapen and unreadable tensors; it names the
+        first few."""
         wanted = {tensor.source: tensor.source_shape for tensor in expected}
         problems = [
             f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in self.tensors
@@ -69,16 +76,17 @@ class Checkpoint:
         for name, stored in self.tensors.items():
             if name not in wanted:
                 if name not in skip and not name.endswith(_DERIVED):
-                    problems.append(f"unexpected: {stored.name} {list(stored.shape)} in {stored.file.name}")
+                    problems.append(f"unexpected: {stored} in {stored.file.name}")
             elif stored.shape != wanted[name]:
-                problems.append(
-                    f"misshapen: {stored.name}: expected {list(wanted[name])}, found {list(stored.shape)}"
-                )
+                problems.append(f"misshapen: {stored}, expected {list(wanted[name])}")
             elif stored.dtype not in _DTYPES:
-                problems.append(f"type: {stored.name}: expected F32, F16 or BF16, found {stored.dtype}")
+                problems.append(f"type: {stored} is {stored.dtype}, expected F32, F16 or BF16")
         if problems:
-            listing = "".join(f"\n  {problem}" for problem in problems)
-            raise FormatError(f"{self.folder}: {len(problems)} tensors do not fit config.json:{listing}")
+            listing = "; ".join(problems[:_SHOWN])
+            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise FormatError(
+                f"{self.folder}: {len(problems)} tensors do not fit config.json: {listing}{more}"
+            )
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop of a tensor's first axis, as float32 [stop - start, ...]."""
@@ -101,24 +109,36 @@ class Checkpoint:
 
 def _shard_files(folder: Path) -> list[Path]:
     single, index = folder / _SINGLE, folder / _INDEX
-    if single.exists():  # first, as transformers: an index beside it may be an older save's
+    if single.is_file():  # first, as transformers: an index beside it may be an older save's
         return [single]
-    if not index.exists():
+    if not index.is_file():
         raise FormatError(f"{folder}: neither {_SINGLE} nor {_INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: expected an object 'weight_map' from tensors to files")
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
-        # A plain name in this folder: an index is data from the net and must not lead elsewhere.
-        if not isinstance(name, str) or not name.endswith(".safetensors") or any(c in name for c in "/\\:\0"):
+    for name in weight_map.values():
+        if not _is_shard_name(name):
             raise FormatError(
-                f"{index}: expected the name of a safetensors file in the same folder, found {name!r}"
+                f"{index}: expected the name of a safetensors file in the same folder, found {quoted(name)}"
             )
+    names = list(dict.fromkeys(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise FormatError(f"{index}: {len(missing)} of {len(names)} files are missing: {', '.join(missing)}")
+        raise FormatError(
+            f"{index}: {len(missing)} of {len(names)} files are missing: {printable(', '.join(missing))}"
+        )
     return [folder / name for name in names]
+
+
+def _is_shard_name(name: object) -> bool:
+    """A plain name in the same folder: an index is data from the net and must not lead elsewhere."""
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and len(name) <= 255
+        and name.isprintable()
+        and not any(c in name for c in "/\\:")
+    )
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
@@ -127,13 +147,13 @@ def _read_header(file: Path) -> list[StoredTensor]:
         with safe_open(file, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise FormatError(f"{file}: not a sound safetensors file: {error}") from error
+        raise FormatError(f"{file}: not a sound safetensors file: {printable(str(error))}") from error
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(header_bytes))
     unprintable = [name for name in header if not name.isprintable()]
     if unprintable:  # names end up in messages: no terminal codes there
-        raise FormatError(f"{file}: tensor name {unprintable[0]!r} is not printable")
+        raise FormatError(f"{file}: tensor name '{printable(unprintable[0])}' is not printable")
     return [
         StoredTensor(
             file, name, info["dtype"], tuple(info["shape"]), 8 + header_bytes + info["data_offsets"][0]

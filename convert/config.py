@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen2vl_q.convert.files import read_json
+from qwen2vl_q.convert.files import as_float32, quoted, read_json
 from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.printable import printable
 
 # Values that transformers leaves out of a saved config.json where they equal its defaults
 # (Qwen2VLTextConfig, Qwen2VLVisionConfig). Shapes are checked against the tensors afterwards.
@@ -37,9 +38,14 @@ _VISION_DEFAULTS: Mapping[str, object] = {
     "temporal_patch_size": 2,
     "hidden_act": "quick_gelu",
 }
-# Far above any model of the family (72B: 29568 wide, 80 layers, 152064 rows), far below what overflows.
+# The runtime's own (csrc/model/config.cpp): far above any model of the family (72B: 29568 wide, 80 layers,
+# 152064 rows), far below what overflows.
 _MAX_SIZE = 1 << 20
 _MAX_LAYERS = 1024
+_MAX_HEADS = 4096
+_MAX_CONTEXT = 1 << 24
+_MAX_PATCH_SIZE = 1024
+_MAX_MERGE_SIZE = 16
 _VISION_ROPE_THETA = 10000.0  # GGUF has no key for it: the runtimes hold it as a constant
 
 
@@ -105,11 +111,12 @@ class _Section:
             raise self.error(key, f"an integer from 1 to {limit}", value)
         return value
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, expected: str = "a positive number", limit: float = math.inf) -> float:
         value = self.value(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self.error(key, "a positive number", value)
-        return float(value)
+        number = as_float32(value)
+        if number is None or not 0 < number < limit:
+            raise self.error(key, expected, value)
+        return number
 
     def flag(self, key: str) -> bool:
         value = self.value(key)
@@ -121,10 +128,12 @@ class _Section:
         """Raises UnsupportedError where a value other than the only one that the runtime computes is set."""
         value = self.value(key)
         if value != expected:
-            raise UnsupportedError(f"{self._path}: {key}: only {expected!r} is supported, found {value!r}")
+            raise UnsupportedError(
+                f"{self._path}: {key}: only {expected!r} is supported, found {quoted(value)}"
+            )
 
     def error(self, key: str, expected: str, found: object) -> FormatError:
-        return FormatError(f"{self._path}: {key}: expected {expected}, found {found!r}")
+        return FormatError(f"{self._path}: {key}: expected {expected}, found {quoted(found)}")
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -153,7 +162,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 def _object(path: Path, root: Mapping[str, object], key: str) -> dict[str, object]:
     value = root.get(key, {})
     if not isinstance(value, dict):
-        raise FormatError(f"{path}: {key}: expected an object, found {value!r}")
+        raise FormatError(f"{path}: {key}: expected an object, found {quoted(value)}")
     return value
 
 
@@ -161,13 +170,15 @@ def _check_architecture(path: Path, root: Mapping[str, object]) -> None:
     model_type = root.get("model_type")
     if model_type != "qwen2_vl":
         raise UnsupportedError(
-            f"{path}: model_type: expected 'qwen2_vl', found {model_type!r} ({root.get('architectures')})"
+            f"{path}: model_type: expected 'qwen2_vl', found {quoted(model_type)} "
+            f"({printable(root.get('architectures'))})"
         )
     quantization = root.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedError(
-            f"{path}: the checkpoint is already quantized ({method}): convert the original one instead"
+            f"{path}: the checkpoint is already quantized ({printable(method)}): "
+            "convert the original one instead"
         )
 
 
@@ -183,17 +194,17 @@ def _read_text(path: Path, sections: list[Mapping[str, object]]) -> TextConfig:
     kind = rope.value("rope_type", "type")
     if kind not in ("default", "mrope"):
         raise UnsupportedError(
-            f"{path}: rope_scaling: only M-RoPE without rescaling is supported, found {kind!r}"
+            f"{path}: rope_scaling: only M-RoPE without rescaling is supported, found {quoted(kind)}"
         )
     text = TextConfig(
         vocab_size=keys.size("vocab_size"),
         hidden_size=keys.size("hidden_size"),
         intermediate_size=keys.size("intermediate_size"),
         num_hidden_layers=keys.size("num_hidden_layers", limit=_MAX_LAYERS),
-        num_attention_heads=keys.size("num_attention_heads"),
-        num_key_value_heads=keys.size("num_key_value_heads"),
-        max_position_embeddings=keys.size("max_position_embeddings"),
-        rms_norm_eps=keys.number("rms_norm_eps"),
+        num_attention_heads=keys.size("num_attention_heads", limit=_MAX_HEADS),
+        num_key_value_heads=keys.size("num_key_value_heads", limit=_MAX_HEADS),
+        max_position_embeddings=keys.size("max_position_embeddings", limit=_MAX_CONTEXT),
+        rms_norm_eps=keys.number("rms_norm_eps", "a number in (0, 1)", limit=1),
         # Inside the table it counts more than beside it, as in transformers.
         rope_theta=_Section(path, [*ropes, *sections], _TEXT_DEFAULTS).number("rope_theta"),
         mrope_section=_mrope_section(rope),
@@ -206,7 +217,7 @@ def _read_text(path: Path, sections: list[Mapping[str, object]]) -> TextConfig:
     if head_dim is not None and head_dim != text.head_dim:
         raise UnsupportedError(
             f"{path}: head_dim: only hidden_size / num_attention_heads = {text.head_dim} is supported, "
-            f"found {head_dim!r}"
+            f"found {quoted(head_dim)}"
         )
     if 2 * sum(text.mrope_section) != text.head_dim:
         raise FormatError(
@@ -234,16 +245,16 @@ def _read_vision(path: Path, section: Mapping[str, object], text_hidden_size: in
     rope = _Section(path, [_object(path, section, "rope_parameters")], {"rope_theta": _VISION_ROPE_THETA})
     rope.require("rope_theta", _VISION_ROPE_THETA)
     keys.require("temporal_patch_size", 2)  # the format names two slices of the patch embedding
+    keys.require("in_channels", 3)  # not in_chans, which the flat layout writes and transformers ignores
     vision = VisionConfig(
         depth=keys.size("depth", limit=_MAX_LAYERS),
         embed_dim=keys.size("embed_dim"),
-        num_heads=keys.size("num_heads"),
+        num_heads=keys.size("num_heads", limit=_MAX_HEADS),
         intermediate_size=keys.size("embed_dim") * keys.size("mlp_ratio"),
-        # The flat layout writes in_chans, which transformers does not read; all that exist have 3.
-        in_channels=keys.size("in_channels", "in_chans"),
-        patch_size=keys.size("patch_size"),
+        in_channels=keys.size("in_channels"),
+        patch_size=keys.size("patch_size", limit=_MAX_PATCH_SIZE),
         temporal_patch_size=keys.size("temporal_patch_size"),
-        spatial_merge_size=keys.size("spatial_merge_size"),
+        spatial_merge_size=keys.size("spatial_merge_size", limit=_MAX_MERGE_SIZE),
         hidden_size=keys.size("hidden_size"),
     )
     _check_divides(path, "vision embed_dim", vision.embed_dim, "4 num_heads", 4 * vision.num_heads)

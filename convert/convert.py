@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q._native import quantize
+from qwen2vl_q.atomic_file import part_of
 from qwen2vl_q.convert.checkpoint import Checkpoint
 from qwen2vl_q.convert.config import read_config
 from qwen2vl_q.convert.files import model_name
@@ -19,7 +20,9 @@ from qwen2vl_q.convert.recipe import Recipe, type_for_row
 from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
-from qwen2vl_q.errors import FormatError
+from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.model_parts import check_model_file
+from qwen2vl_q.printable import printable
 
 _CHUNK_VALUES = 1 << 22  # values in memory at a time (16 MiB as float32), however large the tensor
 _F16_MAX = 65504.0  # F16 values, and the F16 scales of the block types, end here
@@ -55,9 +58,11 @@ def convert_checkpoint(
 ) -> Report:
     """Converts the checkpoint in the folder `source` to the file `out`, which appears whole or not at all.
 
-    Raises FormatError or UnsupportedError for a checkpoint that is damaged or not a Qwen2-VL,
-    FileExistsError where `out` exists and `overwrite` is false, OSError for the disk's errors.
+    What it becomes has to pass the runtime's own checks, before the tensors are quantized. Raises FormatError
+    or UnsupportedError for a checkpoint that is damaged or not a Qwen2-VL, FileExistsError where `out` exists
+    and `overwrite` is false, OSError for the disk's errors.
     """
+    notes = _leftover_notes(out)
     config = read_config(source)
     mapped = map_tensors(config)
     checkpoint = Checkpoint(source)
@@ -65,9 +70,8 @@ def convert_checkpoint(
     checkpoint.check(mapped, ignored)
     tokenizer = read_tokenizer(source, config)
     tensors = [tensor for m in mapped for tensor in _plan(m, recipe)]
-    entries = metadata(
-        name or model_name(source), config, recipe, tokenizer, sum(t.output.n_elements for t in tensors)
-    )
+    text = (name or model_name(source)).encode(errors="replace").decode()  # a path may be no Unicode
+    entries = metadata(text, config, recipe, tokenizer, sum(t.output.n_elements for t in tensors))
     by_name = {tensor.output.name: tensor for tensor in tensors}
     total = sum(tensor.output.n_bytes for tensor in tensors)
     done = 0
@@ -85,15 +89,33 @@ def convert_checkpoint(
         lambda output: _chunks(checkpoint, by_name[output.name]),
         overwrite,
         advance,
+        check=lambda part: _check(part, config.path),
     )
-    notes = [
+    notes += [
         f"{name} is not written: config.json ties the head to the embeddings"
         for name in ignored
         if name in checkpoint.tensors
     ]
-    if not tokenizer.chat_templates:
-        notes.append("the checkpoint has no chat template")
+    if "default" not in tokenizer.chat_templates:
+        notes.append("the checkpoint has no chat template: Qwen2-VL's own is used")
     return Report(out, size, tensors, notes)
+
+
+def _leftover_notes(out: Path) -> list[str]:
+    part = part_of(out)
+    if not part.exists():
+        return []
+    name, size = printable(part.name), part.stat().st_size
+    return [f"{name}, which a conversion that was killed had left, is gone: {size:,} bytes"]
+
+
+def _check(part: Path, config_path: Path) -> None:
+    """What the other files bring has been checked when they were read; the rest is config.json's."""
+    try:
+        check_model_file(str(part))
+    except (FormatError, UnsupportedError) as error:
+        reason = str(error).removeprefix(f"{part}: ")
+        raise type(error)(f"{config_path}: the runtime refuses what it describes: {reason}") from None
 
 
 def _plan(mapped: MappedTensor, recipe: Recipe) -> list[ConvertedTensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +10,12 @@ from gguf import GGUFValueType as T
 from gguf.utility import size_label
 
 from qwen2vl_q.convert.config import CheckpointConfig, VisionConfig
-from qwen2vl_q.convert.files import read_json, read_json_if_present
+from qwen2vl_q.convert.files import as_float32, quoted, read_json, read_json_if_present
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS, Recipe
 from qwen2vl_q.convert.tokenizer_files import Tokenizer
 from qwen2vl_q.errors import FormatError
+from qwen2vl_q.image_processor import ImageProcessor
+from qwen2vl_q.sampling import Sampling
 
 _LAYER_NORM_EPS = 1e-6  # fixed in transformers' vision tower and merger; config.json does not name it
 _NOMINAL_IMAGE_SIZE = 560  # llama.cpp's loader wants the key; no size is special to this model
@@ -29,14 +30,6 @@ class Entry:
     type: T
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    min_pixels: int
-    max_pixels: int
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
-
-
 def metadata(
     name: str, config: CheckpointConfig, recipe: Recipe, tokenizer: Tokenizer, n_parameters: int
 ) -> list[Entry]:
@@ -49,7 +42,8 @@ def metadata(
         Entry("general.size_label", size_label(n_parameters, n_parameters, 0, 0), T.STRING),
         *_text(config),
         Entry("general.file_type", FILE_TYPE_NUMBERS[recipe.type], T.UINT32),
-        *_vision(config, read_preprocessing(folder, config.vision)),
+        *_vision(config),
+        *_preprocessing(folder, config.vision),
         Entry("general.quantization_version", _QUANTIZATION_VERSION, T.UINT32),
         *_tokenizer(tokenizer),
     ]
@@ -72,7 +66,7 @@ def _text(config: CheckpointConfig) -> list[Entry]:
     ]
 
 
-def _vision(config: CheckpointConfig, preprocessing: Preprocessing) -> list[Entry]:
+def _vision(config: CheckpointConfig) -> list[Entry]:
     c = config.vision
     return [
         Entry("clip.has_vision_encoder", True, T.BOOL),
@@ -84,12 +78,8 @@ def _vision(config: CheckpointConfig, preprocessing: Preprocessing) -> list[Entr
         Entry("clip.vision.feed_forward_length", c.intermediate_size, T.UINT32),
         Entry("clip.vision.block_count", c.depth, T.UINT32),
         Entry("clip.vision.attention.head_count", c.num_heads, T.UINT32),
-        Entry("clip.vision.image_mean", list(preprocessing.image_mean), T.ARRAY),
-        Entry("clip.vision.image_std", list(preprocessing.image_std), T.ARRAY),
         Entry("clip.vision.attention.layer_norm_epsilon", _LAYER_NORM_EPS, T.FLOAT32),
         Entry("clip.vision.spatial_merge_size", c.spatial_merge_size, T.UINT32),
-        Entry("clip.vision.image_min_pixels", preprocessing.min_pixels, T.UINT32),
-        Entry("clip.vision.image_max_pixels", preprocessing.max_pixels, T.UINT32),
     ]
 
 
@@ -121,54 +111,74 @@ def _sampling(folder: Path) -> list[Entry]:
     settings = read_json_if_present(path)
     if not settings:
         return []
-    known = {
-        "top_k": ("top_k", T.INT32),
-        "top_p": ("top_p", T.FLOAT32),
-        "min_p": ("min_p", T.FLOAT32),
-        "temperature": ("temp", T.FLOAT32),
-        "repetition_penalty": ("penalty_repeat", T.FLOAT32),
-    }
     if settings.get("do_sample") is not True:
         settings = {"temperature": 0.0, "repetition_penalty": settings.get("repetition_penalty")}
     entries = []
-    for key, (name, type) in known.items():
-        value = settings.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise FormatError(f"{path}: {key}: expected a number that is not negative, found {value!r}")
-        entries.append(
-            Entry(f"general.sampling.{name}", int(value) if type is T.INT32 else float(value), type)
-        )
+    for key, name in (
+        ("top_p", "top_p"),
+        ("min_p", "min_p"),
+        ("temperature", "temp"),
+        ("repetition_penalty", "penalty_repeat"),
+    ):
+        if settings.get(key) is not None:
+            number = as_float32(settings[key])
+            if number is None:
+                raise FormatError(f"{path}: {key}: expected a number, found {quoted(settings[key])}")
+            entries.append(Entry(f"general.sampling.{name}", number, T.FLOAT32))
+    top_k = settings.get("top_k")
+    if top_k is not None:
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 1 << 31:
+            raise FormatError(f"{path}: top_k: expected 0 (all) or more, found {quoted(top_k)}")
+        entries.append(Entry("general.sampling.top_k", top_k, T.INT32))
+    try:
+        Sampling.from_metadata(_as_read(entries), str(path)).sampler()
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}") from None
     return entries
 
 
-def read_preprocessing(folder: Path, vision: VisionConfig) -> Preprocessing:
-    """From preprocessor_config.json, or processor_config.json of newer transformers."""
-    path = folder / "preprocessor_config.json"
-    if path.exists():
-        settings = read_json(path)
-    else:
-        path = folder / "processor_config.json"
-        if not path.exists():
-            raise FormatError(f"{folder}: neither preprocessor_config.json nor processor_config.json")
-        section = read_json(path).get("image_processor")
-        if not isinstance(section, dict):
-            raise FormatError(f"{path}: no image_processor")
-        settings = section
+def _preprocessing(folder: Path, vision: VisionConfig) -> list[Entry]:
+    path, settings = _preprocessor_settings(folder)
     for key, expected in (
         ("patch_size", vision.patch_size),
         ("temporal_patch_size", vision.temporal_patch_size),
         ("merge_size", vision.spatial_merge_size),
     ):
         if settings.get(key, expected) != expected:
-            raise FormatError(f"{path}: {key}: expected config.json's {expected}, found {settings[key]!r}")
-    return Preprocessing(
-        _pixels(path, settings, "min_pixels", "shortest_edge"),
-        _pixels(path, settings, "max_pixels", "longest_edge"),
-        _channels(path, settings, "image_mean"),
-        _channels(path, settings, "image_std"),
-    )
+            raise FormatError(
+                f"{path}: {key}: expected config.json's {expected}, found {quoted(settings[key])}"
+            )
+    entries = [
+        Entry("clip.vision.image_mean", _channels(path, settings, "image_mean"), T.ARRAY),
+        Entry("clip.vision.image_std", _channels(path, settings, "image_std"), T.ARRAY),
+        Entry(
+            "clip.vision.image_min_pixels", _pixels(path, settings, "min_pixels", "shortest_edge"), T.UINT32
+        ),
+        Entry(
+            "clip.vision.image_max_pixels", _pixels(path, settings, "max_pixels", "longest_edge"), T.UINT32
+        ),
+    ]
+    ImageProcessor.from_metadata(_as_read(entries), str(path))  # raises where the runtime would
+    return entries
+
+
+def _as_read(entries: Sequence[Entry]) -> dict[str, object]:
+    """The keys as the runtime will find them in the file."""
+    return {entry.key: entry.value for entry in entries}
+
+
+def _preprocessor_settings(folder: Path) -> tuple[Path, Mapping[str, object]]:
+    """Of preprocessor_config.json, or processor_config.json of newer transformers."""
+    path = folder / "preprocessor_config.json"
+    if path.exists():
+        return path, read_json(path)
+    path = folder / "processor_config.json"
+    if not path.exists():
+        raise FormatError(f"{folder}: neither preprocessor_config.json nor processor_config.json")
+    section = read_json(path).get("image_processor")
+    if not isinstance(section, dict):
+        raise FormatError(f"{path}: no image_processor")
+    return path, section
 
 
 def _pixels(path: Path, settings: Mapping[str, object], key: str, size_key: str) -> int:
@@ -178,12 +188,16 @@ def _pixels(path: Path, settings: Mapping[str, object], key: str, size_key: str)
     if value is None and isinstance(size, dict):
         value = size.get(size_key)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 32:
-        raise FormatError(f"{path}: {key} (or size.{size_key}): expected a number of pixels, found {value!r}")
+        raise FormatError(
+            f"{path}: {key} (or size.{size_key}): expected a number of pixels, found {quoted(value)}"
+        )
     return value
 
 
-def _channels(path: Path, settings: Mapping[str, object], key: str) -> tuple[float, float, float]:
+def _channels(path: Path, settings: Mapping[str, object], key: str) -> list[float]:
     value = settings.get(key)
-    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(v, float) for v in value):
-        raise FormatError(f"{path}: {key}: expected three numbers, found {value!r}")
-    return value[0], value[1], value[2]
+    numbers = [as_float32(v) for v in value] if isinstance(value, list) and len(value) == 3 else []
+    found = [number for number in numbers if number is not None]
+    if len(found) != 3:
+        raise FormatError(f"{path}: {key}: expected three numbers, found {quoted(value)}")
+    return found

@@ -6,12 +6,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from gguf import TokenType
 
+from qwen2vl_q.chat_template import ChatTemplate
 from qwen2vl_q.convert.config import CheckpointConfig
-from qwen2vl_q.convert.files import read_json, read_json_if_present, read_text
+from qwen2vl_q.convert.files import quoted, read_json, read_json_if_present, read_text
 from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.printable import printable
+from qwen2vl_q.tokenizer import Tokenizer as RuntimeTokenizer
 
 # How Qwen2 splits text before BPE; the file only says "qwen2", so another pattern cannot be kept.
 _QWEN2_SPLIT = (
@@ -27,6 +31,7 @@ _NEEDED = {
     "<|image_pad|>": "image_token_id",
     "<|video_pad|>": "video_token_id",
 }
+_MAX_NAME = 100  # of a chat template
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,9 @@ def read_tokenizer(folder: Path, config: CheckpointConfig) -> Tokenizer:
     added |= _added_of_settings(folder / "tokenizer_config.json", settings)
     tokens, types = _rows(source, vocab, added, config.text.vocab_size)
     ids = {token: row for row, token in enumerate(tokens)}
-    _check_merges(source, ids, merges)
     _check_needed(source, ids, config)
+    files = source if source.name == "tokenizer.json" else f"{source} and merges.txt"
+    RuntimeTokenizer(tokens, types, merges, f"{files}: tokenizer")  # raises where it cannot be used
     special_ids = _special_ids(settings, ids, config, read_json_if_present(folder / "generation_config.json"))
     add_bos = settings.get("add_bos_token")
     return Tokenizer(
@@ -80,10 +86,12 @@ def _from_tokenizer_json(path: Path) -> tuple[dict[str, int], list[str], dict[in
         raise UnsupportedError(f"{path}: expected a model of type BPE")
     pattern = _split_pattern(root.get("pre_tokenizer"))
     if pattern != _QWEN2_SPLIT:
-        raise UnsupportedError(f"{path}: pre_tokenizer: expected Qwen2's split pattern, found {pattern!r}")
+        raise UnsupportedError(
+            f"{path}: pre_tokenizer: expected Qwen2's split pattern, found {quoted(pattern)}"
+        )
     merges = model.get("merges")
-    if not isinstance(merges, list):
-        raise FormatError(f"{path}: model.merges: expected a list")
+    if not isinstance(merges, list) or not merges:
+        raise FormatError(f"{path}: model.merges: expected a list of merges")
     added = root.get("added_tokens") or []
     if not isinstance(added, list):
         raise FormatError(f"{path}: added_tokens: expected a list")
@@ -123,19 +131,22 @@ def _added_of_settings(path: Path, settings: Mapping[str, object]) -> dict[int, 
     decoder = settings.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise FormatError(f"{path}: added_tokens_decoder: expected an object")
-    return dict(_added(path, int(id) if str(id).isdecimal() else None, item) for id, item in decoder.items())
+    return dict(
+        _added(path, int(id) if re.fullmatch("[0-9]{1,9}", id) else None, item)
+        for id, item in decoder.items()
+    )
 
 
 def _vocab(path: Path, vocab: object) -> dict[str, int]:
     if not isinstance(vocab, dict) or not vocab:
         raise FormatError(f"{path}: expected a vocabulary (an object from tokens to ids)")
     for token, id in vocab.items():
-        if not _is_id(id):
-            raise FormatError(f"{path}: token {token!r}: expected an id, found {id!r}")
+        if not token or not _is_unicode(token) or not _is_id(id):
+            raise FormatError(f"{path}: expected a token and its id, found {quoted(token)}: {quoted(id)}")
     return vocab
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -147,15 +158,20 @@ def _merge(path: Path, merge: object) -> str:
         or len(parts) != 2
         or not all(isinstance(p, str) and p and " " not in p for p in parts)
     ):
-        raise FormatError(f"{path}: expected a merge of two tokens, found {merge!r}")
+        raise FormatError(f"{path}: expected a merge of two tokens, found {quoted(merge)}")
     return f"{parts[0]} {parts[1]}"
 
 
 def _added(path: Path, id: object, item: object) -> tuple[int, _Added]:
     content = item.get("content") if isinstance(item, dict) else None
-    if not isinstance(item, dict) or not isinstance(content, str) or not content or not _is_id(id):
-        raise FormatError(f"{path}: expected an added token with content and id, found {item!r}")
-    assert isinstance(id, int)
+    if (
+        not isinstance(item, dict)
+        or not isinstance(content, str)
+        or not content
+        or not _is_unicode(content)
+        or not _is_id(id)
+    ):
+        raise FormatError(f"{path}: expected an added token with content and id, found {quoted(item)}")
     # As llama.cpp: what is spelled like a control token is one, whatever the flag says.
     special = bool(item.get("special")) or (content.startswith("<|") and content.endswith("|>"))
     return id, _Added(content, special)
@@ -172,37 +188,31 @@ def _rows(
         raise FormatError(f"{source}: two tokens have the same id")
     highest = max([*by_id, *added])
     if highest >= rows:
-        raise FormatError(f"{source}: token id {highest} has no row in the embedding, which has {rows}")
+        raise FormatError(
+            f"{source}: token id {printable(highest)} has no row in the embedding, which has {rows}"
+        )
     for id, token in by_id.items():
         tokens[id], types[id] = token, int(TokenType.NORMAL)
     for id, item in added.items():
         if id in by_id and by_id[id] != item.content:
-            raise FormatError(f"{source}: id {id} is both {by_id[id]!r} and the added token {item.content!r}")
+            raise FormatError(
+                f"{source}: id {id} is both {quoted(by_id[id])} and the added token {quoted(item.content)}"
+            )
         tokens[id] = item.content
         types[id] = int(TokenType.CONTROL if item.special else TokenType.USER_DEFINED)
-    try:
-        "".join(tokens).encode()
-    except UnicodeEncodeError as error:
-        raise FormatError(f"{source}: a token is not valid Unicode: {error}") from error
     return tokens, types
-
-
-def _check_merges(source: Path, ids: Mapping[str, int], merges: list[str]) -> None:
-    for merge in merges:
-        left, right = merge.split(" ")
-        for token in (left, right, left + right):
-            if token not in ids:
-                raise FormatError(f"{source}: merge {merge!r}: {token!r} is not in the vocabulary")
 
 
 def _check_needed(source: Path, ids: Mapping[str, int], config: CheckpointConfig) -> None:
     for token, key in _NEEDED.items():
         if token not in ids:
-            raise FormatError(f"{source}: no token {token}, so this is not a tokenizer of Qwen2-VL")
+            raise FormatError(
+                f"{source} and tokenizer_config.json: no token {token}, so this is not Qwen2-VL's tokenizer"
+            )
         if key is not None and config.token_ids.get(key, ids[token]) != ids[token]:
             raise FormatError(
                 f"{config.path}: {key}: expected {ids[token]}, the id of {token} in {source.name}, "
-                f"found {config.token_ids[key]}"
+                f"found {printable(config.token_ids[key])}"
             )
 
 
@@ -223,8 +233,9 @@ def _special_ids(
             id = config.token_ids.get(f"{short}_token_id")
         if id is None:
             value = generation.get(f"{short}_token_id")
-            id = value[0] if isinstance(value, list) and value else value  # type: ignore[assignment]
-        if isinstance(id, int) and 0 <= id < len(ids):
+            first = value[0] if isinstance(value, list) and value else value
+            id = first if _is_id(first) else None
+        if id is not None and 0 <= id < len(ids):
             found[name] = id
     return found
 
@@ -233,7 +244,7 @@ def _chat_templates(folder: Path, settings: Mapping[str, object]) -> dict[str, s
     """The template, from the first place that has one, in transformers' order for a processor."""
     jinja = folder / "chat_template.jinja"
     if jinja.exists():
-        return {"default": read_text(jinja)}
+        return _named_templates(jinja, read_text(jinja))
     for path, section in (
         (folder / "chat_template.json", read_json_if_present(folder / "chat_template.json")),
         (folder / "tokenizer_config.json", settings),
@@ -248,14 +259,30 @@ def _named_templates(path: Path, template: object) -> dict[str, str]:
     """One template as a string, several as a list of {name, template} or an object from names."""
     match template:
         case str():
-            named: dict[object, object] = {"default": template}
+            named: list[tuple[object, object]] = [("default", template)]
         case list():
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            named = [(t.get("name"), t.get("template")) if isinstance(t, dict) else ("", t) for t in template]
         case dict():
-            named = dict(template)
+            named = list(template.items())
         case _:
-            named = {}
-    if not named or not all(isinstance(k, str) and k and isinstance(v, str) for k, v in named.items()):
+            named = []
+    if not named or not all(_is_text(n) and len(str(n)) <= _MAX_NAME and _is_text(t) for n, t in named):
         raise FormatError(f"{path}: chat_template: expected a template or a list of named ones")
     # Names become parts of keys: letters, digits and underscores only, as llama.cpp writes them.
-    return {re.sub(r"[^A-Za-z0-9]", "_", str(name)): str(text) for name, text in named.items()}
+    templates = {re.sub(r"[^A-Za-z0-9]", "_", str(name)): str(text) for name, text in named}
+    if "default" in templates:
+        ChatTemplate(templates["default"], f"{path}: chat_template")  # raises where it is none
+    return templates
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != "" and _is_unicode(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

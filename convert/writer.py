@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
@@ -47,32 +46,51 @@ def write_gguf(
     overwrite: bool,
     progress: Callable[[int], None],
     architecture: str = ARCHITECTURE,
+    check: Callable[[Path], None] | None = None,
 ) -> int:
     """Writes `out` whole or not at all and returns its size in bytes.
 
-    `chunks` yields a tensor's bytes in order; `progress` is told how many were written after each. Raises
+    `chunks` yields a tensor's bytes in order; `progress` is told how many were written after each. `check` is
+    called before the first, with the path of a file that has all but the tensors' values. Raises
     FileExistsError where `out` exists and `overwrite` is false, OSError where the disk does not take it.
     """
     with whole_or_not_at_all(out, overwrite) as part:
-        _write_head(part, architecture, entries, tensors)
-        data_bytes = sum(_padded(t.n_bytes) for t in tensors)
-        free = shutil.disk_usage(part.parent).free
-        if data_bytes > free:
-            raise OSError(f"{out}: the file needs {data_bytes} bytes, the disk has {free} left")
-        with part.open("ab") as stream:
-            _pad(stream)
-            for tensor in tensors:
-                start = stream.tell()
-                for chunk in chunks(tensor):
-                    stream.write(chunk.data)
-                    progress(chunk.nbytes)
-                if stream.tell() - start != tensor.n_bytes:
-                    raise ValueError(f"{tensor.name}: {stream.tell() - start} bytes for {tensor.n_bytes}")
-                _pad(stream)
-            size = stream.tell()
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            _write_head(part, architecture, entries, tensors)
+            data_start = _padded(part.stat().st_size)
+            size = data_start + sum(_padded(t.n_bytes) for t in tensors)
+            free = shutil.disk_usage(part.parent).free
+            if size > free:
+                raise OSError(f"{out}: the file needs {size} bytes, the disk has {free} left")
+            os.truncate(part, size)
+            if check is not None:
+                check(part)
+            _write_data(part, data_start, tensors, chunks, progress)
+        except OSError as error:
+            if error.filename is None and error.errno is not None:  # writing does not say where it failed
+                error.filename = str(out)
+            raise
     return size
+
+
+def _write_data(
+    part: Path,
+    start: int,
+    tensors: Sequence[OutputTensor],
+    chunks: Chunks,
+    progress: Callable[[int], None],
+) -> None:
+    with part.open("r+b") as stream:
+        for tensor in tensors:
+            stream.seek(start)
+            for chunk in chunks(tensor):
+                stream.write(chunk.data)
+                progress(chunk.nbytes)
+            if stream.tell() - start != tensor.n_bytes:
+                raise ValueError(f"{tensor.name}: {stream.tell() - start} bytes for {tensor.n_bytes}")
+            start += _padded(tensor.n_bytes)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _write_head(
@@ -100,7 +118,3 @@ def _write_head(
 
 def _padded(n: int) -> int:
     return -(-n // _ALIGNMENT) * _ALIGNMENT
-
-
-def _pad(stream: BinaryIO) -> None:
-    stream.write(bytes(-stream.tell() % _ALIGNMENT))

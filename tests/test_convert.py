@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from checkpoints import TOKENIZER, CheckpointSpec, random_tensors, write_checkpoint
 from conversion import convert, edit_json, keys_of, stored_bytes
 from qwen2vl_q._native import quantize
-from qwen2vl_q.convert import FILE_TYPES, FileType
+from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint
 from qwen2vl_q.convert.files import is_hub_id, model_name
 
 SPEC = CheckpointSpec()
@@ -258,6 +259,11 @@ def test_what_transformers_leaves_out_of_a_config(own_checkpoint: Path, tmp_path
     assert keys["qwen2vl.context_length"] == 32768
     assert keys["clip.vision.feed_forward_length"] == 4 * SPEC.embed_dim
     assert keys["qwen2vl.rope.freq_base"] == SPEC.rope_theta
+
+
+def test_a_name_that_is_not_unicode(checkpoint: Path, tmp_path: Path) -> None:
+    convert_checkpoint(checkpoint, tmp_path / "m.gguf", Recipe("f32"), name=os.fsdecode(b"\xffine"))
+    assert keys_of(tmp_path / "m.gguf")["general.name"] == "?ine"
 
 
 def test_names_of_models() -> None:

@@ -43,6 +43,37 @@ def test_convert_prints_a_table_and_the_fallbacks(checkpoint: Path, tmp_path: Pa
     assert "Q8_0 instead of Q6_K: 1 of embedding or head, rows of 64" in result.stdout
 
 
+def test_types_in_any_case(checkpoint: Path, tmp_path: Path) -> None:
+    assert (
+        run(convert, checkpoint, tmp_path / "upper.gguf", "--type", "Q8_0", "--vision-type", "BF16").exit_code
+        == 0
+    )
+    assert (
+        run(convert, checkpoint, tmp_path / "lower.gguf", "--type", "q8_0", "--vision-type", "bf16").exit_code
+        == 0
+    )
+    assert (tmp_path / "upper.gguf").read_bytes() == (tmp_path / "lower.gguf").read_bytes()
+
+
+def test_nothing_on_stderr_where_it_is_no_terminal(checkpoint: Path, tmp_path: Path) -> None:
+    assert run(convert, checkpoint, tmp_path / "m.gguf").stderr == ""
+
+
+def test_control_characters_do_not_reach_the_terminal(checkpoint: Path, tmp_path: Path) -> None:
+    odd = "a\x1b[2Jb"
+    folder = tmp_path / odd
+    for arguments in (
+        (checkpoint, folder / "m.gguf"),
+        (checkpoint, tmp_path / odd),
+        (folder, tmp_path / "m.gguf"),
+        (checkpoint, tmp_path / f"{odd}.gguf"),
+        (checkpoint, tmp_path / f"{odd}.gguf"),  # which exists now
+    ):
+        output = run(convert, *arguments).output
+        assert "\x1b" not in output
+        assert r"a\x1b[2Jb" in output
+
+
 def test_convert_usage_errors(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
     for arguments, message in (

@@ -81,14 +81,22 @@ py::object vision_config(const std::optional<VisionConfig>& config) {
   return d;
 }
 
-py::dict config_dict(const Model& model) {
-  const ModelConfig& config = model.config();
+py::dict config_dict(const ModelConfig& config) {
   py::dict d;
   d["text_config"] = text_config(config.text);
   d["vision_config"] = vision_config(config.vision);
   d["image_token_id"] = config.text.image_token_id;
   d["video_token_id"] = config.text.video_token_id;
   return d;
+}
+
+py::dict read_config(const std::string& path, const std::optional<std::string>& mmproj) {
+  ModelConfig config;
+  {
+    py::gil_scoped_release release;
+    config = open_model(path, mmproj.value_or("")).config;
+  }
+  return config_dict(config);
 }
 
 std::shared_ptr<Model> load_model(const std::string& path, const std::optional<std::string>& mmproj,
@@ -279,7 +287,7 @@ void register_engine(py::module_& m) {
       .def(py::init(&load_model), py::arg("path"), py::arg("mmproj") = py::none(), py::arg("n_threads") = 0,
            py::arg("precision") = "fast", py::arg("isa") = "", py::arg("progress") = py::none(),
            py::arg("device") = "cpu", py::arg("plugin") = py::none(), py::arg("device_memory") = 0)
-      .def_property_readonly("config", &config_dict)
+      .def_property_readonly("config", [](const Model& model) { return config_dict(model.config()); })
       .def_property_readonly("device", [](const Model& model) { return model.backend().device(); })
       .def_property_readonly("note", &Model::note)
       .def_property_readonly("isa", [](const Model& model) { return std::string(model.backend().isa()); })
@@ -334,6 +342,7 @@ void register_engine(py::module_& m) {
       .def(
           "sample", [](PySequence& s, Sampler& sampler) { return s.sequence.sample(sampler); },
           py::arg("sampler"), py::call_guard<py::gil_scoped_release>());
+  m.def("read_config", &read_config, py::arg("path"), py::arg("mmproj") = py::none());
   m.def("accept_together", &accept_together, py::arg("states"), py::arg("tokens"));
 }
 

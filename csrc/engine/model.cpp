@@ -9,18 +9,24 @@
 #endif
 
 #include "gguf/reader.h"
-#include "model/weights.h"
 
 namespace qwen2vl {
 
-Model::Model(const std::string& path, const ModelOptions& options, const Progress& progress)
-    : precision_(options.backend.precision) {
+ModelFiles open_model(const std::string& path, const std::string& mmproj) {
   std::vector<std::unique_ptr<gguf::File>> files;
   std::vector<const gguf::File*> views;
-  for (const std::string& p : {path, options.mmproj})
+  for (const std::string& p : {path, mmproj})
     if (!p.empty()) views.push_back(files.emplace_back(std::make_unique<gguf::File>(p)).get());
-  config_ = read_config(views);
-  chosen_ = make_backend(config_, load_weights(std::move(files), config_), options.backend, progress);
+  ModelConfig config = read_config(views);
+  Weights weights = load_weights(std::move(files), config);
+  return {std::move(config), std::move(weights)};
+}
+
+Model::Model(const std::string& path, const ModelOptions& options, const Progress& progress)
+    : precision_(options.backend.precision) {
+  ModelFiles files = open_model(path, options.mmproj);
+  config_ = std::move(files.config);
+  chosen_ = make_backend(config_, std::move(files.weights), options.backend, progress);
 #ifdef __GLIBC__
   malloc_trim(0);  // what reading the vocabulary has left behind
 #endif

@@ -106,6 +106,10 @@ class GgufFile:
 
 Progress = Callable[[int, int], None]  # (done, total); an exception raised in it cancels the call cleanly
 
+def read_config(path: str, mmproj: str | None = None) -> dict[str, Any]:
+    """`Model(path, mmproj).config`, with the errors that its files' content would raise; of the weights it
+    reads norms and biases alone."""
+
 class Model:
     """Weights on a backend: the CPU's, or a plug-in's.
 

@@ -4,34 +4,82 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from qwen2vl_q.printable import printable
+
+# Where others may write in the folder, a link would lead to a file of their choice.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: BinaryIO) -> None:
+        file.seek(2**62)  # a lock forbids reading and writing there, so far behind the end
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(file: BinaryIO) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def part_of(out: Path) -> Path:
+    """Where `out` stands while it is written: beside it, as a rename must not cross disks."""
+    return out.with_name(f"{out.name}.part")
 
 
 @contextlib.contextmanager
 def whole_or_not_at_all(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a new file's path beside `out`; it becomes `out` at the end, or vanishes on any exception.
+    """Yields an empty file's path beside `out`; it becomes `out` at the end, or vanishes on any exception.
 
-    Raises FileExistsError where `out` exists and `overwrite` is false.
+    The file is locked meanwhile; what a killed process has left in its place is written over. Raises
+    FileExistsError where `out` exists and `overwrite` is false, BlockingIOError where it is being written.
     """
 
     def refuse_existing() -> None:
         if out.exists() and not overwrite:
-            raise FileExistsError(f"{out} exists")
+            raise FileExistsError(f"{printable(str(out))} exists")
 
     refuse_existing()
-    part = out.with_name(
-        f"{out.name}.{secrets.token_hex(4)}.part"
-    )  # beside it: a rename must not cross disks
-    try:
-        part.touch(exist_ok=False)
-        yield part
-        refuse_existing()
-        part.replace(out)
-        _sync_folder(out.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    part = part_of(out)
+    with _claimed(part, out) as file:
+        try:
+            yield part
+            refuse_existing()
+            if sys.platform == "win32":
+                file.close()  # an open file cannot be renamed there
+            part.replace(out)
+        except BaseException:
+            if sys.platform == "win32":
+                file.close()
+            part.unlink(missing_ok=True)
+            raise
+    _sync_folder(out.parent)
+
+
+def _claimed(part: Path, out: Path) -> BinaryIO:
+    """`part`, emptied and locked."""
+    while True:
+        file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666), "r+b")
+        try:
+            _lock(file)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise BlockingIOError(f"{printable(str(out))}: another process is writing it") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                file.truncate(0)
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # whoever held the lock has renamed or removed the file since it was opened
 
 
 def _sync_folder(folder: Path) -> None:

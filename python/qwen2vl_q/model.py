@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from qwen2vl_q import _native
 from qwen2vl_q.arguments import integer
-from qwen2vl_q.chat_template import DEFAULT_TEMPLATE, ChatTemplate
+from qwen2vl_q.chat_template import ChatTemplate
 from qwen2vl_q.config import Qwen2VLConfig
 from qwen2vl_q.devices import plugin_for, require_name
 from qwen2vl_q.errors import FormatError, UnsupportedError
@@ -21,6 +20,7 @@ from qwen2vl_q.generation import Generation, Progress, TokenIds, stage
 from qwen2vl_q.image_processor import ImageInput, ImageProcessor, ProcessedImage
 from qwen2vl_q.limits import Stage
 from qwen2vl_q.messages import ImagePart, normalize, read_source
+from qwen2vl_q.model_parts import ModelParts, fitted
 from qwen2vl_q.printable import printable
 from qwen2vl_q.sampling import Sampling
 from qwen2vl_q.stats import GenerationStats
@@ -31,7 +31,6 @@ TRAINED_CONTEXT = 32768
 MOST_CELLS = 2**24
 
 _INT32_MAX = 2**31 - 1
-_PATH_CHARS = 1000  # of a path in an error
 
 
 class Qwen2VL:
@@ -100,22 +99,9 @@ class Qwen2VL:
             n_threads = integer("n_threads", n_threads, 0, _INT32_MAX)
         if precision not in ("fast", "exact"):
             raise ValueError(f"precision: expected fast or exact, found {printable(precision)}")
-        metadata = _native.GgufFile(path).metadata
-        shown = printable(path, _PATH_CHARS)
-        _require_architecture(metadata, shown)
         vision_path = path if mmproj is None else os.fspath(mmproj)
-        vision_metadata = metadata if mmproj is None else _native.GgufFile(vision_path).metadata
-        shown_vision = printable(vision_path, _PATH_CHARS)
-        tokenizer = Tokenizer.from_metadata(metadata, shown)
-        template = metadata.get("tokenizer.chat_template", DEFAULT_TEMPLATE)
-        if not isinstance(template, str):
-            raise FormatError(
-                f"{shown}: tokenizer.chat_template: expected a string, found {type(template).__name__}"
-            )
-        compiled = ChatTemplate(template, f"{shown}: tokenizer.chat_template", tokenizer.special_tokens)
-        sampling = Sampling.from_metadata(metadata, shown)
-        processor = ImageProcessor.from_metadata(vision_metadata, shown_vision)
-        processor = processor.bounded(min_pixels, max_pixels)
+        parts = ModelParts.read(path, vision_path)
+        processor = parts.processor.bounded(min_pixels, max_pixels)
         native = _native.Model(
             path,
             mmproj=None if mmproj is None else vision_path,
@@ -126,19 +112,8 @@ class Qwen2VL:
             device=device,
             plugin=plugin_for(device),
         )
-        vision = native.config["vision_config"]
-        if vision is not None:
-            if vision["in_channels"] != 3:
-                raise UnsupportedError(
-                    f"{shown_vision}: expected 3 colour channels, found {vision['in_channels']}"
-                )
-            processor = replace(
-                processor,
-                patch_size=vision["patch_size"],
-                temporal_patch_size=vision["temporal_patch_size"],
-                merge_size=vision["spatial_merge_size"],
-            )
-        return cls(native, tokenizer, compiled, processor, sampling, n_ctx)
+        processor = fitted(processor, native.config["vision_config"], vision_path)
+        return cls(native, parts.tokenizer, parts.template, processor, parts.sampling, n_ctx)
 
     @property
     def device(self) -> str:
@@ -394,13 +369,3 @@ def _texts(steps: Iterator[tuple[int, str]], text: TextStream) -> Iterator[str]:
             yield piece
     if rest := text.finish():
         yield rest
-
-
-def _require_architecture(metadata: Mapping[str, Any], path: str) -> None:
-    found = metadata.get("general.architecture")
-    if found == "clip":
-        raise UnsupportedError(
-            f"{path}: this is a vision tower alone (mmproj); give it beside its language model"
-        )
-    if found != "qwen2vl":
-        raise UnsupportedError(f"{path}: general.architecture: expected qwen2vl, found {printable(found)}")

@@ -76,7 +76,7 @@ class Tokenizer:
             if kind == _NORMAL:
                 if not text or text in vocab:
                     raise FormatError(
-                        f"{name}: token {i} ({printable(text)}) is empty or already token {vocab.get(text)}"
+                        f"{name}: token {i} ('{printable(text)}') is empty or already token {vocab.get(text)}"
                     )
                 vocab[text] = i
         self._longest = max(map(len, tokens), default=0)  # a character of the BPE's is a byte
@@ -208,7 +208,7 @@ def _checked_merges(merges: Sequence[str], vocab: Mapping[str, int], name: str) 
         left, space, right = merge.partition(" ")
         if not space or left not in vocab or right not in vocab or left + right not in vocab:
             raise FormatError(
-                f"{name}.merges: merge {i} ({printable(merge)}) does not join two tokens to a third"
+                f"{name}.merges: merge {i} ('{printable(merge)}') does not join two tokens to a third"
             )
         pairs.append((left, right))
     return pairs

@@ -23,14 +23,19 @@ from rich.progress import (
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint
 from qwen2vl_q.convert.files import download, is_hub_id
+from qwen2vl_q.printable import printable
 
 
 def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
     if value.suffix != ".gguf":  # also keeps --force from overwriting a checkpoint's own files
-        raise click.BadParameter(f"'{value}' does not end in .gguf")
-    if not value.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder '{value.absolute().parent}'")
+        raise click.BadParameter(f"'{printable(str(value))}' does not end in .gguf")
+    folder = value.absolute().parent
+    if not folder.is_dir():
+        raise click.BadParameter(f"there is no folder '{printable(str(folder))}'")
     return value
+
+
+_TYPES = click.Choice(FILE_TYPES, case_sensitive=False)
 
 
 @click.command(short_help="Convert a Hugging Face checkpoint to one GGUF file.")
@@ -41,14 +46,14 @@ def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) 
 @click.option(
     "--type",
     "type_",
-    type=click.Choice(FILE_TYPES),
+    type=_TYPES,
     default="q4_0",
     show_default=True,
     help="Of the weights.",
 )
 @click.option(
     "--vision-type",
-    type=click.Choice(FILE_TYPES),
+    type=_TYPES,
     help="Of the vision tower's weights.  [default: q8_0 in q4_0 files, else as --type]",
 )
 @click.option("--name", help="The model's name in the file.  [default: from SRC]")
@@ -72,17 +77,17 @@ def convert(
       qwen2vl-q convert ./my-finetune m.gguf --type q4_0 --vision-type f16 --force
     """
     if out.exists() and not force:  # before a download, not after
-        raise click.UsageError(f"{out} exists: pass --force to overwrite it")
-    notes = Console(stderr=True)
+        raise click.UsageError(f"{printable(str(out))} exists: pass --force to overwrite it")
+    notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     if is_hub_id(source):
-        notes.print(f"No folder '{source}' here: fetching it from the Hugging Face hub", highlight=False)
+        notes.print(f"No folder '{source}' here: fetching it from the Hugging Face hub")
         folder, name = download(source), name or source.rsplit("/", 1)[1].replace("-", " ")
     elif not Path(source).is_dir():
-        raise click.UsageError(f"SRC: '{source}' is not a folder")
+        raise click.UsageError(f"SRC: '{printable(source)}' is not a folder")
     else:
         folder = Path(source)
-    with _ended_by_signal(), _progress(notes) as progress:
-        task = progress.add_task(out.name, total=None)
+    with _ended_by_signal(out), _progress(notes) as progress:
+        task = progress.add_task(printable(out.name), total=None)
         report = convert_checkpoint(
             folder,
             out,
@@ -102,12 +107,13 @@ def _progress(console: Console) -> Progress:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextlib.contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """Makes a termination signal an exception, so that the unfinished file is removed on the way out."""
+def _ended_by_signal(out: Path) -> Iterator[None]:
+    """Makes a termination signal an exception, so that the unfinished file is removed on the way out; says so
+    after Ctrl-C."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -119,13 +125,17 @@ def _ended_by_signal() -> Iterator[None]:
     previous = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: {printable(str(out))} is not written", err=True)
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _print_report(console: Console, report: Report) -> None:
-    console.print(f"{report.path}: {report.n_bytes:,} bytes", highlight=False, markup=False)
+    path = printable(str(report.path))
+    console.print(f"{path}: {report.n_bytes:,} bytes", highlight=False, markup=False)
     groups: dict[tuple[str, ...], Totals] = {}
     for tensor in report.tensors:
         group = groups.setdefault((tensor.mapped.role.value, tensor.output.type), Totals())
@@ -139,4 +149,4 @@ def _print_report(console: Console, report: Report) -> None:
     for (role, row, wanted, type), count in fallbacks.items():
         console.print(f"{type} instead of {wanted}: {count} of {role}, rows of {row}", highlight=False)
     for note in report.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
