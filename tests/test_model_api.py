@@ -235,7 +235,9 @@ def test_the_context_may_be_filled(tiny_gguf: Path) -> None:
     ids = model.tokenize("abcdefg")[:8]
     n = 12 - len(ids) + 1  # the last token drawn takes no cell
     assert len(list(model.generate(ids, max_new_tokens=100, ignore_eos=True))) == n
-    assert model.last_stats.finish_reason == "length"
+    reasons: list[str] = [model.last_stats.finish_reason]
+    assert len(list(model.generate(ids, max_new_tokens=n, ignore_eos=True))) == n
+    assert [*reasons, model.last_stats.finish_reason] == ["context", "length"]
 
 
 # --- conversations ---
