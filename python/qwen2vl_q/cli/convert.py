@@ -41,14 +41,14 @@ def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) 
 @click.option(
     "--type",
     "type_",
-    type=click.Choice(FILE_TYPES),
+    type=click.Choice(FILE_TYPES, case_sensitive=False),
     default="q4_0",
     show_default=True,
     help="Of the weights.",
 )
 @click.option(
     "--vision-type",
-    type=click.Choice(FILE_TYPES),
+    type=click.Choice(FILE_TYPES, case_sensitive=False),
     help="Of the vision tower's weights.  [default: q8_0 in q4_0 files, else as --type]",
 )
 @click.option("--name", help="The model's name in the file.  [default: from SRC]")
