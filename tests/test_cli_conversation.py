@@ -85,6 +85,8 @@ def test_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.wait_for("not sent")
     terminal.interrupt()
     terminal.wait_for(PROMPT)
+    terminal.interrupt()
+    terminal.wait_for(r"/exit leaves.*" + PROMPT)
     terminal.send("/exit\r")
     assert terminal.process.wait(30) == 0
     assert json.loads((tmp_path / "talk.json").read_text())[0]["content"] == "first line\nsecond line"

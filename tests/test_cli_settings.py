@@ -69,7 +69,7 @@ def test_settings_count_from_the_next_question(conversation: Conversation, comma
     assert asked() in drawn or len(drawn) > 1
     commands.run("/set max-new-tokens 1")
     asked()
-    assert conversation.cut_short() == "the answer was cut after 1 tokens (-n)"
+    assert conversation.cut_short() == "the answer was cut after 1 token (-n)"
 
 
 @pytest.mark.parametrize(

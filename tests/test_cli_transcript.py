@@ -54,7 +54,7 @@ def test_a_conversation_goes_on_from_another_folder(
     capsys.readouterr()
     monkeypatch.setenv("HOME", str(folder))
     SlashCommands(again).run("/load ~/talk.json")
-    assert capsys.readouterr().err.startswith(f"{folder}/talk.json: 5 messages, 1 pictures, ")
+    assert capsys.readouterr().err.startswith(f"{folder}/talk.json: 5 messages, 1 picture, ")
     assert again.system == "Be brief." and ask(again, "So?") == expected
     saved = json.loads((folder / "talk.json").read_text())
     assert tiny.chat([*saved, {"role": "user", "content": "So?"}], stream=False, max_new_tokens=5) == expected
@@ -172,4 +172,4 @@ def test_pictures_whose_names_are_not_utf_8(conversation: Conversation, folder: 
     conversation.save(Path("talk.json"))
     conversation.save(Path("talk.md"))
     assert "Größe?" in Path("talk.json").read_text(encoding="utf-8")
-    assert "1 pictures" in conversation.load(Path("talk.json"))
+    assert "1 picture" in conversation.load(Path("talk.json"))

@@ -398,3 +398,14 @@ def test_sampling_defaults_of_a_file() -> None:
     for bad in ("hot", -1.0, float("nan"), True):
         with pytest.raises(FormatError, match=r"m\.gguf: general\.sampling\.temp"):
             Sampling.from_metadata({"general.sampling.temp": bad}, "m.gguf")
+
+
+def test_only_the_picture_s_own_work_counts_as_progress(tiny: Qwen2VL) -> None:
+    """How long it takes is told from the parts done; reading the tower's weights is none of them."""
+    ends = []
+    for size in (112, 140):
+        calls: list[tuple[str, int, int]] = []
+        tiny.encode_image(picture(size, size), progress=lambda *call, calls=calls: calls.append(call))
+        ends.append(calls[-1])
+    assert tiny.config.vision_config is not None
+    assert ends == [("image", tiny.config.vision_config.depth, tiny.config.vision_config.depth)] * 2

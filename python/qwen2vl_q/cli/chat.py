@@ -183,7 +183,7 @@ def attach(conversation: Conversation, picture: str | bytes, option: str, tell: 
     """Shows a picture with the next question and says how many tokens it takes; without `tell` only where
     they are many. `option` makes them fewer."""
     tokens = conversation.attach(picture)
-    advice = f"; {option} {conversation.pixels(MANY_TOKENS)} makes them {MANY_TOKENS:,}"
+    advice = f"; {option} {conversation.pixels(MANY_TOKENS)} makes them {MANY_TOKENS:,} at most"
     if tell or tokens > MANY_TOKENS:
         name = picture if isinstance(picture, str) else "stdin"
         say(f"{name}: {tokens:,} tokens{advice if tokens > MANY_TOKENS else ''}")

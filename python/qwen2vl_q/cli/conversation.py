@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2vl_q.cli import transcript
+from qwen2vl_q.cli.output import count
 from qwen2vl_q.cli.progress import StageBars
 from qwen2vl_q.cli.settings import Settings
 from qwen2vl_q.image_processor import ProcessedImage
@@ -99,7 +100,7 @@ class Conversation:
         """Why the last answer ended before its end; "" where it did not."""
         stats = self._model.last_stats
         if stats.finish_reason == "length":
-            return f"the answer was cut after {stats.generated_tokens} tokens (-n)"
+            return f"the answer was cut after {count(stats.generated_tokens, 'token')} (-n)"
         return f"the context is full: {self._model.n_ctx} cells (--ctx)" if self.is_full else ""
 
     @property
@@ -132,7 +133,8 @@ class Conversation:
             )
         self.system, self._history, self._pending = loaded.system, loaded._history, []
         self._sources = loaded._sources
-        return f"{len(messages)} messages, {len(pictures)} pictures, {len(prompt)} tokens"
+        parts = ((messages, "message"), (pictures, "picture"), (prompt, "token"))
+        return ", ".join(count(len(items), noun) for items, noun in parts)
 
     def _take(self, messages: Iterable[Message]) -> None:
         for message in messages:

@@ -12,6 +12,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.output import create_output
 
+from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.pictures import is_picture
 from qwen2vl_q.cli.slash import COMMANDS, setting_options
 
@@ -66,8 +67,10 @@ def typed_lines() -> Iterator[str]:
     while True:
         try:
             line = session.prompt("> ")
-        except KeyboardInterrupt:
-            continue  # drops the line
+        except KeyboardInterrupt:  # drops the line
+            if not session.default_buffer.text:
+                say("/exit leaves (also Ctrl-D)")
+            continue
         except EOFError:
             return
         yield line

@@ -19,6 +19,11 @@ def say(line: str, dim: bool = False) -> None:
         click.echo(click.style(printable(line, _LONGEST), dim=dim or None), err=True)
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def harmless(text: str) -> str:
     """A model's words with control characters other than newline and tab escaped."""
     return _CONTROLS.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)

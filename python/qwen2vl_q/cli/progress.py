@@ -24,14 +24,16 @@ class StageBars:
     def __init__(self) -> None:
         self._stage = ""
         self._since = 0.0
-        self._begun = 0  # what was done when the stage came up
+        self._mark = 0.0, 0  # a moment, and what was done then
         self._told = False
         self._bar: Progress | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self.close()
-            self._stage, self._since, self._begun, self._told = stage, time.monotonic(), done, False
+            self._stage, self._told = stage, False
+            self._since = time.monotonic()
+            self._mark = self._since, done
         if not sys.stderr.isatty():
             self._foretell(done, total)
         elif self._bar is None and time.monotonic() - self._since >= _PATIENCE and done < total:
@@ -47,15 +49,17 @@ class StageBars:
             self.close()
 
     def _foretell(self, done: int, total: int) -> None:
-        seconds = time.monotonic() - self._since
-        if self._told or seconds < _PATIENCE or done <= self._begun:
-            return
-        self._told = True
-        expected = seconds * (total - self._begun) / (done - self._begun)
-        if expected >= _LONG:
+        """Says, once a stage, how long the rest takes at the speed since the mark."""
+        now, (since, begun) = time.monotonic(), self._mark
+        if done > begun and now - since < _PATIENCE:
+            return  # too short to measure
+        self._mark = now, done
+        rest = (now - since) * (total - done) / (done - begun) if done > begun else 0.0
+        if rest >= _LONG and not self._told:
+            self._told = True
             # A prompt's later tokens look at more, so they take longer; the vision tower's layers are alike.
             bound = "at least" if self._stage == "prefill" else "about"
-            say(f"{_LABELS.get(self._stage, self._stage)}: {bound} {expected:.0f} s")
+            say(f"{_LABELS.get(self._stage, self._stage)}: {bound} {rest:.0f} s more")
 
     def close(self) -> None:
         self._stage = ""

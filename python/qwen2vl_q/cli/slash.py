@@ -69,7 +69,7 @@ class SlashCommands:
 
     def _image(self, rest: str) -> None:
         if not rest:
-            raise ValueError("/image FILE ...")
+            raise ValueError("expected /image FILE ...")
         # A name with spaces as it is; several, or quoted by a terminal that a file was dropped on.
         whole = typed_path(rest).exists()
         for name in [rest] if whole else split_words(rest):
@@ -93,7 +93,8 @@ class SlashCommands:
         for name in names or options:
             value = in_use[options[name].name]
             own = getattr(self._conversation.settings, options[name].name) is None
-            say(f"{name} {'drawn anew' if value is None else value}" + (" (default)" if own else ""))
+            shown = "drawn anew" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+            say(f"{name} {shown}{' (default)' if own else ''}")
 
     def _change(self, name: str, option: click.Option, value: str) -> None:
         default = Settings.__dataclass_fields__[option.name].default
@@ -108,14 +109,14 @@ class SlashCommands:
 
     def _save(self, rest: str) -> None:
         if not rest:
-            raise ValueError("/save FILE.json, or FILE.md")
+            raise ValueError("expected /save FILE.json or FILE.md")
         path = typed_path(rest)
         self._conversation.save(path)
         say(f"{path}: saved")
 
     def _load(self, rest: str) -> None:
         if not rest:
-            raise ValueError("/load FILE.json")
+            raise ValueError("expected /load FILE.json")
         path = typed_path(rest)
         say(f"{path}: {self._conversation.load(path)}")
 
