@@ -1,62 +1,10 @@
-"""Runs the command line: in this process, in one of its own, at a terminal."""
+"""How tests run the command line: in a process of its own, or in theirs (the fixture `run`)."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
-import re
-import select
-import struct
-import subprocess
 import sys
-import termios
-import time
 from collections.abc import Callable
 
 PROGRAM = [sys.executable, "-m", "qwen2vl_q"]
 
 Run = Callable[..., tuple[int, str, str]]  # arguments -> exit code, stdout, stderr
-
-PROMPT = r">[ \n]*$"
-
-
-class Terminal:
-    """A program at a terminal of its own."""
-
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self.seen = ""
-        self._fd, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-        self.process = subprocess.Popen(
-            command, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-        )
-        os.close(theirs)
-
-    def send(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
-        """Reads until `pattern` is seen, and forgets what came up to it."""
-        end = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.seen, re.DOTALL)):
-            assert time.monotonic() < end, f"waited for {pattern!r}, seen {self.seen!r}"
-            if select.select([self._fd], [], [], 0.1)[0]:
-                try:
-                    new = os.read(self._fd, 65536).decode(errors="replace")
-                except OSError:  # Linux's end of file on a terminal
-                    new = ""
-                assert new, f"ended before {pattern!r}: {self.seen!r}"
-                if "\x1b[6n" in new:
-                    self.send("\x1b[1;1R")  # prompt_toolkit asks where the cursor stands
-                self.seen = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|[\b\r]", "", self.seen + new)
-        self.seen = self.seen[found.end() :]
-        return found[0]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._fd)
-
-    def interrupt(self) -> None:
-        self.send("\x03")

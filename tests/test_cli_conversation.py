@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from command_line import PROGRAM, PROMPT, Terminal
+from command_line import PROGRAM
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.cli import repl
 from qwen2vl_q.cli.chat import answer
 from qwen2vl_q.cli.conversation import Conversation
 from qwen2vl_q.cli.settings import Settings
+from terminal import PROMPT, Terminal
 
 
 def test_lines_of_a_pipe(tiny_gguf: Path, photo: Path, tmp_path: Path) -> None:

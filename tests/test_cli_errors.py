@@ -30,6 +30,10 @@ def test_the_module_runs_as_a_program() -> None:
     assert done.returncode == 0 and done.stdout.startswith("Usage: qwen2vl-q ")
 
 
+def test_help_shows_no_ranges_that_are_no_news(run: Run) -> None:
+    assert not re.search(r"\d{5,}\]|x<=1000", run("chat", "--help")[1])
+
+
 def test_help_has_examples(run: Run) -> None:
     for arguments in ([], *([name] for name in COMMANDS)):
         code, out, _ = run(*arguments, "--help")
@@ -75,6 +79,7 @@ def test_types_of_files_in_any_case(run: Run, tmp_path: Path, type_: str) -> Non
             "checkpoint is a folder with a checkpoint; make a file of it: "
             "qwen2vl-q convert checkpoint checkpoint.gguf",
         ),
+        ("", "expected a file's name, found ''"),
         ("missing.gguf", "missing.gguf: No such file or directory"),
         ("some/missing.gguf", "some/missing.gguf: No such file or directory"),
     ],
@@ -175,13 +180,18 @@ def test_readers_of_errors_that_leave() -> None:
 
 
 def test_ctrl_c_while_an_answer_is_asked_for(tiny_gguf: Path) -> None:
-    command = [*PROGRAM, "chat", "-m", str(tiny_gguf), "-p", "a", "-n", "1000000", "--ctx", "1000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = ["-p", "a", "-n", "1000000", "--ctx", "1000000", "--temp", "0"]
+    process = subprocess.Popen(
+        [*PROGRAM, "chat", "-m", str(tiny_gguf), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "") and out.endswith("\n")
+    assert (process.returncode, err) == (130, b"") and out.endswith(b"\n")
 
 
 # --- names and texts that a terminal must not obey ---

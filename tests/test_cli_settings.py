@@ -77,7 +77,7 @@ def test_settings_count_from_the_next_question(conversation: Conversation, comma
     [
         ("/set top-p 2", "top-p: 2.0 is not in the range 0<x<=1."),
         ("/set temp nan", "temp: nan is not a finite number."),
-        ("/set top-k 0.5", "top-k: '0.5' is not a valid"),
+        ("/set top-k 0.5", "top-k: '0.5' is not a valid integer."),
         ("/set seed -1", "seed: -1 is not in the range"),
         ("/set max-new-tokens 0", "max-new-tokens: 0 is not in the range"),
         ("/set max-pixels 1", "min_pixels"),

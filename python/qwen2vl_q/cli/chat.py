@@ -11,7 +11,7 @@ import click
 
 from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.model_file import model_file
-from qwen2vl_q.cli.options import COUNT, SEED, FiniteRange
+from qwen2vl_q.cli.options import COUNT, COUNT_OR_NONE, PENALTY, SEED, TEMPERATURE, FiniteRange
 from qwen2vl_q.cli.output import harmless, say
 from qwen2vl_q.cli.pictures import picture_file, picture_from_stdin
 
@@ -61,13 +61,13 @@ MANY_TOKENS = 1500  # of a picture: tens of seconds with the 2B model on two cor
 @click.option(
     "--temp",
     "temperature",
-    type=FiniteRange(0, 1000),
+    type=TEMPERATURE,
     metavar="T",
     help="0 always takes the likeliest token.  [default of this and the next five: the file's]",
 )
 @click.option(
     "--top-k",
-    type=click.IntRange(0, 2**31 - 1),
+    type=COUNT_OR_NONE,
     metavar="K",
     help="Draw from the K likeliest tokens; 0: from all.",
 )
@@ -86,7 +86,7 @@ MANY_TOKENS = 1500  # of a picture: tens of seconds with the 2B model on two cor
 @click.option(
     "--repeat-penalty",
     "repetition_penalty",
-    type=FiniteRange(0, 1000, min_open=True),
+    type=PENALTY,
     metavar="X",
     help="Above 1, tokens that have come before get less likely.",
 )
@@ -168,8 +168,9 @@ def answer(conversation: Conversation, question: str, prefix: str = "") -> None:
     try:
         with closing(conversation.ask(question)) as pieces:
             for piece in pieces:
-                sys.stdout.write(shown(piece if written else prefix + piece))
-                written = True
+                text = shown(piece if written else prefix + piece)
+                written = True  # before the write: what interrupts it may come after the text
+                sys.stdout.write(text)
                 sys.stdout.flush()
     finally:
         if written:

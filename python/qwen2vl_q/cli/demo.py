@@ -12,6 +12,7 @@ import click
 from qwen2vl_q.cli.device import computing_on, device_option, print_note
 from qwen2vl_q.cli.options import SEED
 from qwen2vl_q.cli.output import say
+from qwen2vl_q.printable import printable
 
 if TYPE_CHECKING:
     from qwen2vl_q.cards import Thing
@@ -62,7 +63,7 @@ def demo(output: Path | None, seed: int, threads: int | None, device: str, force
     card.save(png, "PNG")
     path = output or Path(f"card-{seed}.png")
     _save(path, png.getvalue(), force)
-    click.echo(f"{path}: {card.width} x {card.height} pixels")
+    click.echo(f"{printable(str(path))}: {card.width} x {card.height} pixels")
 
     model = Qwen2VL.from_gguf(DEMO_MODEL, threads, device=device)
     print_note(model.note)
