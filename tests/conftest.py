@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from checkpoints import CheckpointSpec, write_checkpoint
+from command_line import Run
+from pictures import encoded, picture
 from qwen2vl_q import Qwen2VL
+from qwen2vl_q.cli.main import main
 from qwen2vl_q.convert import Recipe, convert_checkpoint
 
 
@@ -24,3 +28,22 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_gguf: Path) -> Qwen2VL:
     """That model, freshly loaded: nothing is left in its caches."""
     return Qwen2VL.from_gguf(tiny_gguf, n_threads=1, n_ctx=2048, precision="exact")
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of 12 visual tokens; its name has a space."""
+    path = tmp_path_factory.mktemp("photos") / "a photo.png"
+    path.write_bytes(encoded(Image.fromarray(picture(120, 90))))
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in this process."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run

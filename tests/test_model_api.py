@@ -292,7 +292,9 @@ def test_the_context_may_be_filled(tiny_gguf: Path) -> None:
     ids = model.tokenize("abcdefg")[:8]
     n = 12 - len(ids) + 1  # the last token drawn takes no cell
     assert len(list(model.generate(ids, max_new_tokens=100, ignore_eos=True))) == n
-    assert model.last_stats.finish_reason == "length"
+    reasons: list[str] = [model.last_stats.finish_reason]
+    assert len(list(model.generate(ids, max_new_tokens=n, ignore_eos=True))) == n
+    assert [*reasons, model.last_stats.finish_reason] == ["context", "length"]
 
 
 # --- conversations ---
@@ -464,3 +466,14 @@ def test_sampling_defaults_of_a_file() -> None:
         ) as caught:
             Sampling.from_metadata({f"general.sampling.{key}": bad}, "m.gguf")
         assert str(caught.value).isprintable()
+
+
+def test_only_the_picture_s_own_work_counts_as_progress(tiny: Qwen2VL) -> None:
+    """How long it takes is told from the parts done; reading the tower's weights is none of them."""
+    ends = []
+    for size in (112, 140):
+        calls: list[tuple[str, int, int]] = []
+        tiny.encode_image(picture(size, size), progress=lambda *call, calls=calls: calls.append(call))
+        ends.append(calls[-1])
+    assert tiny.config.vision_config is not None
+    assert ends == [("image", tiny.config.vision_config.depth, tiny.config.vision_config.depth)] * 2

@@ -35,10 +35,9 @@ class CpuBackend final : public Backend {
                      const Progress& progress) override {
     if (!config_.vision) throw std::invalid_argument("this model has no vision tower");
     language_model_.release_buffers();  // a photo's own are larger, and the two are never at work together
-    if (vision_encoder_) return (*vision_encoder_)(ctx_, pixel_values, grid, out, progress);
-    load_vision([&](int64_t done, int64_t total) { progress(done, 2 * total); });
-    (*vision_encoder_)(ctx_, pixel_values, grid, out,
-                       [&](int64_t done, int64_t total) { progress(total + done, 2 * total); });
+    // None of the picture's own work: how long that will take is told from its share.
+    if (!vision_encoder_) load_vision([&](int64_t, int64_t total) { progress(0, total); });
+    (*vision_encoder_)(ctx_, pixel_values, grid, out, progress);
   }
 
   void encode_pixels(const uint8_t* pixels, const float* levels, const GridTHW& grid, float* out,

@@ -17,7 +17,7 @@ from qwen2vl_q.config import Qwen2VLConfig
 from qwen2vl_q.embedding_cache import EmbeddingCache
 from qwen2vl_q.errors import Qwen2VLError
 from qwen2vl_q.image_processor import ImageProcessor, ProcessedImage
-from qwen2vl_q.stats import GenerationStats, peak_memory_bytes
+from qwen2vl_q.stats import FinishReason, GenerationStats, peak_memory_bytes
 from qwen2vl_q.text_stream import TextStream
 
 # Called with a stage ("load", "image", "prefill") and how far it is, at most every 50 ms. An exception
@@ -133,14 +133,16 @@ class Generation:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected a positive number, found {max_new_tokens}")
         # The last token drawn takes no cell.
-        limit = min(max_new_tokens, self._n_ctx - len(prepared.prompt) + 1)
-        return self._decode(prepared, sampler, limit, text, progress)
+        room = self._n_ctx - len(prepared.prompt) + 1
+        cut: FinishReason = "context" if room < max_new_tokens else "length"
+        return self._decode(prepared, sampler, min(max_new_tokens, room), cut, text, progress)
 
     def _decode(
         self,
         prepared: Prepared,
         sampler: _native.Sampler,
         limit: int,
+        cut: FinishReason,
         text: TextStream,
         progress: Progress | None,
     ) -> Iterator[tuple[int, str]]:
@@ -154,7 +156,7 @@ class Generation:
         for drawn in range(1, limit + 1):
             piece = text.push(token)
             if text.finished or drawn == limit:
-                self._stats = replace(self._stats, finish_reason="stop" if text.finished else "length")
+                self._stats = replace(self._stats, finish_reason="stop" if text.finished else cut)
                 yield token, piece
                 return
             yield token, piece

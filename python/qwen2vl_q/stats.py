@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
+
+# "": not finished; "stop": an end-of-turn token or a stop string; "length": max_new_tokens; "context": n_ctx.
+FinishReason: TypeAlias = Literal["", "stop", "length", "context"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class GenerationStats:
     prefill_seconds: float = 0.0
     generated_tokens: int = 0
     decode_seconds: float = 0.0  # evaluating and drawing; not the caller's time between tokens
-    finish_reason: Literal["", "stop", "length"] = ""  # empty: not finished
+    finish_reason: FinishReason = ""
     kv_bytes: int = 0  # KV cache pages in use
     peak_memory_bytes: int | None = None  # of the process; None where the system does not say
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from pathlib import Path
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.model_file import model_file
+from qwen2vl_q.cli.options import COUNT, COUNT_OR_NONE, PENALTY, SEED, TEMPERATURE, FiniteRange
+from qwen2vl_q.cli.output import harmless, say
+from qwen2vl_q.cli.pictures import picture_file, picture_from_stdin
 
 if TYPE_CHECKING:
     from qwen2vl_q.cli.conversation import Conversation
@@ -19,7 +22,7 @@ _DEMO_NOTE = (
     "note: this is the packaged demo model, which knows nothing but drawn cards (qwen2vl-q demo draws one); "
     "-m M.gguf asks another (qwen2vl-q convert makes the file)"
 )
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+MANY_TOKENS = 1500  # of a picture: tens of seconds with the 2B model on two cores
 
 
 @click.command(short_help="Ask a model about pictures: one question, or a conversation.")
@@ -30,14 +33,26 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
     metavar="M.gguf",
     help="The model; demo: the packaged one, which knows drawn cards alone.  [default: demo]",
 )
-@click.option("--mmproj", metavar="FILE", help="The vision tower, where the model's file does not hold it.")
-@click.option("--image", "images", multiple=True, metavar="FILE", help="A picture. May be repeated.")
+@click.option(
+    "--mmproj",
+    type=model_file,
+    metavar="FILE",
+    help="The vision tower, where the model's file does not hold it.",
+)
+@click.option(
+    "--image",
+    "images",
+    type=picture_file,
+    multiple=True,
+    metavar="FILE",
+    help="A picture; - reads it from stdin. May be repeated.",
+)
 @click.option("-p", "--prompt", help="Ask this, print the answer and exit; - reads it from stdin.")
 @click.option("--system", help="The system prompt.  [default: the template's]")
 @click.option(
     "-n",
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="N",
     default=1024,
     show_default=True,
@@ -46,48 +61,49 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 @click.option(
     "--temp",
     "temperature",
-    type=click.FloatRange(min=0),
+    type=TEMPERATURE,
     metavar="T",
     help="0 always takes the likeliest token.  [default of this and the next five: the file's]",
 )
 @click.option(
-    "--top-k", type=click.IntRange(min=0), metavar="K", help="Draw from the K likeliest tokens; 0: from all."
+    "--top-k",
+    type=COUNT_OR_NONE,
+    metavar="K",
+    help="Draw from the K likeliest tokens; 0: from all.",
 )
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     metavar="P",
     help="Draw from the likeliest P of the mass.",
 )
 @click.option(
     "--min-p",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteRange(0, 1, max_open=True),
     metavar="P",
     help="... of the likeliest's probability.",
 )
 @click.option(
     "--repeat-penalty",
     "repetition_penalty",
-    type=click.FloatRange(min=0, min_open=True),
+    type=PENALTY,
     metavar="X",
     help="Above 1, tokens that have come before get less likely.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="Draws the same again.")
+@click.option("--seed", type=SEED, metavar="N", help="Draws the same again.")
 @click.option(
     "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: the physical cores allowed]"
 )
-@click.option(
-    "--ctx", type=click.IntRange(min=1), metavar="N", help="Tokens of context.  [default: 32768 at most]"
-)
+@click.option("--ctx", type=COUNT, metavar="N", help="Tokens of context.  [default: 32768 at most]")
 @click.option(
     "--min-pixels",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="N",
     help="Enlarge pictures with fewer.  [default: the file's]",
 )
 @click.option(
     "--max-pixels",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="N",
     help="Shrink pictures with more.  [default: the file's]",
 )
@@ -113,7 +129,9 @@ def chat(**options: Any) -> None:
       qwen2vl-q chat -m m.gguf --image photo.jpg -p "What is in this picture?"
       qwen2vl-q chat -m m.gguf --image page1.png --image page2.png --stats
       cat question.txt | qwen2vl-q chat -m m.gguf -p -
+      curl https://example.org/photo.jpg | qwen2vl-q chat -m m.gguf --image - -p "What is this?"
     """
+    _require_one_reader_of_stdin(options)
     question = options["prompt"]
     if question == "-":
         question = sys.stdin.read().rstrip("\n")
@@ -130,36 +148,59 @@ def chat(**options: Any) -> None:
         return
     answer(conversation, question)
     if options["show_stats"]:
-        click.echo(conversation.stats(), err=True)
+        say(conversation.stats())
+
+
+def _require_one_reader_of_stdin(options: dict[str, Any]) -> None:
+    if "-" not in options["images"]:
+        return
+    if options["prompt"] is None:
+        raise click.UsageError("--image - takes stdin, which a conversation's lines come from: ask with -p")
+    if [*options["images"], options["prompt"]].count("-") > 1:
+        raise click.UsageError("only one of --image and -p may be -: stdin is read once")
 
 
 def answer(conversation: Conversation, question: str, prefix: str = "") -> None:
-    """Streams an answer to stdout. Ctrl-C raises KeyboardInterrupt, after the line has been ended."""
+    """Streams an answer to stdout, and says where it was cut. Ctrl-C raises KeyboardInterrupt, after the line
+    has been ended."""
     written = False
+    shown = harmless if sys.stdout.isatty() else str
     try:
         with closing(conversation.ask(question)) as pieces:
             for piece in pieces:
-                sys.stdout.write(piece if written else prefix + piece)
-                written = True
+                text = shown(piece if written else prefix + piece)
+                written = True  # before the write: what interrupts it may come after the text
+                sys.stdout.write(text)
                 sys.stdout.flush()
     finally:
         if written:
             sys.stdout.write("\n")
             sys.stdout.flush()
+    if why := conversation.cut_short():
+        say(why, dim=True)
+
+
+def attach(conversation: Conversation, picture: str | bytes, option: str, tell: bool = True) -> None:
+    """Shows a picture with the next question and says how many tokens it takes; without `tell` only where
+    they are many. `option` makes them fewer."""
+    tokens = conversation.attach(picture)
+    advice = f"; {option} {conversation.pixels(MANY_TOKENS)} makes them {MANY_TOKENS:,} at most"
+    if tell or tokens > MANY_TOKENS:
+        name = picture if isinstance(picture, str) else "stdin"
+        say(f"{name}: {tokens:,} tokens{advice if tokens > MANY_TOKENS else ''}")
 
 
 def _start(options: dict[str, Any]) -> Conversation:
     """Loads the model and the pictures."""
     from qwen2vl_q.cli.conversation import Conversation
     from qwen2vl_q.cli.progress import StageBars
+    from qwen2vl_q.cli.settings import Settings
     from qwen2vl_q.model import Qwen2VL
 
-    for path in (options["model"], options["mmproj"], *options["images"]):
-        if path is not None:  # before a minute of loading, not after
-            Path(path).stat()
+    pictures = [picture_from_stdin() if name == "-" else name for name in options["images"]]
     file = options["model"]
     if file is None:
-        click.echo(_DEMO_NOTE, err=True)
+        say(_DEMO_NOTE)
         file = model_file("demo")
     with StageBars() as bars:
         model = Qwen2VL.from_gguf(
@@ -168,18 +209,14 @@ def _start(options: dict[str, Any]) -> Conversation:
             options["ctx"],
             options["precision"],
             mmproj=options["mmproj"],
-            min_pixels=options["min_pixels"],
-            max_pixels=options["max_pixels"],
             device=options["device"],
             progress=bars,
         )
     print_note(model.note)
     if options["verbose"]:
-        click.echo(f"{file}: {model!r}, weights {model.weight_bytes / 1e9:.2f} GB", err=True)
-    settings = {name: options[name] for name in ("max_new_tokens", *_SAMPLING)}
+        say(f"{file}: {model!r}, weights {model.weight_bytes / 1e9:.2f} GB")
+    settings = Settings(**{field.name: options[field.name] for field in fields(Settings)})
     conversation = Conversation(model, options["system"], settings)
-    for path in options["images"]:
-        tokens = conversation.attach(path)
-        if options["verbose"]:
-            click.echo(f"{path}: {tokens} tokens", err=True)
+    for picture in pictures:
+        attach(conversation, picture, "--max-pixels", tell=options["verbose"])
     return conversation

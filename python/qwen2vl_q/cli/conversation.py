@@ -2,46 +2,91 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator, Mapping
+import math
+from collections.abc import Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwen2vl_q.cli import transcript
+from qwen2vl_q.cli.output import count
 from qwen2vl_q.cli.progress import StageBars
+from qwen2vl_q.cli.settings import Settings
+from qwen2vl_q.image_processor import ProcessedImage
+from qwen2vl_q.messages import ImagePart, Message
 from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.stats import GenerationStats
 
 
 class Conversation:
-    """`settings` are keyword arguments of Qwen2VL.chat."""
+    """Messages are as Qwen2VL.chat takes them, their pictures loaded."""
 
-    def __init__(self, model: Qwen2VL, system: str | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, model: Qwen2VL, system: str | None, settings: Settings) -> None:
+        """ValueError for settings out of range."""
+        settings.in_use(model)
         self.system = system
+        self.settings = settings
         self._model = model
-        self._settings = settings
         self._history: list[dict[str, Any]] = []
-        self._pending: list[dict[str, Any]] = []
-        self._paths: dict[bytes, str] = {}  # by the picture's key
+        self._pending: list[ProcessedImage] = []
+        self._sources: dict[bytes, ImagePart] = {}  # a loaded picture's key -> what was loaded
 
-    def attach(self, path: str) -> int:
-        """Puts a picture before the next question; returns the tokens that it will take."""
-        image = self._model.load_image(path)
-        self._pending.append({"type": "image", "image": image})
-        self._paths[image.key] = path
-        _, rows, columns = image.grid_thw
-        return rows * columns // self._model.image_processor.merge_size**2
+    def set(self, **changes: Any) -> None:
+        """Changes settings; the pictures of the next question follow other bounds. ValueError for a value out
+        of range."""
+        settings = replace(self.settings, **changes)
+        settings.in_use(self._model)
+        self.settings = settings
+        if changes.keys() & {"min_pixels", "max_pixels"}:
+            self._pending = [self._load(self._bounded(self._sources[old.key].image)) for old in self._pending]
+
+    def settings_in_use(self) -> dict[str, Any]:
+        return self.settings.in_use(self._model)
+
+    # --- pictures ---
+
+    def attach(self, picture: str | bytes) -> int:
+        """Puts a picture (a path, or a file's bytes) before the next question; returns the tokens that it
+        takes."""
+        # Absolute: a saved conversation is good from any folder.
+        source = str(Path(picture).absolute()) if isinstance(picture, str) else picture
+        image = self._load(self._bounded(source))
+        self._pending.append(image)
+        return self._tokens(image)
+
+    def pending_tokens(self) -> list[int]:
+        """Of each picture that waits for the next question."""
+        return [self._tokens(image) for image in self._pending]
+
+    def pixels(self, tokens: int) -> int:
+        """As max_pixels, it makes a picture take that many tokens at most."""
+        processor = self._model.image_processor
+        return tokens * (processor.patch_size * processor.merge_size) ** 2
+
+    def _bounded(self, source: Any) -> ImagePart:
+        return ImagePart(source, self.settings.min_pixels, self.settings.max_pixels)
+
+    def _load(self, part: ImagePart) -> ProcessedImage:
+        image = self._model.load_image(part.image, part.min_pixels, part.max_pixels)
+        self._sources[image.key] = part
+        return image
+
+    def _tokens(self, image: ProcessedImage) -> int:
+        return math.prod(image.grid_thw) // self._model.image_processor.merge_size**2
+
+    # --- questions ---
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer, piece by piece. One that is cut short stays in the history as far as it came; where
         nothing came, the question and its pictures do not count as asked."""
-        content = [*self._pending, {"type": "text", "text": question}] if self._pending else question
+        pictures = [{"type": "image", "image": image} for image in self._pending]
+        content = [*pictures, {"type": "text", "text": question}] if pictures else question
         turn = {"role": "user", "content": content}
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
         answer: list[str] = []
         with StageBars() as bars:
             try:
                 for piece in self._model.chat(
-                    [*system, *self._history, turn], progress=bars, **self._settings
+                    [*self._system_message(), *self._history, turn], progress=bars, **self.settings.for_chat()
                 ):
                     bars.close()
                     answer.append(piece)
@@ -51,33 +96,65 @@ class Conversation:
                     self._history += [turn, {"role": "assistant", "content": "".join(answer)}]
                     self._pending = []
 
+    def cut_short(self) -> str:
+        """Why the last answer ended before its end; "" where it did not."""
+        stats = self._model.last_stats
+        if stats.finish_reason == "length":
+            return f"the answer was cut after {count(stats.generated_tokens, 'token')} (-n)"
+        return f"the context is full: {self._model.n_ctx} cells (--ctx)" if self.is_full else ""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the context left no room for the last answer's end."""
+        return self._model.last_stats.finish_reason == "context"
+
+    # --- the whole ---
+
     def clear(self) -> None:
-        """Forgets everything but the system prompt."""
+        """Forgets everything but the system prompt and the settings."""
         self._history = []
         self._pending = []
+        self._sources = {}
 
     def save(self, path: Path) -> None:
-        """Writes the conversation: the messages where the name ends in .json, otherwise Markdown."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, *map(self._with_paths, self._history)]
-        if path.suffix.lower() == ".json":
-            text = json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
-        else:
-            text = "\n".join(
-                f"## {message['role']}\n\n{_markdown(message['content'])}\n" for message in messages
-            )
-        path.write_text(text, encoding="utf-8")
+        """Writes the conversation: as messages to FILE.json, as Markdown to FILE.md."""
+        transcript.write(path, [*self._system_message(), *self._history], self._sources)
 
-    def _with_paths(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        content = message["content"]
-        if isinstance(content, list):
-            content = [
-                {"type": "image", "image": self._paths[part["image"].key]}
-                if part["type"] == "image"
-                else part
-                for part in content
-            ]
-        return {"role": message["role"], "content": content}
+    def load(self, path: Path) -> str:
+        """Replaces the conversation by one from a .json file; returns what it holds. OSError, FormatError or
+        ValueError, and no change, for one that cannot go on."""
+        loaded = Conversation(self._model, self.system, self.settings)
+        messages = transcript.read(path)
+        loaded._take(messages)
+        prompt, pictures = self._model.encode_chat([*loaded._system_message(), *loaded._history])
+        if len(prompt) >= self._model.n_ctx:
+            raise ValueError(
+                f"{path}: takes {len(prompt)} tokens, but the context holds {self._model.n_ctx} (--ctx)"
+            )
+        self.system, self._history, self._pending = loaded.system, loaded._history, []
+        self._sources = loaded._sources
+        parts = ((messages, "message"), (pictures, "picture"), (prompt, "token"))
+        return ", ".join(count(len(items), noun) for items, noun in parts)
+
+    def _take(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            if message.role == "system":
+                self.system = str(message.content)
+            else:
+                self._history.append({"role": message.role, "content": self._content(message)})
+
+    def _content(self, message: Message) -> str | list[dict[str, Any]]:
+        if isinstance(message.content, str):
+            return message.content
+        return [
+            {"type": "image", "image": self._load(part)}
+            if isinstance(part, ImagePart)
+            else {"type": "text", "text": part.text}
+            for part in message.content
+        ]
+
+    def _system_message(self) -> list[dict[str, Any]]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def stats(self) -> str:
         return describe_stats(self._model.last_stats)
@@ -101,9 +178,3 @@ def describe_stats(stats: GenerationStats) -> str:
     if stats.peak_memory_bytes is not None:
         memory = f"peak memory {stats.peak_memory_bytes / 1e9:.2f} GB, {memory}"
     return "; ".join([*parts, memory])
-
-
-def _markdown(content: str | list[dict[str, str]]) -> str:
-    if isinstance(content, str):
-        return content
-    return "\n\n".join(f"![]({part['image']})" if "image" in part else part["text"] for part in content)

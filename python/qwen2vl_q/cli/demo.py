@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from qwen2vl_q.cli.device import computing_on, device_option, print_note
+from qwen2vl_q.cli.options import SEED
+from qwen2vl_q.cli.output import say
+from qwen2vl_q.printable import printable
 
 if TYPE_CHECKING:
     from qwen2vl_q.cards import Thing
@@ -31,7 +34,7 @@ def _png_path(context: click.Context, parameter: click.Parameter, value: Path | 
     callback=_png_path,
     help="Where the card goes.  [default: card-N.png, N from --seed]",
 )
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", default=0, help="Which card.  [default: 0]")
+@click.option("--seed", type=SEED, metavar="N", default=0, help="Which card.  [default: 0]")
 @click.option(
     "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: the physical cores allowed]"
 )
@@ -52,6 +55,7 @@ def demo(output: Path | None, seed: int, threads: int | None, device: str, force
     from qwen2vl_q import DEMO_MODEL, cards
     from qwen2vl_q.cli.chat import answer
     from qwen2vl_q.cli.conversation import Conversation
+    from qwen2vl_q.cli.settings import Settings
     from qwen2vl_q.model import Qwen2VL
 
     card, things = cards.example(seed)
@@ -59,11 +63,11 @@ def demo(output: Path | None, seed: int, threads: int | None, device: str, force
     card.save(png, "PNG")
     path = output or Path(f"card-{seed}.png")
     _save(path, png.getvalue(), force)
-    click.echo(f"{path}: {card.width} x {card.height} pixels")
+    click.echo(f"{printable(str(path))}: {card.width} x {card.height} pixels")
 
     model = Qwen2VL.from_gguf(DEMO_MODEL, threads, device=device)
     print_note(model.note)
-    conversation = Conversation(model, None, {"temperature": 0, "max_new_tokens": 64})
+    conversation = Conversation(model, None, Settings(temperature=0, max_new_tokens=64))
     taken = []
     for talk in _talks(things):
         conversation.clear()
@@ -73,7 +77,8 @@ def demo(output: Path | None, seed: int, threads: int | None, device: str, force
             answer(conversation, question, prefix="  answer  ")
             click.echo(f"  truth   {truth}")
             taken.append(model.last_stats)
-    click.echo(f"\n{_describe(taken)} ({computing_on(model.isa, model.n_threads)})", err=True)
+    click.echo(err=True)
+    say(f"{_describe(taken)} ({computing_on(model.isa, model.n_threads)})")
 
 
 def _talks(things: Sequence[Thing]) -> list[list[tuple[str, str]]]:

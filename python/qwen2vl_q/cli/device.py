@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from qwen2vl_q.cli.output import say
+
 
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
     from qwen2vl_q.devices import require_name
@@ -27,7 +29,7 @@ device_option = click.option(
 def print_note(note: str) -> None:
     """A model's word to the user, on stderr."""
     if note:
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
 
 
 def computing_on(isa: str, n_threads: int) -> str:

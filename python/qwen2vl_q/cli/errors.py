@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import click
-
+from qwen2vl_q.cli.output import say
 from qwen2vl_q.errors import Qwen2VLError
 
 
 def complain(message: str) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    say(f"error: {' '.join(message.split())}")
 
 
 def describe(error: Exception) -> str:
     """For the user; what the library did not raise on purpose is marked as internal."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, (Qwen2VLError, ValueError, OSError)):
         return str(error) or type(error).__name__
     if isinstance(error, MemoryError):

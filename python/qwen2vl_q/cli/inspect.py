@@ -89,7 +89,7 @@ def _everything(model: str, file: GgufFile, metadata: Mapping[str, Any]) -> dict
 
 def _print(console: Console, model: str, file: GgufFile, metadata: Mapping[str, Any]) -> None:
     console.print(
-        f"[bold]{escape(model)}[/bold]: GGUF version {file.version}, {len(file.tensors)} tensors",
+        f"[bold]{escape(_visible(model))}[/bold]: GGUF version {file.version}, {len(file.tensors)} tensors",
         highlight=False,
     )
     for title, rows in _sections(metadata):

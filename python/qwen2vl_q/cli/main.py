@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
+from click.shell_completion import shell_complete
 
 # name -> (module, help). Loaded when used: a command must not wait for the imports of another.
 COMMANDS = {
@@ -19,6 +21,8 @@ COMMANDS = {
     "inspect": ("qwen2vl_q.cli.inspect", "Show what a GGUF file holds."),
     "bench": ("qwen2vl_q.cli.bench", "Measure image encoding, prefill and decoding."),
 }
+_PROGRAM = "qwen2vl-q"
+_COMPLETION = "_QWEN2VL_Q_COMPLETE"  # click's name for it
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
 
@@ -40,6 +44,17 @@ class _Commands(click.Group):
         if not any(parameter.name == "debug" for parameter in command.params):
             command.params.append(_debug_option())
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            close = get_close_matches(args[0], COMMANDS, n=1)
+            if not close:
+                raise
+            raise click.UsageError(f"{error.format_message()} Did you mean '{close[0]}'?", ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -112,19 +127,41 @@ def _device_lines() -> list[str]:
     help="Show the version, the instruction set in use, and devices.",
 )
 def cli() -> None:
-    """Qwen2-VL on ordinary hardware: pictures in, answers out."""
+    """Qwen2-VL on ordinary hardware: pictures in, answers out.
+
+    \b
+    Examples:
+      qwen2vl-q demo                                                # a first look, nothing to fetch
+      qwen2vl-q convert Qwen/Qwen2-VL-2B-Instruct m.gguf            # the real weights, once
+      qwen2vl-q chat -m m.gguf --image photo.jpg                    # a conversation
+      qwen2vl-q chat -m m.gguf --image photo.jpg -p "What is it?"   # one answer on stdout
+      eval "$(_QWEN2VL_Q_COMPLETE=bash_source qwen2vl-q)"           # Tab completes (also: zsh, fish)
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code. Errors are one line on stderr; --debug adds a traceback."""
+    _replace_closed_streams()
     run = _Run()
-    arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what a terminal's encoding does not
+    if instruction := os.environ.get(_COMPLETION):
+        return shell_complete(cli, {"obj": run}, _PROGRAM, _COMPLETION, instruction)
+    code = _exit_code(sys.argv[1:] if arguments is None else list(arguments), run)
     try:
-        with cli.make_context("qwen2vl-q", list(arguments) or ["--help"], obj=run) as context:
-            cli.invoke(context)
         sys.stdout.flush()
+    except BrokenPipeError:
+        code = EXIT_BROKEN_PIPE
+    except OSError as error:
+        code = code or _report(f"stdout: {error.strerror}", run, EXIT_ERROR)
+    _drop_what_cannot_be_written()
+    return code
+
+
+def _exit_code(arguments: list[str], run: _Run) -> int:
+    try:
+        with cli.make_context(_PROGRAM, arguments or ["--help"], obj=run) as context:
+            cli.invoke(context)
         return 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -136,13 +173,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Who read our output has gone. Python would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except Exception as error:
         from qwen2vl_q.cli.errors import describe
 
         return _report(describe(error), run, EXIT_ERROR)
+
+
+def _replace_closed_streams() -> None:
+    """A closed stdin becomes empty, a closed stdout fails when it is written, a closed stderr takes all; and
+    no file that is opened later gets their numbers."""
+    for name, flags, mode in (
+        ("stdin", os.O_RDONLY, "r"),
+        ("stdout", os.O_RDONLY, "w"),
+        ("stderr", os.O_WRONLY, "w"),
+    ):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode))
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Python would complain at exit of what is left in the buffers of streams that nobody reads."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _report(message: str, run: _Run, code: int) -> int:

@@ -12,9 +12,14 @@ from rich.table import Table
 _PIPE_WIDTH = 240  # wide enough that no name breaks: what reads a pipe searches lines
 
 
+class _Stdout(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # for main(), where rich would end the process
+
+
 def stdout_console() -> Console:
     """A console on stdout: as wide as the terminal, or wide where stdout is a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    return _Stdout(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 @dataclass

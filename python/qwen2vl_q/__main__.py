@@ -1,0 +1,5 @@
+import sys
+
+from qwen2vl_q.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""How a user names pictures: on the command line, in the conversation, by dropping a file on the terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from qwen2vl_q.cli.paths import typed_path
+
+_ADDRESS = re.compile("(file|https?):", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)(?=\s|$)", re.IGNORECASE)
+_QUOTED = r'"[^"]*"|[^\s"]' if os.name == "nt" else r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|[^\s'"\\]"""
+_WORD = re.compile(rf"(?:{_QUOTED})+(?=\s|$)")
+_LONGEST_PATH = 4096
+_MAX_BYTES = 512 * 1024 * 1024  # an uncompressed picture of the most pixels that are decoded
+
+
+class _PictureFile(click.Path):
+    """A picture's path; "-" stays: stdin."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value == "-":
+            return "-"
+        try:
+            return picture_path(value)
+        except ValueError as error:
+            self.fail(str(error).removeprefix("picture: "), param, ctx)
+
+
+picture_file = _PictureFile()
+
+
+def picture_path(name: str) -> str:
+    """The path of what may be a file:// address or begin with ~. OSError where no such file is, ValueError
+    for an address on the network."""
+    if _ADDRESS.match(name):
+        from qwen2vl_q.messages import read_source
+
+        name = str(read_source(name, "picture"))
+    path = typed_path(name)
+    path.stat()
+    return str(path)
+
+
+def picture_from_stdin() -> bytes:
+    """ValueError where it holds more than a picture can."""
+    data = sys.stdin.buffer.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"--image -: expected a picture of {_MAX_BYTES // 2**20} MiB at most")
+    return data
+
+
+def is_picture(path: str) -> bool:
+    """By its name."""
+    return _SUFFIX.search(path) is not None
+
+
+def split_words(text: str) -> list[str]:
+    """As a shell does; on Windows, where paths have backslashes, by spaces and double quotes.
+
+    ValueError for half a pair of quotes.
+    """
+    return [word.strip('"') for word in _WORD.findall(text)] if os.name == "nt" else shlex.split(text)
+
+
+def split_dropped(line: str) -> tuple[list[str], str]:
+    """The files that were dropped on a terminal, and the question behind them.
+
+    Terminals write an absolute path, in quotes, with backslashes, bare, or as a file:// address. What is
+    not there is the question's. Errors as of picture_path for a picture's address.
+    """
+    paths = []
+    rest = line.strip()
+    while dropped := _dropped(rest[:_LONGEST_PATH]):
+        path, length = dropped
+        paths.append(path)
+        rest = rest[length:].lstrip()
+    return paths, rest
+
+
+def _dropped(text: str) -> tuple[str, int] | None:
+    """The file that a text begins with, and how much of the text names it."""
+    word = _WORD.match(text)
+    if word is not None:
+        name = split_words(word[0])[0]
+        if _ADDRESS.match(name) and is_picture(name):
+            return picture_path(name), word.end()
+        if _is_absolute_file(name):
+            return str(typed_path(name)), word.end()
+    for suffix in _SUFFIX.finditer(text):  # bare, with spaces
+        if _is_absolute_file(text[: suffix.end()]):
+            return str(typed_path(text[: suffix.end()])), suffix.end()
+    return None
+
+
+def _is_absolute_file(name: str) -> bool:
+    path = typed_path(name)
+    return path.is_absolute() and path.is_file()

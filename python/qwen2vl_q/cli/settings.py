@@ -1,0 +1,39 @@
+"""What the user of a conversation may choose, on the command line and while it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qwen2vl_q.image_processor import ImageProcessor
+from qwen2vl_q.model import Qwen2VL
+from qwen2vl_q.sampling import Sampling
+
+_BOUNDS = ("min_pixels", "max_pixels")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """None stands for the model's own."""
+
+    max_new_tokens: int = 1024
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    min_pixels: int | None = None  # of pictures
+    max_pixels: int | None = None
+
+    def for_chat(self) -> dict[str, Any]:
+        """Keyword arguments of Qwen2VL.chat."""
+        return {name: value for name, value in asdict(self).items() if name not in _BOUNDS}
+
+    def in_use(self, model: Qwen2VL) -> dict[str, Any]:
+        """Every setting with the model's own values filled in. ValueError for one out of range."""
+        wishes = {name: getattr(self, name) for name in Sampling.__dataclass_fields__}
+        sampling = model.sampling.override(wishes)
+        sampling.sampler()
+        processor: ImageProcessor = model.image_processor.bounded(self.min_pixels, self.max_pixels)
+        return {**asdict(self), **asdict(sampling), **{name: getattr(processor, name) for name in _BOUNDS}}

@@ -1,0 +1,125 @@
+"""The slash commands of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from difflib import get_close_matches
+
+import click
+
+from qwen2vl_q.cli.chat import attach, chat
+from qwen2vl_q.cli.conversation import Conversation
+from qwen2vl_q.cli.output import say
+from qwen2vl_q.cli.paths import typed_path
+from qwen2vl_q.cli.pictures import picture_path, split_words
+from qwen2vl_q.cli.settings import Settings
+
+_HELP = """\
+/image FILE ...  show pictures with the next question; or drop them on the terminal, a question behind them
+/system TEXT     set the system prompt; without TEXT, print it
+/set NAME VALUE  change a setting ("default": the model's own); without NAME, print all
+/clear           forget the conversation and start anew
+/save FILE       write the conversation: as messages to FILE.json, as Markdown to FILE.md
+/load FILE.json  go on with a conversation that /save has written
+/stats           times and memory of the last answer
+/help            this list
+/exit            leave (also Ctrl-D)
+Ctrl-C stops an answer. A line that begins with a space is sent as it is, / or not."""
+COMMANDS = tuple(line.split()[0] for line in _HELP.splitlines() if line.startswith("/"))
+
+
+def setting_options() -> dict[str, click.Option]:
+    """The settings by the names that their options have: "top-k"."""
+    names = {field.name for field in fields(Settings)}
+    return {
+        max(option.opts, key=len).removeprefix("--"): option
+        for option in chat.params
+        if isinstance(option, click.Option) and option.name in names
+    }
+
+
+class SlashCommands:
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/system": self._system,
+            "/set": self._set,
+            "/clear": lambda _: conversation.clear(),
+            "/save": self._save,
+            "/load": self._load,
+            "/stats": lambda _: say(conversation.stats()),
+            "/help": lambda _: self._help(),
+        }
+
+    def run(self, line: str) -> bool:
+        """Does what a line says; False for the end. ValueError for what is no command."""
+        name, _, rest = line.strip().partition(" ")
+        if name in ("/exit", "/quit"):
+            return False
+        if name not in self._commands:
+            close = get_close_matches(name, COMMANDS, n=1)
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(
+                f"no command {name}{meant}; /help lists them, a leading space sends the line as it is"
+            )
+        self._commands[name](rest.strip())
+        return True
+
+    def _image(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("expected /image FILE ...")
+        # A name with spaces as it is; several, or quoted by a terminal that a file was dropped on.
+        whole = typed_path(rest).exists()
+        for name in [rest] if whole else split_words(rest):
+            attach(self._conversation, picture_path(name), "/set max-pixels")
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self._conversation.system = rest
+        say(f"system: {self._conversation.system or 'the default of the template'}")
+
+    def _set(self, rest: str) -> None:
+        options = setting_options()
+        given, _, value = rest.partition(" ")
+        wanted = given.strip("-").replace("_", "-").lower()
+        names = [name for name, option in options.items() if wanted in (name, option.name.replace("_", "-"))]
+        if given and not names:
+            raise ValueError(f"/set: expected one of {', '.join(options)}, found {given}")
+        if value:
+            self._change(names[0], options[names[0]], value.strip())
+        in_use = self._conversation.settings_in_use()
+        for name in names or options:
+            value = in_use[options[name].name]
+            own = getattr(self._conversation.settings, options[name].name) is None
+            shown = "drawn anew" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+            say(f"{name} {shown}{' (default)' if own else ''}")
+
+    def _change(self, name: str, option: click.Option, value: str) -> None:
+        default = Settings.__dataclass_fields__[option.name].default
+        try:
+            wish = default if value == "default" else option.type.convert(value, None, None)
+        except click.BadParameter as error:
+            raise ValueError(f"{name}: {error.message}") from None
+        self._conversation.set(**{option.name: wish})
+        if name.endswith("pixels"):
+            for tokens in self._conversation.pending_tokens():
+                say(f"the picture to come: {tokens:,} tokens")
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("expected /save FILE.json or FILE.md")
+        path = typed_path(rest)
+        self._conversation.save(path)
+        say(f"{path}: saved")
+
+    def _load(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("expected /load FILE.json")
+        path = typed_path(rest)
+        say(f"{path}: {self._conversation.load(path)}")
+
+    def _help(self) -> None:
+        for line in _HELP.splitlines():
+            say(line)

@@ -1,0 +1,94 @@
+"""Conversations as files: messages as JSON, or Markdown to read."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from qwen2vl_q.atomic_file import whole_or_not_at_all
+from qwen2vl_q.errors import FormatError
+from qwen2vl_q.messages import ImagePart, Message, normalize
+
+_MAX_BYTES = 256 * 1024 * 1024  # room for a few pictures as data: URIs
+
+
+def write(path: Path, messages: Iterable[Mapping[str, Any]], sources: Mapping[bytes, ImagePart]) -> None:
+    """As messages to FILE.json, as Markdown to FILE.md. `sources`: a picture's key -> what it was made of.
+
+    ValueError for another name or a folder that is not there, OSError where the file cannot be written.
+    """
+    described = [{**message, "content": _described(message["content"], sources)} for message in messages]
+    match path.suffix.lower():
+        case ".json":
+            text = json.dumps(described, ensure_ascii=False, indent=2) + "\n"
+        case ".md":
+            text = "\n".join(f"## {m['role']}\n\n{_markdown(m['content'])}\n" for m in described)
+        case _:
+            raise ValueError(f"{path}: expected a name that ends in .json or .md")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder '{path.absolute().parent}'")
+    with whole_or_not_at_all(path, overwrite=True) as part:
+        # A name that is not UTF-8 has halves of surrogate pairs: \udcff is what JSON writes for them.
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read(path: Path) -> list[Message]:
+    """A conversation that a question can follow; relative paths of pictures are of the file's folder.
+
+    OSError where the file cannot be read, FormatError for one that holds something else.
+    """
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise FormatError(f"{path}: expected a conversation of {_MAX_BYTES // 2**20} MiB at most")
+    try:
+        messages = normalize(json.loads(data))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not a conversation: {error}") from None
+    roles = [message.role for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2):
+        raise FormatError(
+            f"{path}: not a conversation: expected user and assistant in turns, found {', '.join(roles[:8])}"
+        )
+    if roles[0] == "system" and not isinstance(messages[0].content, str):
+        raise FormatError(f"{path}: message 0: expected the system prompt as a string")
+    return [_in_folder(message, path.absolute().parent) for message in messages]
+
+
+def _in_folder(message: Message, folder: Path) -> Message:
+    def resolved(part: Any) -> Any:
+        named = isinstance(part, ImagePart) and isinstance(part.image, (str, PathLike))
+        return replace(part, image=str(folder / part.image)) if named else part
+
+    if isinstance(message.content, str):
+        return message
+    return replace(message, content=tuple(map(resolved, message.content)))
+
+
+def _described(content: Any, sources: Mapping[bytes, ImagePart]) -> Any:
+    if isinstance(content, str):
+        return content
+    return [_part(sources[part["image"].key]) if part["type"] == "image" else part for part in content]
+
+
+def _part(source: ImagePart) -> dict[str, Any]:
+    image = source.image
+    name = f"data:;base64,{base64.b64encode(image).decode()}" if isinstance(image, bytes) else fspath(image)  # type: ignore[arg-type]
+    bounds = {"min_pixels": source.min_pixels, "max_pixels": source.max_pixels}
+    return {"type": "image", "image": name, **{key: n for key, n in bounds.items() if n is not None}}
+
+
+def _markdown(content: str | list[dict[str, str]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(_link(part["image"]) if "image" in part else part["text"] for part in content)
+
+
+def _link(picture: str) -> str:
+    return f"![]({picture if picture.startswith('data:') else Path(picture).as_uri()})"
