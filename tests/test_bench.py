@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from qwen2vl_q import Qwen2VL, _native
@@ -150,6 +152,13 @@ def test_high_rates_are_printed_in_larger_units() -> None:
     assert stage_rate(LIMITS, stage) == "10000 GFLOP/s"
     assert stage_rate(LIMITS, replace(stage, float_ops=6.54e14)) == "654.0 TFLOP/s"
     assert stage_rate(LIMITS, replace(stage, float_ops=0, int8_ops=2e13)) == "20.0 Top/s"
+
+
+def test_peak_memory_is_the_process_own() -> None:
+    ballast = np.ones(50_000_000)  # 400 MB here, none of them in the process that is asked
+    code = "from qwen2vl_q.stats import peak_memory_bytes; print(peak_memory_bytes())"
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert 1_000_000 < peak < ballast.nbytes
 
 
 # --- the command ---
