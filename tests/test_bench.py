@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from qwen2vl_q import Qwen2VL, _native
-from qwen2vl_q.benchmark import Benchmark, Measured, Settings, Timing, drawn_picture
-from qwen2vl_q.cli.bench import Result, as_dict, limits_line, profile_table, stage_rate, summary_table
+from qwen2vl_q.benchmark import Benchmark, Measured, Settings, Task, Timing, drawn_picture
+from qwen2vl_q.cli import bench_run
+from qwen2vl_q.cli.bench_tables import (
+    FileSummary,
+    Result,
+    as_csv_table,
+    as_dict,
+    comparison_notes,
+    comparison_table,
+    limits_line,
+    profile_table,
+    stage_rate,
+    summary_table,
+)
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.errors import UnsupportedError
 from qwen2vl_q.limits import Limits, Stage, mean_stages
@@ -94,6 +112,12 @@ def test_mean_stages() -> None:
     assert mean_stages([[NORM, LINEAR], [second, LINEAR]]) == (Stage("text norm", 4, 1.0, 1, 2, 3), LINEAR)
 
 
+def cells(text: str) -> list[list[str]]:
+    """The rows of the Markdown table in a text, without the rule below the heading."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if "---" not in line]
+
+
 def hand_made_result() -> Result:
     measured = Measured(
         "x", 2, "fast", 0.5, 0.75,
@@ -104,7 +128,7 @@ def hand_made_result() -> Result:
         peak_memory_bytes=2_000_000_000,
     )  # fmt: skip
     slower = Limits("x", 2, *([1.0] * 4))
-    return Result(Settings("m.gguf"), 1000, measured, slower, LIMITS)
+    return Result(Settings("m.gguf"), FileSummary("Q4_0", 1_230_000, 4.5), measured, slower, LIMITS)
 
 
 def test_fractions_of_the_floor() -> None:
@@ -129,22 +153,81 @@ def test_decoding_is_measured_against_reads_between_its_runs() -> None:
 
 
 def test_tables() -> None:
-    summary = summary_table([hand_made_result()]).splitlines()
-    assert "|  | image 28 x 28 (10 tokens) | 5.00 (4.00 to 6.00) | 2.0 (1.7 to 2.5) | 60 % |" in summary
-    assert "|  | first token, photo (20 tokens) | 7.00 (7.00 to 7.00) |  |  |" in summary
-    profile = profile_table(hand_made_result()).splitlines()
-    assert "| decode at 0 | text down_proj | 2 | 3000.0 | 68.2 % | 0.0 GB/s | 67 % |" in profile
-    assert "| decode at 0 | text norm | 4 | 500.0 | 11.4 % |  |  |" in profile
-    assert "| decode at 0 | the rest |  | -1100.0 | -25.0 % |  |  |" in profile
-    assert len({line.count("|") for line in profile}) == 1
+    text = summary_table([hand_made_result()])
+    assert len({len(line) for line in text.splitlines()}) == 1  # columns are aligned
+    summary = cells(text)
+    assert summary[1][0] == "m.gguf (Q4_0; x, 2 threads, fast)"
+    assert ["", "image 28 x 28 (10 tokens)", "5.00 (4.00 to 6.00)", "2.0 (1.7 to 2.5)", "60 %"] in summary
+    assert ["", "first token, photo (20 tokens)", "7.00 (7.00 to 7.00)", "", ""] in summary
+    profile = cells(profile_table(hand_made_result()))
+    assert ["decode at 0", "text down_proj", "2", "3000.0", "68.2 %", "0.0 GB/s", "67 %"] in profile
+    assert ["decode at 0", "text norm", "4", "500.0", "11.4 %", "", ""] in profile
+    assert ["decode at 0", "the rest", "", "-1100.0", "-25.0 %", "", ""] in profile
+
+
+def test_one_table_compares_files() -> None:
+    one = hand_made_result()
+    sampled = Timing("decode at 0, sampled", 10, (5.0, 20.0), STAGES)
+    settings = replace(one.settings, model="other.gguf", prompt_tokens=(10,), streams=(2,))
+    other = replace(
+        one,
+        settings=settings,
+        file=FileSummary("F16", 4_400_000_000, 16.0),
+        measured=replace(
+            one.measured,
+            image=[],  # has no tower
+            question=[],
+            sampled=[sampled],
+            streams=[Timing("decode, 2 streams", 20, (4.0,))],
+            peak_memory_bytes=None,
+        ),
+    )
+    one = replace(one, settings=replace(settings, model="m.gguf"))
+    assert cells(comparison_table([one, other])) == [
+        [
+            *("file", "type", "size", "bits", "image 1024x683", "first token", "prefill 10", "decode at 0"),
+            *("sampled at 0", "2 streams", "peak memory"),
+        ],
+        [
+            *("m.gguf", "Q4_0", "1.2 MB", "4.50", "5.00 s (60 %)", "7.00 s", "2.5 (25 %)", "2.3 (50 %)"),
+            *("", "", "2.00 GB"),
+        ],
+        [
+            *("other.gguf", "F16", "4.40 GB", "16.00", "", "", "2.5 (25 %)", "2.3 (50 %)"),
+            *("0.8 (18 %)", "5.0", ""),
+        ],
+    ]
+    assert "Medians of 3 on x, 2 threads, fast" in comparison_notes([one, other])
+
+
+def test_names_of_files_do_not_steer_the_terminal() -> None:
+    result = hand_made_result()
+    result = replace(result, settings=replace(result.settings, model="a\x1b[2J\n.gguf"))
+    for text in (summary_table([result]), comparison_table([result])):
+        assert "\x1b" not in text and r"a\x1b[2J\n.gguf" in text
+
+
+def test_csv() -> None:
+    result = hand_made_result()
+    rows = list(csv.DictReader(io.StringIO(as_csv_table([result, result]))))
+    assert [row["what"] for row in rows[: len(rows) // 2]] == [
+        *("load", "start", "image 28 x 28", "first token, photo", "prefill 10", "decode at 0")
+    ]
+    assert {(row["model"], row["type"], row["bits_per_weight"]) for row in rows} == {
+        ("m.gguf", "Q4_0", "4.5")
+    }
+    image = next(row for row in rows if row["what"] == "image 28 x 28")
+    assert [image[f"{name}_seconds"] for name in ("median", "least", "most")] == ["5.0", "4.0", "6.0"]
+    assert (image["median_tokens_per_second"], image["floor_fraction"]) == ("2.0", "0.6")
+    assert rows[0]["median_seconds"] == "0.5" and rows[0]["floor_fraction"] == ""
 
 
 def test_shares_of_a_device_are_of_the_profiled_run() -> None:
     result = hand_made_result()
     result = replace(result, measured=replace(result.measured, device="NVIDIA Something"))
-    profile = profile_table(result).splitlines()
-    assert "| decode at 0 | text down_proj | 2 | 3000.0 | 54.5 % | 0.0 GB/s | 67 % |" in profile
-    assert not any("the rest" in line for line in profile)
+    profile = cells(profile_table(result))
+    assert ["decode at 0", "text down_proj", "2", "3000.0", "54.5 %", "0.0 GB/s", "67 %"] in profile
+    assert not any("the rest" in row for row in profile)
 
 
 def test_high_rates_are_printed_in_larger_units() -> None:
@@ -181,14 +264,33 @@ def test_bench(run: Run, tiny_gguf: Path) -> None:
     options += ["--repeat", 2, "-t", 1, "--streams", "1,3"]
     code, out, err = run("bench", "-m", tiny_gguf, "-m", tiny_gguf, *options, "--profile", "--json")
     assert code == 0, err
-    assert err.count("measuring") == 2
+    phases: tuple[str, ...] = (
+        "what the machine can do",
+        "loading",
+        "image 84 x 56",
+        "questions",
+        "prefill 20",
+        "prefill 8",
+    )
+    phases += (
+        "decode at 0",
+        "decode at 30",
+        "decode at 0, sampled",
+        "decode, 1 streams",
+        "decode, 3 streams",
+    )
+    expected = [f"measuring tiny.gguf ({i} of 2): {p}" for i in (1, 2) for p in (*phases[1:], phases[0])]
+    assert err.splitlines() == ["measuring tiny.gguf (1 of 2): what the machine can do", *expected]
     first, second = json.loads(out)
     assert first["model"] == second["model"] == str(tiny_gguf)
     assert set(first) == {
-        *("model", "device", "isa", "n_threads", "precision", "file_bytes", "load_seconds", "start_seconds"),
-        *("vision_load_seconds", "image", "question", "prefill", "decode", "streams"),
+        *("model", "type", "file_bytes", "bits_per_weight", "device", "isa", "n_threads", "precision"),
+        *("load_seconds", "start_seconds", "vision_load_seconds"),
+        *("image", "question", "prefill", "decode", "sampled", "streams"),
         *("peak_memory_bytes", "limits_before", "limits_after"),
     }
+    assert first["type"] == "F32" and 30 < first["bits_per_weight"] <= 32
+    assert first["limits_after"] == second["limits_before"]
     assert [t["what"] for t in first["image"]] == ["image 84 x 56"]
     assert [(t["what"], t["count"]) for t in first["prefill"]] == [("prefill 20", 20), ("prefill 8", 8)]
     assert [(t["what"], t["count"]) for t in first["decode"]] == [("decode at 0", 5), ("decode at 30", 5)]
@@ -198,16 +300,18 @@ def test_bench(run: Run, tiny_gguf: Path) -> None:
     ]
     assert len(first["question"]) == 3 and first["start_seconds"] > first["load_seconds"] > 0
     assert first["vision_load_seconds"] >= 0
-    for timing in (t for part in ("image", "question", "prefill", "decode", "streams") for t in first[part]):
+    assert [(t["what"], t["count"]) for t in first["sampled"]] == [("decode at 0, sampled", 5)]
+    parts = ("image", "question", "prefill", "decode", "sampled", "streams")
+    for timing in (t for part in parts for t in first[part]):
         assert len(timing["seconds"]) == 2 and min(timing["seconds"]) > 0
         assert timing["median_tokens_per_second"] > 0
-    for timing in (t for part in ("image", "prefill", "decode", "streams") for t in first[part]):
+    for timing in (t for part in parts if part != "question" for t in first[part]):
         prefix = "image" if timing["what"].startswith("image") else "text"
         assert timing["stages"] and all(stage["name"].startswith(prefix) for stage in timing["stages"])
-    for timing in (t for part in ("image", "prefill", "decode") for t in first[part]):
+    for timing in (t for part in ("image", "prefill", "decode", "sampled") for t in first[part]):
         assert timing["floor_seconds"] > 0
         assert timing["floor_fraction"] == timing["floor_seconds"] / timing["median_seconds"]
-    for timing in first["decode"]:
+    for timing in first["decode"] + first["sampled"]:
         assert len(timing["read_bytes_per_s"]) == 3 and min(timing["read_bytes_per_s"]) > 0
 
 
@@ -220,9 +324,8 @@ def test_reading_the_weights_reads_what_a_token_reads(tiny_gguf: Path) -> None:
 def test_streams_are_measured_where_they_are_asked_for(run: Run, tiny_gguf: Path) -> None:
     options = ["--only", "streams", "--decode-tokens", 2, "--repeat", 1, "-t", 1]
     code, out, _ = run("bench", "-m", tiny_gguf, *options, "--streams", "2")
-    row = next(line for line in out.splitlines() if "decode, 2 streams (4 tokens)" in line)
+    _, _, seconds, rate, floor = next(row for row in cells(out) if "decode, 2 streams (4 tokens)" in row)
     assert code == 0 and "prefill" not in out
-    _, seconds, rate, floor = (cell.strip() for cell in row.strip("|").split("|")[1:])
     assert seconds and rate and not floor
     code, out, _ = run("bench", "-m", tiny_gguf, *options)
     assert code == 0 and "streams" not in out
@@ -261,7 +364,13 @@ def test_a_device_is_not_profiled_while_it_is_timed(tiny_gguf: Path) -> None:
     model = OnADevice(Qwen2VL.from_gguf(tiny_gguf, 1))
     settings = Settings("tiny", image_size=((56, 56),), decode_tokens=2, repeat=2)
     bench = Benchmark(cast(Qwen2VL, model), settings)
-    for timing in (bench.prefill(8), bench.decode(0), bench.streams(2), *bench.images()):
+    tasks: tuple[Task[Any], ...] = (
+        bench.prefill(8),
+        bench.decode(0),
+        bench.streams(2),
+        *bench.tasks("image"),
+    )
+    for timing in [bench.timing(task) for task in tasks]:
         assert len(timing.seconds) == 2 and timing.stages
     once = [("text", False), ("text", False), ("text", True)]
     assert model.runs == [*once, *once, *(("image", profiled) for _, profiled in once)]
@@ -270,8 +379,84 @@ def test_a_device_is_not_profiled_while_it_is_timed(tiny_gguf: Path) -> None:
 def test_bench_prints_a_part(run: Run, tiny_gguf: Path) -> None:
     code, out, _ = run("bench", "-m", tiny_gguf, "--only", "decode", "--repeat", 1, "-t", 1)
     assert code == 0
-    assert "| decode at 0 (64 tokens)" in out.replace("|  |", "|") and "prefill" not in out
+    assert [row[1] for row in cells(out)] == [
+        *("what", "load", "process start to first token", "decode at 0 (64 tokens)", "peak memory")
+    ]
     assert "Limits of " in out
+
+
+QUICK_RUN = ("--only", "prefill", "--prompt-tokens", 4, "--repeat", 1, "-t", 1)
+
+
+def test_bench_measures_what_it_can_and_names_the_rest(run: Run, tiny_gguf: Path, tmp_path: Path) -> None:
+    text, missing, other = tmp_path / "notes.txt", tmp_path / "missing.gguf", tmp_path / "vocabulary.gguf"
+    text.write_text("no model")
+    writer = GGUFWriter(other, "gpt2")  # opens, but does not run
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    files = [option for file in (text, tiny_gguf, missing, other) for option in ("-m", file)]
+    code, out, err = run("bench", *files, *QUICK_RUN)
+    assert code == 1
+    assert [row[0] for row in cells(out)] == ["file", "tiny.gguf"]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    named = zip((text, missing, other), errors, strict=True)
+    assert all(str(file) in error for file, error in named), errors
+    code, out, err = run("bench", "-m", text, "-m", missing, *QUICK_RUN, "--json")
+    assert (code, json.loads(out), len(err.splitlines())) == (1, [], 2)
+    assert run("bench", "-m", tiny_gguf, "--json", "--csv")[0] == 2
+
+
+def test_bench_prints_csv(run: Run, tiny_gguf: Path) -> None:
+    code, out, _ = run("bench", "-m", tiny_gguf, *QUICK_RUN, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0 and [row["what"] for row in rows] == ["load", "start", "prefill 4"]
+    assert all(row["type"] == "F32" and float(row["median_seconds"]) > 0 for row in rows)
+    assert int(rows[0]["peak_memory_bytes"]) > 1_000_000
+
+
+def die(settings: Settings, requested_at: float, to: Connection) -> None:
+    os._exit(9)
+
+
+def test_a_dead_measuring_process_is_an_error(
+    run: Run, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "_measure_and_send", die)
+    code, out, err = run("bench", "-m", tiny_gguf, *QUICK_RUN)
+    assert (code, out) == (1, "") and "error: " in err and "the measuring process died" in err
+
+
+def tell_of_ctrl_c(settings: Settings, requested_at: float, to: Connection) -> None:
+    to.send(ValueError(f"Ctrl-C: {signal.getsignal(signal.SIGINT)!r}"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are not inherited")
+def test_the_measuring_process_never_sees_ctrl_c(
+    run: Run, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "_measure_and_send", tell_of_ctrl_c)
+    assert "SIG_IGN" in run("bench", "-m", tiny_gguf, *QUICK_RUN)[2]
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals to groups of processes")
+def test_ctrl_c_ends_both_processes_without_a_word(tiny_gguf: Path) -> None:
+    options = ["--only", "prefill", "--repeat", "1000000"]
+    command = [sys.executable, "-m", "qwen2vl_q.cli.main", "bench", "-m", str(tiny_gguf), *options]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, start_new_session=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        while b"prefill" not in (line := process.stderr.readline()):
+            assert line
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=10)  # ends where the measuring process has closed its stderr
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, out, err) == (130, b"", b"")
 
 
 @pytest.mark.parametrize(
