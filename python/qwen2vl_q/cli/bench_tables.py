@@ -156,7 +156,7 @@ def comparison_notes(results: Sequence[Result]) -> str:
             f"Medians of {first.settings.repeat} on {first.device}; in brackets the fraction of the floor.",
             "Seconds: images, and the first token of a question about one. Tokens a second: prefill,",
             "decoding, sampled decoding (temperature 1, top_p 0.9), streams (all together).",
-            "Bits: of all tensors, a weight. Peak memory: of the file's own process, with all that it measured.",
+            "Bits: of all tensors, a weight. Peak memory: of the file's own process, with all measured.",
             f"Limits: int8 {span('int8_ops_per_s', 'op/s')}, float {span('float_ops_per_s', 'FLOP/s')}, "
             f"fp32 {span('fp32_ops_per_s', 'FLOP/s')}, read {span('read_bytes_per_s', 'B/s')}.",
         )
