@@ -138,7 +138,8 @@ def _wishes(settings: Settings) -> dict[str, Sequence[object]]:
 def _cell(result: Result, timing: Timing, is_wait: bool) -> str:
     """The median, and the fraction of the floor."""
     floor, seconds = result.floor(timing), timing.median_seconds
-    figure = f"{_seconds(seconds)} s" if is_wait else f"{timing.count / seconds:.1f}"
+    rate = timing.count / seconds
+    figure = f"{_seconds(seconds)} s" if is_wait else f"{rate:.{1 if rate < 1000 else 0}f}"
     return figure if floor is None else f"{figure} ({_percent(floor, seconds)})"
 
 
