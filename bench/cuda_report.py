@@ -27,7 +27,7 @@ from typing import Any
 import click
 
 from qwen2vl_q.benchmark import Measured, Settings, Timing
-from qwen2vl_q.cli.bench import Result, limits_line, profile_table, summary_table, table
+from qwen2vl_q.cli.bench_tables import FileSummary, Result, limits_line, profile_table, summary_table, table
 from qwen2vl_q.devices import PLUGIN_VARIABLE, cuda_plugin
 from qwen2vl_q.errors import DeviceError
 from qwen2vl_q.limits import Limits, Stage
@@ -152,7 +152,8 @@ def result_of(printed: dict[str, Any]) -> Result:
             fields[name] = [timing(t) for t in value]
     measured = Measured(**fields)
     before, after = (Limits(**printed[name]) for name in ("limits_before", "limits_after"))
-    return Result(Settings(printed["model"]), printed["file_bytes"], measured, before, after)
+    file = FileSummary(printed["type"], printed["file_bytes"], printed["bits_per_weight"])
+    return Result(Settings(printed["model"]), file, measured, before, after)
 
 
 def architecture() -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import click
 
 from qwen2vl_q._native import default_thread_count, supported_isas
-from qwen2vl_q.cli.bench import table
+from qwen2vl_q.cli.bench_tables import table
 from qwen2vl_q.limits import Limits
 
 

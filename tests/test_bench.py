@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
+import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from qwen2vl_q import Qwen2VL, _native
-from qwen2vl_q.benchmark import Benchmark, Measured, Settings, Timing, drawn_picture
-from qwen2vl_q.cli.bench import Result, as_dict, limits_line, profile_table, stage_rate, summary_table
+from qwen2vl_q.benchmark import Benchmark, Settings, Task, drawn_picture
+from qwen2vl_q.cli import bench_run
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.errors import UnsupportedError
-from qwen2vl_q.limits import Limits, Stage, mean_stages
+from qwen2vl_q.limits import Limits, Stage
 from qwen2vl_q.stats import GenerationStats
+from tables import cells
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = 0.005  # seconds a loop: enough to run it, not to measure
@@ -61,95 +69,11 @@ def test_limits_refuse_an_unknown_instruction_set() -> None:
         _native.measure_limits("abacus")
 
 
-# --- floors ---
-
-LIMITS = Limits("x", 2, int8_ops_per_s=1000, float_ops_per_s=400, fp32_ops_per_s=200, read_bytes_per_s=50)
-LINEAR = Stage("text down_proj", 2, 3.0, int8_ops=1000, float_ops=0, bytes=100)
-ATTENTION = Stage("text attention", 2, 2.0, int8_ops=0, float_ops=800, bytes=10)
-NORM = Stage("text norm", 4, 0.5, int8_ops=0, float_ops=0, bytes=0)
-STAGES = (LINEAR, ATTENTION, NORM)
-
-
-def test_floors_of_a_profile() -> None:
-    assert LIMITS.image_floor(STAGES) == pytest.approx(1000 / 1000 + 800 / 400)
-    assert LIMITS.prefill_floor(STAGES) == pytest.approx(1000 / 1000)
-    assert LIMITS.decode_floor(STAGES) == pytest.approx(110 / 50)
-    assert [LIMITS.stage_floor(stage) for stage in STAGES] == pytest.approx([100 / 50, 800 / 400, 0])
-
-
-def test_exact_is_measured_against_float32() -> None:
-    assert LIMITS.for_precision("fast") == LIMITS
-    assert LIMITS.for_precision("exact").image_floor(STAGES) == pytest.approx(1000 / 1000 + 800 / 200)
-
-
-def test_better_limits_take_each_rate_from_where_it_is_higher() -> None:
-    other = Limits("x", 2, int8_ops_per_s=900, float_ops_per_s=450, fp32_ops_per_s=200, read_bytes_per_s=60)
-    assert LIMITS.better(other) == Limits("x", 2, 1000, 450, 200, 60)
-
-
-def test_mean_stages() -> None:
-    second = Stage("text norm", 4, 1.5, 2, 4, 6)
-    assert mean_stages([[NORM, LINEAR], [second, LINEAR]]) == (Stage("text norm", 4, 1.0, 1, 2, 3), LINEAR)
-
-
-def hand_made_result() -> Result:
-    measured = Measured(
-        "x", 2, "fast", 0.5, 0.75,
-        image=[Timing("image 28 x 28", 10, (4.0, 6.0, 5.0), STAGES)],
-        prefill=[Timing("prefill 10", 10, (4.0,), STAGES)],
-        decode=[Timing("decode at 0", 10, (4.4,), STAGES)],
-        question=[Timing("first token, photo", 20, (7.0,))],
-        peak_memory_bytes=2_000_000_000,
-    )  # fmt: skip
-    slower = Limits("x", 2, *([1.0] * 4))
-    return Result(Settings("m.gguf"), 1000, measured, slower, LIMITS)
-
-
-def test_fractions_of_the_floor() -> None:
-    printed = as_dict(hand_made_result(), profile=True)
-    assert printed["image"][0]["floor_fraction"] == pytest.approx(3 / 5)
-    assert printed["prefill"][0]["floor_fraction"] == pytest.approx(1 / 4)
-    assert printed["decode"][0]["floor_fraction"] == pytest.approx(2.2 / 4.4)
-    assert printed["question"][0]["floor_fraction"] is None
-    assert [stage["floor_seconds"] for stage in printed["decode"][0]["stages"]] == pytest.approx([2, 2, 0])
-
-
-def test_decoding_is_measured_against_reads_between_its_runs() -> None:
-    result = hand_made_result()
-    timing = replace(result.measured.decode[0], read_rates=(10.0, 40.0, 30.0))
-    result = replace(result, measured=replace(result.measured, decode=[timing]))
-    printed = as_dict(result, profile=True)["decode"][0]
-    assert printed["floor_fraction"] == pytest.approx(110 / 30 / 4.4)
-    assert [stage["floor_seconds"] for stage in printed["stages"]] == pytest.approx([100 / 30, 2, 0])
-    assert printed["read_bytes_per_s"] == [10, 40, 30]
-    assert limits_line(result).endswith("between its runs, 0.0 to 0.0 GB/s, their median.")
-    assert "plain reads" not in limits_line(hand_made_result())
-
-
-def test_tables() -> None:
-    summary = summary_table([hand_made_result()]).splitlines()
-    assert "|  | image 28 x 28 (10 tokens) | 5.00 (4.00 to 6.00) | 2.0 (1.7 to 2.5) | 60 % |" in summary
-    assert "|  | first token, photo (20 tokens) | 7.00 (7.00 to 7.00) |  |  |" in summary
-    profile = profile_table(hand_made_result()).splitlines()
-    assert "| decode at 0 | text down_proj | 2 | 3000.0 | 68.2 % | 0.0 GB/s | 67 % |" in profile
-    assert "| decode at 0 | text norm | 4 | 500.0 | 11.4 % |  |  |" in profile
-    assert "| decode at 0 | the rest |  | -1100.0 | -25.0 % |  |  |" in profile
-    assert len({line.count("|") for line in profile}) == 1
-
-
-def test_shares_of_a_device_are_of_the_profiled_run() -> None:
-    result = hand_made_result()
-    result = replace(result, measured=replace(result.measured, device="NVIDIA Something"))
-    profile = profile_table(result).splitlines()
-    assert "| decode at 0 | text down_proj | 2 | 3000.0 | 54.5 % | 0.0 GB/s | 67 % |" in profile
-    assert not any("the rest" in line for line in profile)
-
-
-def test_high_rates_are_printed_in_larger_units() -> None:
-    stage = Stage("text qkv", 1, 1.0, int8_ops=0, float_ops=1e13, bytes=0)
-    assert stage_rate(LIMITS, stage) == "10000 GFLOP/s"
-    assert stage_rate(LIMITS, replace(stage, float_ops=6.54e14)) == "654.0 TFLOP/s"
-    assert stage_rate(LIMITS, replace(stage, float_ops=0, int8_ops=2e13)) == "20.0 Top/s"
+def test_peak_memory_is_the_process_own() -> None:
+    ballast = np.ones(50_000_000)  # 400 MB here, none of them in the process that is asked
+    code = "from qwen2vl_q.stats import peak_memory_bytes; print(peak_memory_bytes())"
+    peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert 1_000_000 < peak < ballast.nbytes
 
 
 # --- the command ---
@@ -172,14 +96,33 @@ def test_bench(run: Run, tiny_gguf: Path) -> None:
     options += ["--repeat", 2, "-t", 1, "--streams", "1,3"]
     code, out, err = run("bench", "-m", tiny_gguf, "-m", tiny_gguf, *options, "--profile", "--json")
     assert code == 0, err
-    assert err.count("measuring") == 2
+    phases: tuple[str, ...] = (
+        "what the machine can do",
+        "loading",
+        "image 84 x 56",
+        "questions",
+        "prefill 20",
+        "prefill 8",
+    )
+    phases += (
+        "decode at 0",
+        "decode at 30",
+        "decode at 0, sampled",
+        "decode, 1 streams",
+        "decode, 3 streams",
+    )
+    expected = [f"measuring tiny.gguf ({i} of 2): {p}" for i in (1, 2) for p in (*phases[1:], phases[0])]
+    assert err.splitlines() == ["measuring tiny.gguf (1 of 2): what the machine can do", *expected]
     first, second = json.loads(out)
     assert first["model"] == second["model"] == str(tiny_gguf)
     assert set(first) == {
-        *("model", "device", "isa", "n_threads", "precision", "file_bytes", "load_seconds", "start_seconds"),
-        *("vision_load_seconds", "image", "question", "prefill", "decode", "streams"),
+        *("model", "type", "file_bytes", "bits_per_weight", "device", "isa", "n_threads", "precision"),
+        *("load_seconds", "start_seconds", "vision_load_seconds"),
+        *("image", "question", "prefill", "decode", "sampled", "streams"),
         *("peak_memory_bytes", "limits_before", "limits_after"),
     }
+    assert first["type"] == "F32" and 30 < first["bits_per_weight"] <= 32
+    assert first["limits_after"] == second["limits_before"]
     assert [t["what"] for t in first["image"]] == ["image 84 x 56"]
     assert [(t["what"], t["count"]) for t in first["prefill"]] == [("prefill 20", 20), ("prefill 8", 8)]
     assert [(t["what"], t["count"]) for t in first["decode"]] == [("decode at 0", 5), ("decode at 30", 5)]
@@ -189,16 +132,18 @@ def test_bench(run: Run, tiny_gguf: Path) -> None:
     ]
     assert len(first["question"]) == 3 and first["start_seconds"] > first["load_seconds"] > 0
     assert first["vision_load_seconds"] >= 0
-    for timing in (t for part in ("image", "question", "prefill", "decode", "streams") for t in first[part]):
+    assert [(t["what"], t["count"]) for t in first["sampled"]] == [("decode at 0, sampled", 5)]
+    parts = ("image", "question", "prefill", "decode", "sampled", "streams")
+    for timing in (t for part in parts for t in first[part]):
         assert len(timing["seconds"]) == 2 and min(timing["seconds"]) > 0
         assert timing["median_tokens_per_second"] > 0
-    for timing in (t for part in ("image", "prefill", "decode", "streams") for t in first[part]):
+    for timing in (t for part in parts if part != "question" for t in first[part]):
         prefix = "image" if timing["what"].startswith("image") else "text"
         assert timing["stages"] and all(stage["name"].startswith(prefix) for stage in timing["stages"])
-    for timing in (t for part in ("image", "prefill", "decode") for t in first[part]):
+    for timing in (t for part in ("image", "prefill", "decode", "sampled") for t in first[part]):
         assert timing["floor_seconds"] > 0
         assert timing["floor_fraction"] == timing["floor_seconds"] / timing["median_seconds"]
-    for timing in first["decode"]:
+    for timing in first["decode"] + first["sampled"]:
         assert len(timing["read_bytes_per_s"]) == 3 and min(timing["read_bytes_per_s"]) > 0
 
 
@@ -211,9 +156,8 @@ def test_reading_the_weights_reads_what_a_token_reads(tiny_gguf: Path) -> None:
 def test_streams_are_measured_where_they_are_asked_for(run: Run, tiny_gguf: Path) -> None:
     options = ["--only", "streams", "--decode-tokens", 2, "--repeat", 1, "-t", 1]
     code, out, _ = run("bench", "-m", tiny_gguf, *options, "--streams", "2")
-    row = next(line for line in out.splitlines() if "decode, 2 streams (4 tokens)" in line)
+    _, _, seconds, rate, floor = next(row for row in cells(out) if "decode, 2 streams (4 tokens)" in row)
     assert code == 0 and "prefill" not in out
-    _, seconds, rate, floor = (cell.strip() for cell in row.strip("|").split("|")[1:])
     assert seconds and rate and not floor
     code, out, _ = run("bench", "-m", tiny_gguf, *options)
     assert code == 0 and "streams" not in out
@@ -252,7 +196,13 @@ def test_a_device_is_not_profiled_while_it_is_timed(tiny_gguf: Path) -> None:
     model = OnADevice(Qwen2VL.from_gguf(tiny_gguf, 1))
     settings = Settings("tiny", image_size=((56, 56),), decode_tokens=2, repeat=2)
     bench = Benchmark(cast(Qwen2VL, model), settings)
-    for timing in (bench.prefill(8), bench.decode(0), bench.streams(2), *bench.images()):
+    tasks: tuple[Task[Any], ...] = (
+        bench.prefill(8),
+        bench.decode(0),
+        bench.streams(2),
+        *bench.tasks("image"),
+    )
+    for timing in [bench.timing(task) for task in tasks]:
         assert len(timing.seconds) == 2 and timing.stages
     once = [("text", False), ("text", False), ("text", True)]
     assert model.runs == [*once, *once, *(("image", profiled) for _, profiled in once)]
@@ -261,8 +211,84 @@ def test_a_device_is_not_profiled_while_it_is_timed(tiny_gguf: Path) -> None:
 def test_bench_prints_a_part(run: Run, tiny_gguf: Path) -> None:
     code, out, _ = run("bench", "-m", tiny_gguf, "--only", "decode", "--repeat", 1, "-t", 1)
     assert code == 0
-    assert "| decode at 0 (64 tokens)" in out.replace("|  |", "|") and "prefill" not in out
+    assert [row[1] for row in cells(out)] == [
+        *("what", "load", "process start to first token", "decode at 0 (64 tokens)", "peak memory")
+    ]
     assert "Limits of " in out
+
+
+QUICK_RUN = ("--only", "prefill", "--prompt-tokens", 4, "--repeat", 1, "-t", 1)
+
+
+def test_bench_measures_what_it_can_and_names_the_rest(run: Run, tiny_gguf: Path, tmp_path: Path) -> None:
+    text, missing, other = tmp_path / "notes.txt", tmp_path / "missing.gguf", tmp_path / "vocabulary.gguf"
+    text.write_text("no model")
+    writer = GGUFWriter(other, "gpt2")  # opens, but does not run
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    files = [option for file in (text, tiny_gguf, missing, other) for option in ("-m", file)]
+    code, out, err = run("bench", *files, *QUICK_RUN)
+    assert code == 1
+    assert [row[0] for row in cells(out)] == ["file", "tiny.gguf"]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    named = zip((text, missing, other), errors, strict=True)
+    assert all(str(file) in error for file, error in named), errors
+    code, out, err = run("bench", "-m", text, "-m", missing, *QUICK_RUN, "--json")
+    assert (code, json.loads(out), len(err.splitlines())) == (1, [], 2)
+    assert run("bench", "-m", tiny_gguf, "--json", "--csv")[0] == 2
+
+
+def test_bench_prints_csv(run: Run, tiny_gguf: Path) -> None:
+    code, out, _ = run("bench", "-m", tiny_gguf, *QUICK_RUN, "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0 and [row["what"] for row in rows] == ["load", "start", "prefill 4"]
+    assert all(row["type"] == "F32" and float(row["median_seconds"]) > 0 for row in rows)
+    assert int(rows[0]["peak_memory_bytes"]) > 1_000_000
+
+
+def die(settings: Settings, requested_at: float, to: Connection) -> None:
+    os._exit(9)
+
+
+def test_a_dead_measuring_process_is_an_error(
+    run: Run, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "_measure_and_send", die)
+    code, out, err = run("bench", "-m", tiny_gguf, *QUICK_RUN)
+    assert (code, out) == (1, "") and "error: " in err and "the measuring process died" in err
+
+
+def tell_of_ctrl_c(settings: Settings, requested_at: float, to: Connection) -> None:
+    to.send(ValueError(f"Ctrl-C: {signal.getsignal(signal.SIGINT)!r}"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are not inherited")
+def test_the_measuring_process_never_sees_ctrl_c(
+    run: Run, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_run, "_measure_and_send", tell_of_ctrl_c)
+    assert "SIG_IGN" in run("bench", "-m", tiny_gguf, *QUICK_RUN)[2]
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals to groups of processes")
+def test_ctrl_c_ends_both_processes_without_a_word(tiny_gguf: Path) -> None:
+    options = ["--only", "prefill", "--repeat", "1000000"]
+    command = [sys.executable, "-m", "qwen2vl_q.cli.main", "bench", "-m", str(tiny_gguf), *options]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, start_new_session=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        while b"prefill" not in (line := process.stderr.readline()):
+            assert line
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=10)  # ends where the measuring process has closed its stderr
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, out, err) == (130, b"", b"")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +311,65 @@ def test_profile_of_a_model(tiny: Qwen2VL) -> None:
 
 
 # --- the scripts ---
+
+
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
+class TestSuite:
+    """`pytest bench`, as its users start it."""
+
+    @staticmethod
+    def run(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "bench", "-q", "-o", f"cache_dir={folder / 'cache'}"]
+        options = (f"--benchmark-storage={folder / 'runs'}", "--limit-seconds", QUICK, *options)
+        return subprocess.run([*command, *map(str, options)], cwd=ROOT, capture_output=True, text=True)
+
+    def test_every_benchmark_runs(self, tmp_path: Path) -> None:
+        done = self.run(tmp_path, "--benchmark-disable")
+        assert done.returncode == 0, done.stdout
+        assert (found := re.search(r"(\d+) passed", done.stdout)) and int(found.group(1)) > 40
+        assert "skipped" not in done.stdout
+
+    def test_records_and_comparison(self, tmp_path: Path) -> None:
+        quick = ("--benchmark-max-time=0.01", "--benchmark-min-rounds=2", "--types", "q8_0,q4_0")
+        chosen = ("-k", "prefill and 64 or o_proj or tokenize or greedy", "--benchmark-save", "first")
+        report = tmp_path / "report.json"
+        done = self.run(tmp_path, *quick, *chosen, f"--benchmark-json={report}")
+        assert done.returncode == 0, done.stdout
+        written = json.loads(report.read_text())
+        assert written["machine_info"]["isa"] and written["machine_info"]["n_threads"] >= 1
+        assert "hz_actual" not in written["machine_info"]["cpu"]
+        assert set(RATES) < set(written["limits"])
+        records = {each["name"]: each["extra_info"] for each in written["benchmarks"]}
+        names: tuple[str, ...] = (
+            "test_prefill[{}-64]",
+            "test_text_512_rows[{}-o_proj]",
+            "test_text_one_row[{}-o_proj]",
+        )
+        names += ("test_tokenize[{}]", "test_detokenize[{}]", "test_sampler[{}-greedy]")
+        types = ("demo-q8_0", "demo-q4_0")
+        assert set(records) == {name.format(type) for name in names for type in types}
+        for name, info in records.items():
+            assert info["tokens"] >= 1 and info["tokens_per_second"] > 0
+            has_floor = "prefill" in name or "o_proj" in name
+            assert (info["floor_fraction"] is not None and info["floor_fraction"] > 0) == has_floor
+            assert re.search(rf"{re.escape(name)} +\| [\d.]+ ", done.stdout)
+        again = self.run(tmp_path, *quick, "-k", "test_prefill and 64", "--benchmark-compare")
+        assert again.returncode == 0 and "machine_info is different" not in again.stdout + again.stderr
+        assert re.search(r"test_prefill\[demo-q4_0-64\] \(0001_first\)", again.stdout)
+        assert re.search(r"test_prefill\[demo-q4_0-64\] \(NOW\)", again.stdout)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--types", "q3"], "--types: expected some of q4_0, .*, found 'q3'"),
+            (["--model", "9b"], "--model: expected demo, .*, found '9b'"),
+            (["--model", "tests/conftest.py"], "--model: write --model=tests/conftest.py"),
+            (["--model=tests/conftest.py", "--types", "f16"], "--types: tests/conftest.py is a file"),
+        ],
+    )
+    def test_wrong_options(self, tmp_path: Path, options: list[str], message: str) -> None:
+        done = self.run(tmp_path, *options)
+        assert done.returncode == 4 and re.search(f"ERROR: {message}", done.stderr + done.stdout)
 
 
 @pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,7 @@ def test_inspect(model: Path) -> None:
         "image_max_pixels",
     ):
         assert expected in text
+    assert re.search(r": GGUF version 3, \d+ tensors, mostly Q4_0, \d+\.\d\d bits a weight\n", text)
     assert "1026 <|im_end|>" in text
     assert "blk.1.ffn_up.weight" not in text
     assert "blk.1.ffn_up.weight" in run(inspect, model, "--tensors").stdout
@@ -144,6 +146,10 @@ def test_inspect_json(model: Path) -> None:
     assert len(everything["metadata"]["tokenizer.ggml.tokens"]) == 1040
     assert sum(t["parameters"] for t in everything["types"]) == everything["parameters"]
     assert sum(t["bytes"] for t in everything["types"]) == sum(t["bytes"] for t in everything["tensors"])
+    # Of the language model's layers: the vision tower, in Q8_0, has more weights here.
+    assert everything["type"] == "Q4_0"
+    n_bytes = sum(t["bytes"] for t in everything["types"])
+    assert everything["bits_per_weight"] == 8 * n_bytes / everything["parameters"]
     q4 = next(t for t in everything["types"] if t["type"] == "Q4_0")
     assert (q4["tensors"], q4["bits_per_weight"]) == (14, 4.5)
     embedding = next(t for t in everything["tensors"] if t["name"] == "token_embd.weight")

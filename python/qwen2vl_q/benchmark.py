@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from time import perf_counter, time
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q import _native
 from qwen2vl_q.image_processor import ImageInput
-from qwen2vl_q.limits import Stage, mean_stages
+from qwen2vl_q.limits import Limits, Stage, mean_stages
 from qwen2vl_q.model import Qwen2VL
+from qwen2vl_q.sampling import Sampling
 from qwen2vl_q.stats import peak_memory_bytes
 
-Part = Literal["image", "prefill", "decode", "question", "streams"]
+Part = Literal["image", "question", "prefill", "decode", "sampled", "streams"]
+PARTS: tuple[Part, ...] = get_args(Part)
 State = TypeVar("State")
+GREEDY, SAMPLED = Sampling(seed=0), Sampling(temperature=1.0, top_p=0.9, seed=0)
 _SEED = 0
 _STREAM_PROMPT, _STREAM_WARM_UP = 32, 8  # tokens of each sequence, steps
 
@@ -63,6 +65,34 @@ class Timing:
         """Tokens a second."""
         return [self.count / seconds for seconds in self.seconds]
 
+    def limits(self, machine: Limits) -> Limits:
+        """With memory as fast as the model's own weights were read between the runs, where they were."""
+        if not self.read_rates:
+            return machine
+        return replace(machine, read_bytes_per_s=median(self.read_rates))
+
+    def floor(self, machine: Limits) -> float | None:
+        """Seconds that this takes at least; None for what has no floor of its own."""
+        match self.what.split()[0]:
+            case "image":
+                return machine.image_floor(self.stages)
+            case "prefill":
+                return machine.prefill_floor(self.stages)
+            case "decode":
+                return self.limits(machine).decode_floor(self.stages)
+        return None
+
+
+@dataclass(frozen=True)
+class Task(Generic[State]):
+    """Something to measure: `run` gets what `prepare` made for it alone, and returns its seconds."""
+
+    what: str
+    count: int  # tokens
+    prepare: Callable[[], State]
+    run: Callable[[State], float]
+    waits_for_reads: bool = False  # measured against reads of the weights between its runs
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -78,15 +108,19 @@ class Measured:
     question: list[Timing] = field(default_factory=list)  # first tokens
     prefill: list[Timing] = field(default_factory=list)
     decode: list[Timing] = field(default_factory=list)
+    sampled: list[Timing] = field(default_factory=list)  # not greedy: SAMPLED
     streams: list[Timing] = field(default_factory=list)  # tokens of all sequences
     peak_memory_bytes: int | None = None
     device: str = "cpu"
     note: str = ""  # the model's
 
 
-def measure(settings: Settings, requested_at: float) -> Measured:
+def measure(
+    settings: Settings, requested_at: float, tell: Callable[[str], None] = lambda _: None
+) -> Measured:
     """Loads the model and takes every time `settings.repeat` times. `requested_at`: time.time() before the
-    process was started."""
+    process was started. `tell` hears what is under way."""
+    tell("loading")
     started = perf_counter()
     model = Qwen2VL.from_gguf(
         settings.model,
@@ -96,12 +130,18 @@ def measure(settings: Settings, requested_at: float) -> Measured:
         device=settings.device,
     )
     load_seconds = perf_counter() - started
-    bench = Benchmark(model, settings)
+    bench = Benchmark(model, settings, tell)
     bench.tokens_after(bench.prompt(1), 1)
     start_seconds = time() - requested_at
-    wanted = settings.only or ("image", "question", "prefill", "decode", "streams")
-    sees = model.config.vision_config is not None
-    vision_load_seconds = bench.load_vision() if sees and {"image", "question"} & {*wanted} else None
+    wanted = set(settings.only or PARTS)
+    if model.config.vision_config is None:
+        wanted -= {"image", "question"}
+    vision_load_seconds = bench.load_vision() if wanted & {"image", "question"} else None
+    timings: dict[str, list[Timing]] = {
+        part: bench.questions() if part == "question" else [bench.timing(task) for task in bench.tasks(part)]
+        for part in PARTS
+        if part in wanted
+    }
     return Measured(
         isa=model.isa,
         n_threads=model.n_threads,
@@ -109,23 +149,22 @@ def measure(settings: Settings, requested_at: float) -> Measured:
         load_seconds=load_seconds,
         start_seconds=start_seconds,
         vision_load_seconds=vision_load_seconds,
-        image=bench.images() if sees and "image" in wanted else [],
-        question=bench.questions() if sees and "question" in wanted else [],
-        prefill=[bench.prefill(n) for n in settings.prompt_tokens] if "prefill" in wanted else [],
-        decode=[bench.decode(n) for n in settings.depth] if "decode" in wanted else [],
-        streams=[bench.streams(n) for n in settings.streams] if "streams" in wanted else [],
         peak_memory_bytes=peak_memory_bytes(),
         device=model.device,
         note=model.note,
+        **timings,
     )
 
 
 class Benchmark:
-    """The measurements of one loaded model, each from a state that it sets up itself."""
+    """What is measured of one loaded model, each task from a state that it sets up itself."""
 
-    def __init__(self, model: Qwen2VL, settings: Settings) -> None:
+    def __init__(
+        self, model: Qwen2VL, settings: Settings, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._model = model
         self._settings = settings
+        self._tell = tell
         special = list(model.tokenizer.special_tokens.values())
         self._words = np.setdiff1d(np.arange(len(model.tokenizer)), special)
 
@@ -140,26 +179,58 @@ class Benchmark:
             raise ValueError(f"{self._settings.model}: the context ended after {len(tokens)} of {n} tokens")
         return tokens
 
-    def _timing(
-        self, what: str, count: int, prepare: Callable[[], State], run: Callable[[State], float]
-    ) -> Timing:
-        """`run` gets what `prepare` made for it alone, and returns its seconds."""
-        profiles = []
+    def timing(self, task: Task[State]) -> Timing:
+        self._tell(task.what)
+        read_rates: list[float] = []
 
-        def profiled(state: State) -> float:
-            with self._model.profile() as stages:
-                seconds = run(state)
-            profiles.append(stages)
-            return seconds
+        def prepare() -> State:
+            if task.waits_for_reads:
+                read_rates.extend(self.read_rates())
+            return task.prepare()
 
+        runs = range(self._settings.repeat)
         if self._model.device == "cpu":
-            seconds = [profiled(prepare()) for _ in range(self._settings.repeat)]
+            profiled = [self.profiled(task, prepare()) for _ in runs]
+            seconds, stages = [run[0] for run in profiled], mean_stages([run[1] for run in profiled])
         else:
-            seconds = [run(prepare()) for _ in range(self._settings.repeat)]
+            seconds = [task.run(prepare()) for _ in runs]
             with self._model.profile():  # or the run's first step might be under way before it
-                state = prepare()
-            profiled(state)
-        return Timing(what, count, tuple(seconds), mean_stages(profiles))
+                state = task.prepare()
+            stages = tuple(self.profiled(task, state)[1])
+        if task.waits_for_reads:
+            read_rates.extend(self.read_rates())
+        return Timing(task.what, task.count, tuple(seconds), stages, tuple(read_rates))
+
+    def tasks(self, part: Part) -> Iterator[Task[Any]]:
+        """What the settings ask for of a part; "question" has no tasks."""
+        match part:
+            case "image":
+                yield from map(self.image, self.pictures())
+            case "prefill":
+                yield from map(self.prefill, self._settings.prompt_tokens)
+            case "decode":
+                yield from map(self.decode, self._settings.depth)
+            case "sampled":
+                yield self.decode(self._settings.depth[0], SAMPLED)
+            case "streams":
+                yield from map(self.streams, self._settings.streams)
+
+    def profiled(self, task: Task[State], state: State) -> tuple[float, list[Stage]]:
+        """A run's seconds and its stages."""
+        with self._model.profile() as stages:
+            seconds = task.run(state)
+        return seconds, stages
+
+    def read_rates(self, at_least: float = 0.5) -> tuple[float, ...]:
+        """Bytes a second, in the same process and memory as decoding: where pages lie and what neighbours do
+        changes the speed of memory by half, from process to process and minute to minute. A device has its
+        memory for itself: there the limit counts."""
+        if self._model.device != "cpu":
+            return ()
+        n_bytes, started = 0, perf_counter()
+        while (taken := perf_counter() - started) < at_least:
+            n_bytes += self._model.read_weights()
+        return (n_bytes / taken,)
 
     # --- the vision tower ---
 
@@ -173,16 +244,13 @@ class Benchmark:
             seconds.append(perf_counter() - started)
         return max(seconds[0] - seconds[1], 0.0)
 
-    def images(self) -> list[Timing]:
-        """Of the vision tower alone: the pictures have been read and resized before."""
-        return [self._image(picture) for picture in self._pictures()]
-
-    def _pictures(self) -> list[ImageInput]:
+    def pictures(self) -> list[ImageInput]:
         if self._settings.image is not None:
             return [self._settings.image]
         return [drawn_picture(size) for size in self._settings.image_size]
 
-    def _image(self, picture: ImageInput) -> Timing:
+    def image(self, picture: ImageInput) -> Task[None]:
+        """The vision tower alone: the picture is read and resized here."""
         image = self._model.load_image(picture)
 
         def run(_: None) -> float:
@@ -198,11 +266,11 @@ class Benchmark:
         t, rows, columns = image.grid_thw
         patch, merge = self._model.image_processor.patch_size, self._model.image_processor.merge_size
         what = f"image {columns * patch} x {rows * patch}"
-        return self._timing(what, t * rows * columns // merge**2, self._model.reset, run)
+        return Task(what, t * rows * columns // merge**2, self._model.reset, run)
 
     # --- the language model ---
 
-    def prefill(self, n: int) -> Timing:
+    def prefill(self, n: int) -> Task[None]:
         """From an empty cache to the first token."""
         prompt = self.prompt(n)
 
@@ -210,17 +278,15 @@ class Benchmark:
             self.tokens_after(prompt, 1)
             return self._model.last_stats.prefill_seconds
 
-        return self._timing(f"prefill {n}", n, self._model.reset, run)
+        return Task(f"prefill {n}", n, self._model.reset, run)
 
-    def decode(self, depth: int) -> Timing:
+    def decode(self, depth: int, sampling: Sampling = GREEDY) -> Task[Iterator[int]]:
         """Tokens one by one, drawing included, after `depth` others (one where it is 0)."""
         model, n = self._model, self._settings.decode_tokens
         prompt = self.prompt(max(depth, 1))
-        read_rates: list[float] = []
 
         def prepare() -> Iterator[int]:
-            read_rates.extend(self._read_rates())
-            tokens = model.generate(prompt, max_new_tokens=n + 1, ignore_eos=True)
+            tokens = model.generate(prompt, max_new_tokens=n + 1, ignore_eos=True, **asdict(sampling))
             next(tokens)  # what the first one takes is the prompt's
             return tokens
 
@@ -229,10 +295,10 @@ class Benchmark:
                 raise ValueError(f"{self._settings.model}: the context ends before {depth} + {n} tokens")
             return model.last_stats.decode_seconds
 
-        timing = self._timing(f"decode at {depth}", n, prepare, run)
-        return replace(timing, read_rates=(*read_rates, *self._read_rates()))
+        what = f"decode at {depth}" + ("" if sampling == GREEDY else ", sampled")
+        return Task(what, n, prepare, run, waits_for_reads=True)
 
-    def streams(self, n: int) -> Timing:
+    def streams(self, n: int) -> Task[tuple[list[_native.SequenceState], list[int]]]:
         """Tokens of `n` sequences, one of each in a forward pass, drawing included."""
         native, steps = self._model._native, self._settings.decode_tokens
         sampler = _native.Sampler()
@@ -258,18 +324,7 @@ class Benchmark:
             decode(*streams, steps)
             return perf_counter() - started
 
-        return self._timing(f"decode, {n} streams", n * steps, prepare, run)
-
-    def _read_rates(self, at_least: float = 0.5) -> tuple[float, ...]:
-        """Bytes a second, in the same process and memory as decoding: where pages lie and what neighbours do
-        changes the speed of memory by half, from process to process and minute to minute. A device has its
-        memory for itself: there the limit counts."""
-        if self._model.device != "cpu":
-            return ()
-        n_bytes, started = 0, perf_counter()
-        while (taken := perf_counter() - started) < at_least:
-            n_bytes += self._model.read_weights()
-        return (n_bytes / taken,)
+        return Task(f"decode, {n} streams", n * steps, prepare, run)
 
     # --- a conversation ---
 
@@ -278,7 +333,8 @@ class Benchmark:
 
         The picture is in memory as pixels; resizing it and tokenizing count.
         """
-        picture = self._pictures()[0]
+        self._tell("questions")
+        picture = self.pictures()[0]
         first: dict[str, Any] = {
             "role": "user",
             "content": [
@@ -329,8 +385,3 @@ def drawn_picture(size: tuple[int, int]) -> NDArray[np.uint8]:
     sky[stripes] *= 0.5
     grain = np.random.default_rng(_SEED).normal(0, 6, sky.shape)
     return np.clip(sky + grain, 0, 255).astype(np.uint8)
-
-
-def file_bytes(settings: Settings) -> int:
-    """Of the model and the vision tower's own file, where there is one."""
-    return sum(Path(name).stat().st_size for name in (settings.model, settings.mmproj) if name is not None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 # "": not finished; "stop": an end-of-turn token or a stop string; "length": max_new_tokens; "context": n_ctx.
@@ -41,6 +43,11 @@ def peak_memory_bytes() -> int | None:
         return None
     import resource
 
+    # Linux hands getrusage's figure on to whatever a process starts, so the kernel's own note comes first.
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 

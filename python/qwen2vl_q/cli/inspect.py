@@ -15,7 +15,7 @@ from rich.table import Table
 
 from qwen2vl_q._native import GgufFile, TensorInfo
 from qwen2vl_q.cli.model_file import model_file
-from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
+from qwen2vl_q.cli.tables import bits_per_weight, by_type, main_type, size_table, stdout_console
 
 _TOKEN_TYPES = {1: "normal", 2: "unknown", 3: "control", 4: "user defined", 5: "unused", 6: "byte"}
 _SHOWN_ITEMS = 8  # of a long list
@@ -54,14 +54,6 @@ def inspect(model: str, list_tensors: bool, whole_template: bool, as_json: bool)
             _print_tensors(stdout_console(), file.tensors)
 
 
-def _by_type(tensors: Sequence[TensorInfo]) -> dict[str, Totals]:
-    """Counts and sizes of each type, largest first."""
-    groups: dict[str, Totals] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.type, Totals()).add(math.prod(tensor.shape), tensor.n_bytes)
-    return dict(sorted(groups.items(), key=lambda item: -item[1].n_bytes))
-
-
 def _everything(model: str, file: GgufFile, metadata: Mapping[str, Any]) -> dict[str, Any]:
     tensors = file.tensors
     return {
@@ -69,6 +61,8 @@ def _everything(model: str, file: GgufFile, metadata: Mapping[str, Any]) -> dict
         "version": file.version,
         "alignment": file.alignment,
         "parameters": sum(math.prod(t.shape) for t in tensors),
+        "type": main_type(tensors),
+        "bits_per_weight": bits_per_weight(tensors),
         "types": [
             {
                 "type": type,
@@ -77,7 +71,7 @@ def _everything(model: str, file: GgufFile, metadata: Mapping[str, Any]) -> dict
                 "bytes": totals.n_bytes,
                 "bits_per_weight": totals.bits_per_weight,
             }
-            for type, totals in _by_type(tensors).items()
+            for type, totals in by_type(tensors).items()
         ],
         "metadata": dict(metadata),
         "tensors": [
@@ -88,16 +82,18 @@ def _everything(model: str, file: GgufFile, metadata: Mapping[str, Any]) -> dict
 
 
 def _print(console: Console, model: str, file: GgufFile, metadata: Mapping[str, Any]) -> None:
+    tensors = file.tensors
+    kind = f", mostly {main_type(tensors)}, {bits_per_weight(tensors):.2f} bits a weight" if tensors else ""
     console.print(
-        f"[bold]{escape(_visible(model))}[/bold]: GGUF version {file.version}, {len(file.tensors)} tensors",
+        f"[bold]{escape(_visible(model))}[/bold]: GGUF version {file.version}, {len(tensors)} tensors{kind}",
         highlight=False,
     )
     for title, rows in _sections(metadata):
         if rows:
             _print_section(console, title, rows)
-    if file.tensors:
+    if tensors:
         console.print("\n[bold]Weights[/bold]")
-        console.print(size_table(("type",), {(type,): t for type, t in _by_type(file.tensors).items()}))
+        console.print(size_table(("type",), {(type,): t for type, t in by_type(tensors).items()}))
 
 
 def _sections(metadata: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

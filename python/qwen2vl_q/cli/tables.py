@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from qwen2vl_q._native import TensorInfo
 
 _PIPE_WIDTH = 240  # wide enough that no name breaks: what reads a pipe searches lines
 
@@ -38,6 +43,29 @@ class Totals:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.n_bytes / self.elements if self.elements else 0.0
+
+
+def by_type(tensors: Sequence[TensorInfo]) -> dict[str, Totals]:
+    """Counts and sizes of each type, largest first."""
+    groups: dict[str, Totals] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.type, Totals()).add(math.prod(tensor.shape), tensor.n_bytes)
+    return dict(sorted(groups.items(), key=lambda item: -item[1].n_bytes))
+
+
+def main_type(tensors: Sequence[TensorInfo]) -> str:
+    """The type of most weights of the language model's layers, or of all tensors where it has none; "" for
+    no tensors."""
+    groups = by_type([tensor for tensor in tensors if tensor.name.startswith("blk.")] or tensors)
+    return max(groups, key=lambda type: groups[type].elements, default="")
+
+
+def bits_per_weight(tensors: Sequence[TensorInfo]) -> float:
+    """The bytes of all tensors over the number of their weights; 0 for no tensors."""
+    everything = Totals()
+    for tensor in tensors:
+        everything.add(math.prod(tensor.shape), tensor.n_bytes)
+    return everything.bits_per_weight
 
 
 def size_table(headings: tuple[str, ...], groups: Mapping[tuple[str, ...], Totals]) -> Table:
