@@ -1,7 +1,9 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -12,6 +14,17 @@ void require(bool ok, const char* name, double value, const char* expected) {
   if (!ok)
     throw std::invalid_argument(std::string(name) + ": expected " + expected + ", found " +
                                 std::to_string(value));
+}
+
+// -inf where none is a number. Lanes of its own let compilers vectorize it.
+float largest(std::span<const float> values) {
+  std::array<float, 16> lanes;
+  lanes.fill(-std::numeric_limits<float>::infinity());
+  size_t i = 0;
+  for (; i + lanes.size() <= values.size(); i += lanes.size())
+    for (size_t j = 0; j < lanes.size(); ++j) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
+  for (; i < values.size(); ++i) lanes[0] = values[i] > lanes[0] ? values[i] : lanes[0];
+  return *std::max_element(lanes.begin(), lanes.end());
 }
 
 }  // namespace
@@ -51,53 +64,20 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
     }
     scores = scores_;
   }
-  int32_t best = -1;
-  for (size_t i = 0; i < scores.size(); ++i)
-    if (!std::isnan(scores[i]) && (best < 0 || scores[i] > scores[best])) best = static_cast<int32_t>(i);
-  if (best < 0 || !std::isfinite(scores[best])) throw damaged_logits();
-  if (params_.temperature == 0 || params_.top_k == 1) return best;
+  const float best = largest(scores);
+  if (!std::isfinite(best)) throw damaged_logits();
+  if (params_.temperature == 0 || params_.top_k == 1)
+    return static_cast<int32_t>(std::find(scores.begin(), scores.end(), best) - scores.begin());
 
-  // Candidates, best first; equal logits by id, so that the order is the same everywhere.
-  order_.clear();
-  for (size_t i = 0; i < scores.size(); ++i)
-    if (!std::isnan(scores[i])) order_.push_back(static_cast<int32_t>(i));
-  const auto before = [&](int32_t a, int32_t b) {
-    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+  distribution_.assign(scores, best, params_.temperature);
+  Prefix kept = params_.top_k > 0 ? distribution_.first(params_.top_k) : distribution_.all();
+  const auto cut = [&](const Prefix& prefix) {
+    if (prefix.count < kept.count) kept = prefix;
   };
-  if (params_.top_k > 0 && static_cast<size_t>(params_.top_k) < order_.size()) {
-    std::partial_sort(order_.begin(), order_.begin() + params_.top_k, order_.end(), before);
-    order_.resize(params_.top_k);
-  } else {
-    std::sort(order_.begin(), order_.end(), before);
-  }
-  probabilities_.resize(order_.size());
-  double total = 0;
-  for (size_t i = 0; i < order_.size(); ++i) {
-    probabilities_[i] =
-        std::exp((static_cast<double>(scores[order_[i]]) - scores[best]) / params_.temperature);
-    total += probabilities_[i];
-  }
-  // top_p keeps the fewest tokens whose probability reaches it; the likeliest always stays.
-  size_t kept = order_.size();
-  double sum = 0;
-  if (params_.top_p < 1)
-    for (size_t i = 0; i < order_.size(); ++i) {
-      sum += probabilities_[i];
-      if (sum >= params_.top_p * total) {
-        kept = i + 1;
-        break;
-      }
-    }
-  while (kept > 1 && probabilities_[kept - 1] < params_.min_p * probabilities_[0]) --kept;
-
-  total = 0;
-  for (size_t i = 0; i < kept; ++i) total += probabilities_[i];
-  double draw = uniform() * total;
-  for (size_t i = 0; i < kept; ++i) {
-    draw -= probabilities_[i];
-    if (draw < 0) return order_[i];
-  }
-  return order_[kept - 1];
+  if (params_.top_p < 1) cut(distribution_.reaching(params_.top_p * kept.mass));
+  if (params_.min_p > 0) cut(distribution_.at_least(params_.min_p));
+  // A double below 1 times the mass is below the mass, after rounding too.
+  return distribution_.exceeding(uniform() * kept.mass).last;
 }
 
 }  // namespace qwen2vl

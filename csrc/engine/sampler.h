@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "engine/distribution.h"
 
 namespace qwen2vl {
 
@@ -39,8 +40,7 @@ class Sampler {
   SamplingParams params_;
   uint64_t state_;
   std::vector<float> scores_;
-  std::vector<int32_t> order_;
-  std::vector<double> probabilities_;
+  Distribution distribution_;
 };
 
 }  // namespace qwen2vl
