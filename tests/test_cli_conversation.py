@@ -100,7 +100,7 @@ def test_a_terminal_completes_and_takes_dropped_files(terminal: Terminal, photo:
     terminal.wait_for(PROMPT)
     terminal.send("/im\t")
     terminal.wait_for("/image")
-    terminal.send(f" {photo.parent}/\t")
+    terminal.send(f"{photo.parent}/\t")
     terminal.wait_for(r"a photo\.png")
     terminal.send("\r")
     terminal.wait_for(r"a photo\.png: 12 tokens.*" + PROMPT)

@@ -132,6 +132,12 @@ def test_options_out_of_range(run: Run, options: list[str]) -> None:
 # --- streams ---
 
 
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have it: what cannot be written stays in buffers that are flushed at exit."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
 @pytest.mark.parametrize(
     ("line", "code"),
     [
@@ -171,12 +177,20 @@ def test_readers_that_leave_before_a_line(command: str) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_readers_of_errors_that_leave() -> None:
+@pytest.mark.parametrize(
+    ("command", "code", "out"),
+    [
+        (["chat", "-m", "missing.gguf"], 1, ""),
+        (["chat", "-p", "Who are you?", "-n", "1", "-v"], 0, "I\n"),
+        (["chat", "--frobnicate"], 2, ""),
+    ],
+)
+def test_readers_of_notes_that_leave(command: list[str], code: int, out: str) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([*PROGRAM, "chat", "-m", "missing.gguf"], stdout=subprocess.PIPE, stderr=write)
+    done = subprocess.run([*PROGRAM, *command], stdout=subprocess.PIPE, stderr=write, text=True)
     os.close(write)
-    assert (done.returncode, done.stdout) == (1, b"")
+    assert (done.returncode, done.stdout) == (code, out)
 
 
 def test_ctrl_c_while_an_answer_is_asked_for(tiny_gguf: Path) -> None:
@@ -211,6 +225,14 @@ def test_errors_escape_what_a_terminal_would_obey(
     monkeypatch.setattr(Qwen2VL, "from_gguf", from_gguf)
     _, _, err = run("chat", "-m", "demo", "-p", "a")
     assert err.startswith("error: first second\\x1b]0;title\\x07xxx") and len(err) < 10_000
+
+
+def test_results_escape_names(run: Run, tmp_path: Path) -> None:
+    shutil.copy(DEMO_MODEL, tmp_path / "m\x1b[31m.gguf")
+    code, out, _ = run("inspect", tmp_path / "m\x1b[31m.gguf")
+    assert code == 0 and "m\\x1b[31m.gguf" in out and "\x1b" not in out
+    code, out, _ = run("demo", "-o", tmp_path / "c\x1b[31m.png")
+    assert code == 0 and "c\\x1b[31m.png" in out and "\x1b" not in out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are not bytes")

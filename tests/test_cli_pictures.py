@@ -161,5 +161,9 @@ def test_long_stages_say_how_long_where_no_bar_can(
             for done in range(33):
                 bars(stage, done, 32)
                 now[0] += seconds
+        bars("quick", 0, 1000)
+        now[0] += 0.1
+        bars("quick", 1, 1000)  # too short to tell anything from
+        bars("quick", 1000, 1000)
     expected = ["Looking at the image: about 62 s more", "Reading the prompt: at least 31 s more"]
     assert capsys.readouterr().err.splitlines() == expected

@@ -53,9 +53,10 @@ def test_a_conversation_goes_on_from_another_folder(
     again = Conversation(tiny, None, conversation.settings)
     capsys.readouterr()
     monkeypatch.setenv("HOME", str(folder))
+    again.attach(str(folder / "a photo.png"))  # is forgotten
     SlashCommands(again).run("/load ~/talk.json")
     assert capsys.readouterr().err.startswith(f"{folder}/talk.json: 5 messages, 1 picture, ")
-    assert again.system == "Be brief." and ask(again, "So?") == expected
+    assert again.system == "Be brief." and again.pending_tokens() == [] and ask(again, "So?") == expected
     saved = json.loads((folder / "talk.json").read_text())
     assert tiny.chat([*saved, {"role": "user", "content": "So?"}], stream=False, max_new_tokens=5) == expected
     assert f"![]({(folder / 'a photo.png').as_uri()})" in (folder / "talk.md").read_text()

@@ -14,7 +14,7 @@ from prompt_toolkit.output import create_output
 
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.pictures import is_picture
-from qwen2vl_q.cli.slash import COMMANDS, setting_options
+from qwen2vl_q.cli.slash import COMMANDS, WITH_ARGUMENT, setting_options
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -41,16 +41,22 @@ class SlashCompleter(Completer):
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         command, space, rest = document.text_before_cursor.partition(" ")
         if not space:
-            yield from _of_words(COMMANDS, command)
+            words = [f"{name} " if name in WITH_ARGUMENT else name for name in COMMANDS]
+            yield from _of_words(words, command)
         elif command == "/set":
-            yield from _of_words(setting_options(), rest)
+            yield from _of_words([f"{name} " for name in setting_options()], rest)
         elif command in self._paths:
             # The whole may be one name with spaces; else the last of several is meant.
             for typed in (rest.lstrip(), rest.rpartition(" ")[2]):
                 found = list(self._paths[command].get_completions(Document(typed), complete_event))
                 if found:
-                    yield from found
+                    yield from map(_into_folder, found)
                     return
+
+
+def _into_folder(path: Completion) -> Completion:
+    """A folder's with the separator, so that the next Tab shows what is in it."""
+    return Completion(f"{path.text}/", display=path.display) if path.display_text.endswith("/") else path
 
 
 def _of_words(words: Iterable[str], typed: str) -> Iterator[Completion]:

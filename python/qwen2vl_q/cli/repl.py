@@ -59,5 +59,5 @@ def _piped_lines() -> Iterator[str]:
 def _terminal_lines() -> Iterator[str]:
     from qwen2vl_q.cli.line_editor import typed_lines
 
-    say("/help lists the commands.")
+    say("/help lists the commands, /exit leaves.")
     return typed_lines()

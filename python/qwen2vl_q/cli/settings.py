@@ -31,9 +31,8 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name not in _BOUNDS}
 
     def in_use(self, model: Qwen2VL) -> dict[str, Any]:
-        """Every setting with the model's own values filled in. ValueError for one out of range."""
+        """Every setting with the model's own values filled in. ValueError for bounds out of order."""
         wishes = {name: getattr(self, name) for name in Sampling.__dataclass_fields__}
         sampling = model.sampling.override(wishes)
-        sampling.sampler()
         processor: ImageProcessor = model.image_processor.bounded(self.min_pixels, self.max_pixels)
         return {**asdict(self), **asdict(sampling), **{name: getattr(processor, name) for name in _BOUNDS}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -27,6 +28,7 @@ _HELP = """\
 /exit            leave (also Ctrl-D)
 Ctrl-C stops an answer. A line that begins with a space is sent as it is, / or not."""
 COMMANDS = tuple(line.split()[0] for line in _HELP.splitlines() if line.startswith("/"))
+WITH_ARGUMENT = tuple(name for name in COMMANDS if re.search(f"^{name} [A-Z]", _HELP, re.MULTILINE))
 
 
 def setting_options() -> dict[str, click.Option]:
