@@ -73,6 +73,13 @@ ATTACKS = {
     "blocks": "{% set n = namespace(d=0) %}{% block a scoped %}{% if n.d < 60 %}{% set n.d = n.d + 1 %}"
     "{% set x = self.a() %}{% set x = self.a() %}{% set n.d = n.d - 1 %}{% endif %}{% endblock %}",
     "long bodies": "{% for i in range(99999) %}" + "{% if i.a.b %}{% endif %}" * 9000 + "{% endfor %}",
+    "long paths": "{% set n = namespace() %}{% set n.a = n %}{% for i in range(99999) %}"
+    "{% set y = [n, n, n, n] | map(attribute='a" + ".a" * 60000 + "') | list %}{% endfor %}",
+    "many arguments": "{% macro f() %}{{ varargs[0] }}{% endmacro %}{% for i in range(99999) %}"
+    "{% set x = f(*range(99999)) %}{% endfor %}",
+    "more work by a name": "{% for i in range(99999) %}{% set x = [-99999999] | map('(spend)') | list %}"
+    "{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a tuple as a filter": "{% set l = (1,) %}" + "{% set l = (l, l) %}" * 40 + "{{ l is filter }}",
     "slices": LONG + "{% for i in range(99999) %}" + "{% set y = x[1:] %}" * 5000 + "{% endfor %}",
     "comparisons": LONG
     + "{% set y = x + 'a' %}{% set z = x + 'b' %}{% for i in range(99999) %}"

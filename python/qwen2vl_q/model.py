@@ -199,7 +199,8 @@ class Qwen2VL:
     def encode_image(self, image: ImageInput, progress: Progress | None = None) -> NDArray[np.float32]:
         """The vision tower's output, float32 [n_tokens, hidden_size]: a row for merge**2 patches of the grid.
 
-        `image`: a path, an encoded file's bytes, a PIL image, uint8 [h, w, 3], or what `load_image` returned.
+        `image`: a path, an encoded file's bytes, a binary file, a PIL image, uint8 [h, w], [h, w, 3] or
+        [h, w, 4], or what `load_image` returned.
         """
         return self._generation.embed(self.load_image(image), progress).copy()
 

@@ -55,8 +55,8 @@ _SHALLOW_FILTERS = _names(
 )
 _COMPARISONS = _names("!= < <= == > >= eq equalto ge greaterthan gt in le lessthan lt ne")
 _TYPE_TESTS = _names(
-    """boolean callable defined false filter float integer iterable mapping none number sameas sequence string
-    test true undefined"""
+    """boolean callable defined false float integer iterable mapping none number sameas sequence string true
+    undefined"""
 )
 _INTEGER_TESTS = _names("divisibleby even odd")
 
@@ -166,10 +166,10 @@ class Environment(ImmutableSandboxedEnvironment):
             "replace": _metered(_replace, Meter.weigh),
             "safe": _metered(filters["string"], Meter.weigh),  # nothing is escaped
             "tojson": _metered(_to_json, Meter.weigh),
-            # What `_Instrument` writes; a template cannot name them.
+            # What `_Instrument` writes.
             "(concat)": _concat,
             "(skim)": lambda value: METER.get().skim(value),
-            "(spend)": lambda steps: METER.get().spend(_STEP * steps),
+            "(spend)": lambda steps: METER.get().spend(_STEP * abs(steps)),  # a template may name it to `map`
             "(weigh)": lambda value: METER.get().weigh(value),
         }
         self.tests = {
@@ -192,9 +192,13 @@ class Environment(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> None:
         """No sandboxed str.format: `is_safe_attribute` refuses it."""
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        METER.get().spend(4 * _STEP)  # filters take paths of any length: map(attribute="a.a.a")
+        return super().getitem(obj, argument)
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter = METER.get()
-        meter.spend(8 * _STEP)  # a macro's call takes as long
+        meter.spend(_STEP * (8 + len(args) + len(kwargs)))  # a macro's call takes as long
         if not isinstance(__obj, Macro):
             meter.weigh((args, kwargs))
             owner = getattr(__obj, "__self__", None)
