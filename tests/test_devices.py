@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -355,6 +356,27 @@ def test_the_first_picture_reads_the_file(fake: Fake, tiny_gguf: Path, tmp_path:
     assert model.weight_bytes == 2000
     path.write_bytes(path.read_bytes())  # no longer needed
     model.encode_image(np.full((56, 56, 3), 9, np.uint8))
+
+
+def resident_bytes(path: Path) -> int:
+    """Of the mappings of a file, in this process."""
+    mapping = re.escape(str(path)) + r"\nSize:.*(?:\n.*)*?\nRss: +(\d+) kB"
+    return 1024 * sum(map(int, re.findall(mapping, Path("/proc/self/smaps").read_text())))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_pages_of_the_file_are_given_back(fake: Fake, tiny_gguf: Path, tmp_path: Path) -> None:
+    """Once the weights have been copied to where they are used: by the first picture all are."""
+    path = tmp_path / "model.gguf"
+    shutil.copy(tiny_gguf, path)
+    model = on_cuda(path)
+    assert resident_bytes(path) == 0
+    model.read_weights()  # the fake adds up the file's own bytes
+    assert resident_bytes(path) > 0.8 * path.stat().st_size
+    model.encode_image(np.zeros((56, 56, 3), np.uint8))
+    assert resident_bytes(path) == 0
+    del model
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_profile(fake: Fake, tiny_gguf: Path) -> None:

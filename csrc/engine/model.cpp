@@ -13,11 +13,11 @@
 
 namespace qwen2vl {
 
-Model::Model(const std::string& path, const ModelOptions& options, const Progress& progress)
+Model::Model(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress)
     : precision_(options.backend.precision) {
   std::vector<std::unique_ptr<gguf::File>> files;
   std::vector<const gguf::File*> views;
-  for (const std::string& p : {path, options.mmproj})
+  for (const std::filesystem::path& p : {path, options.mmproj})
     if (!p.empty()) views.push_back(files.emplace_back(std::make_unique<gguf::File>(p)).get());
   config_ = read_config(views);
   chosen_ = make_backend(config_, load_weights(std::move(files), config_), options.backend, progress);
