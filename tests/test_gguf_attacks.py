@@ -6,9 +6,11 @@ import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qwen2vl_q import _native
+from qwen2vl_q.printable import printable
 
 U8, U32, F32, BOOL, STRING, ARRAY = 0, 4, 6, 7, 8, 9
 HUGE = 2**64 - 1
@@ -198,6 +200,19 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
         _native.FormatError, match=r"key 'k{120}\.\.\. \(60000 in all\)': the key occurs twice"
     ):
         _native.GgufFile(str(path))
+
+
+def test_texts_are_shown_as_printable_shows_them(tmp_path: Path) -> None:
+    """csrc/base/printable.h and printable.py are one rule."""
+    rng = np.random.default_rng(6)
+    path = tmp_path / "text.gguf"
+    ranges = [(0, 0xA0), (0x2000, 0x2070), (0xFEF0, 0xFF00), (0x1F600, 0x1F610), (0, 0xD800)]
+    for length in [*range(1, 40), 119, 120, 121, 300]:
+        text = "".join(chr(rng.integers(*ranges[rng.integers(len(ranges))])) for _ in range(length))
+        path.write_bytes(one_key(text.encode(), 13, PAD))
+        with pytest.raises(_native.FormatError) as error:
+            _native.GgufFile(str(path))
+        assert str(error.value).startswith(f"{path}: key '{printable(text)}': expected a value type")
 
 
 def test_tensors_side_by_side_are_apart(tmp_path: Path) -> None:

@@ -60,49 +60,6 @@ Precision to_precision(const std::string& name) {
   throw std::invalid_argument("precision: expected 'fast' or 'exact', found '" + printable(name) + "'");
 }
 
-py::dict text_config(const TextConfig& c) {
-  py::dict d;
-  d["hidden_size"] = c.hidden_size;
-  d["intermediate_size"] = c.intermediate_size;
-  d["num_hidden_layers"] = c.num_hidden_layers;
-  d["num_attention_heads"] = c.num_attention_heads;
-  d["num_key_value_heads"] = c.num_key_value_heads;
-  d["head_dim"] = c.head_dim;
-  d["vocab_size"] = c.vocab_size;
-  d["max_position_embeddings"] = c.max_position_embeddings;
-  d["rms_norm_eps"] = c.rms_norm_eps;
-  d["rope_theta"] = c.rope_theta;
-  d["mrope_section"] = std::vector<int64_t>(c.mrope_section.begin(), c.mrope_section.end());
-  d["tie_word_embeddings"] = c.tie_word_embeddings;
-  return d;
-}
-
-py::object vision_config(const std::optional<VisionConfig>& config) {
-  if (!config) return py::none();
-  py::dict d;
-  d["embed_dim"] = config->embed_dim;
-  d["depth"] = config->depth;
-  d["num_heads"] = config->num_heads;
-  d["intermediate_size"] = config->intermediate_size;
-  d["hidden_size"] = config->hidden_size;
-  d["patch_size"] = config->patch_size;
-  d["temporal_patch_size"] = config->temporal_patch_size;
-  d["spatial_merge_size"] = config->spatial_merge_size;
-  d["in_channels"] = config->in_channels;
-  d["layer_norm_eps"] = config->layer_norm_eps;
-  return d;
-}
-
-py::dict config_dict(const Model& model) {
-  const ModelConfig& config = model.config();
-  py::dict d;
-  d["text_config"] = text_config(config.text);
-  d["vision_config"] = vision_config(config.vision);
-  d["image_token_id"] = config.text.image_token_id;
-  d["video_token_id"] = config.text.video_token_id;
-  return d;
-}
-
 /// None: empty.
 std::filesystem::path optional_path(const py::object& value, const char* name) {
   return value.is_none() ? std::filesystem::path() : path(value, name);
@@ -347,7 +304,7 @@ void register_engine(py::module_& m) {
       .def(py::init(&load_model), py::arg("path"), py::arg("mmproj") = py::none(), py::arg("n_threads") = 0,
            py::arg("precision") = "fast", py::arg("isa") = "", py::arg("progress") = py::none(),
            py::arg("device") = "cpu", py::arg("plugin") = py::none(), py::arg("device_memory") = 0)
-      .def_property_readonly("config", &config_dict)
+      .def_property_readonly("config", [](const Model& model) { return config_dict(model.config()); })
       .def_property_readonly("device", [](const Model& model) { return model.backend().device(); })
       .def_property_readonly("note", &Model::note)
       .def_property_readonly("isa", [](const Model& model) { return std::string(model.backend().isa()); })
