@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from children import run_script
 from qwen2vl_q import DeviceError, Qwen2VL, Qwen2VLError, UnsupportedError, _native, devices
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.limits import Limits, Stage
@@ -126,6 +129,16 @@ def test_where_the_library_is_looked_for(
     shutil.copy(library, installed)
     monkeypatch.syspath_prepend(tmp_path)
     assert devices.cuda_plugin() == str(installed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode elsewhere")
+def test_a_library_whose_name_is_not_utf8(library: str, tiny_gguf: Path, tmp_path: Path) -> None:
+    good, bad = (os.fsdecode(os.fsencode(tmp_path) + name) for name in (b"/\xff.so", b"/\xfe.so"))
+    shutil.copy(library, good)
+    assert _native.Model(str(tiny_gguf), device="cuda", plugin=good).device == "Fake, made of C"
+    Path(bad).write_text("not a library")
+    with pytest.raises(DeviceError, match=r"/\\xfe\.so: cannot be loaded: "):
+        _native.plugin_devices(bad)
 
 
 def test_devices_are_listed(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +370,27 @@ def test_the_first_picture_reads_the_file(fake: Fake, tiny_gguf: Path, tmp_path:
     model.encode_image(np.full((56, 56, 3), 9, np.uint8))
 
 
+def resident_bytes(path: Path) -> int:
+    """Of the mappings of a file, in this process."""
+    mapping = re.escape(str(path)) + r"\nSize:.*(?:\n.*)*?\nRss: +(\d+) kB"
+    return 1024 * sum(map(int, re.findall(mapping, Path("/proc/self/smaps").read_text(errors="replace"))))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_pages_of_the_file_are_given_back(fake: Fake, tiny_gguf: Path, tmp_path: Path) -> None:
+    """Once the weights have been copied to where they are used: by the first picture all are."""
+    path = tmp_path / "model.gguf"
+    shutil.copy(tiny_gguf, path)
+    model = on_cuda(path)
+    assert resident_bytes(path) == 0
+    model.read_weights()  # the fake adds up the file's own bytes
+    assert resident_bytes(path) > 0.8 * path.stat().st_size
+    model.encode_image(np.zeros((56, 56, 3), np.uint8))
+    assert resident_bytes(path) == 0
+    del model
+    assert str(path) not in Path("/proc/self/maps").read_text(errors="replace")
+
+
 def test_profile(fake: Fake, tiny_gguf: Path) -> None:
     model = on_cuda(tiny_gguf)
     with model.profile() as stages:
@@ -414,6 +448,26 @@ def test_calls_go_one_at_a_time(fake: Fake, tiny_gguf: Path) -> None:
         thread.join()
     assert sorted(found) == sorted((100 * i, 100 * i + 3) for i in range(4) for _ in range(50))
     assert fake.overlapping_calls == 0
+
+
+CALLBACK_CALLS_THE_MODEL = """
+import sys
+from qwen2vl_q import Qwen2VL, Qwen2VLError
+model = Qwen2VL.from_gguf(sys.argv[1], n_ctx=64, device="cuda")
+def progress(stage, done, total):
+    for call in (model.reset, lambda: list(model.generate([3], max_new_tokens=2)), lambda: model.logits([3])):
+        try:
+            call()
+        except Qwen2VLError as error:
+            print(error)
+print(list(model.generate([7, 8, 9], max_new_tokens=3, ignore_eos=True, progress=progress)))
+"""
+
+
+def test_a_callback_that_calls_its_model_is_told(fake: Fake, tiny_gguf: Path) -> None:
+    *told, tokens = run_script(CALLBACK_CALLS_THE_MODEL, tiny_gguf, timeout=60).splitlines()
+    assert set(told) == {"a call of the model is under way in this thread: its callback cannot make another"}
+    assert (len(told) % 3, tokens) == (0, "[10, 11, 12]")
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qwen2vl_q import _native
+from qwen2vl_q.printable import printable
 
 U8, U32, F32, BOOL, STRING, ARRAY = 0, 4, 6, 7, 8, 9
 HUGE = 2**64 - 1
@@ -48,6 +50,11 @@ def tensor(dims: list[int], kind: int = 0, offset: int = 0, name: bytes = b"t") 
     return u64(len(name)) + name + shape + struct.pack("<i", kind) + u64(offset)
 
 
+def two_tensors(first: int, second: int) -> bytes:
+    """Of 64 bytes each, at these offsets."""
+    return header(2, 0) + tensor([16], 0, first, b"a") + tensor([16], 0, second, b"b\n") + PAD
+
+
 def one_tensor(dims: list[int], kind: int = 0, offset: int = 0, name: bytes = b"t") -> bytes:
     return header(1, 0) + tensor(dims, kind, offset, name) + PAD
 
@@ -75,7 +82,7 @@ COUNTS = {
     "element type": (one_array(99, 1, PAD), "key 'a': expected a value type from 0 to 12, found 99"),
     "bool": (one_key(b"b", BOOL, b"\x02"), r"key 'b': expected a bool \(0 or 1\) at offset 37, found 2"),
     "duplicate key": (header(0, 2) + kv(b"k", F32, bytes(4)) * 2 + PAD, "key 'k': the key occurs twice"),
-    "terminal escapes": (one_key(b"\x1b[2J\n\0" * 20, 13, PAD), r"key '\\x1b\[2J\\x0a\\x00\\x1b"),
+    "terminal escapes": (one_key(b"\x1b[2J\n\0" * 20, 13, PAD), r"key '\\x1b\[2J\\n\\x00\\x1b"),
     "version 1": (header(0, 0, 1), "header: GGUF version 1; expected 2 or 3"),
     "version 4": (header(0, 0, 4), "header: GGUF version 4; expected 2 or 3"),
 }
@@ -94,11 +101,12 @@ SHAPES = {
     "five dims": (one_tensor([1] * 5), "tensor 't': expected 1 to 4 dimensions, found 5"),
     "n_dims": (header(1, 0) + u64(1) + b"t" + u32(2**32 - 1) + PAD, f"1 to 4 dimensions, found {2**32 - 1}"),
     "negative type": (one_tensor([32], -1), "tensor 't': expected a tensor type of GGUF, found -1"),
-    "withdrawn type": (one_tensor([32], 4), "tensor 't': expected a tensor type of GGUF, found 4"),
+    "withdrawn type": (one_tensor([32], 4), "tensor 't': stored as Q4_2, which GGUF has withdrawn"),
     "blocks": (
         one_tensor([48], 2),
         "tensor 't': expected rows of a multiple of 32 values for type Q4_0, found 48",
     ),
+    "unknown type": (one_tensor([32], 99), "tensor 't': expected a tensor type of GGUF, found 99"),
     "no name": (one_tensor([1], name=b""), "tensor number 0: expected a name of 1 to 65535 bytes, found 0"),
     "duplicate tensor": (header(2, 0) + tensor([1]) * 2 + PAD, "tensor 't': the tensor occurs twice"),
 }
@@ -119,6 +127,8 @@ OFFSETS = {
         one_tensor([1], 0, 4),
         "tensor 't': expected an offset that is a multiple of 32, found 4",
     ),
+    "one place": (two_tensors(64, 64), r"tensor 'b\\n': .* its own, found it within that of tensor 'a'"),
+    "overlap": (two_tensors(96, 64), r"tensor 'a': .* its own, found it within that of tensor 'b\\n'"),
     "alignment 0": (
         alignment(0),
         "key 'general.alignment': expected a power of two from 8 to 65536, found 0",
@@ -176,3 +186,47 @@ def test_a_tensor_name_that_is_not_utf8(tmp_path: Path) -> None:
     file = _native.GgufFile(str(path))
     with pytest.raises(_native.FormatError, match=r"tensor 'w\\xe4': expected UTF-8"):
         _ = file.tensors
+
+
+def test_long_texts_are_cut(tmp_path: Path) -> None:
+    """Keys, names and values of megabytes, and the quotes of what no UTF-8 is."""
+    path = tmp_path / "long.gguf"
+    path.write_bytes(one_key(b"k", STRING, u64(2 << 20) + b"\xff\x1b" * (1 << 20)))
+    with pytest.raises(_native.FormatError) as error:
+        _ = _native.GgufFile(str(path)).metadata
+    assert str(error.value).endswith(r"\xff\x1b... (2097152 in all)'") and len(str(error.value)) < 800
+    path.write_bytes(header(0, 2) + kv(b"k" * 60000, BOOL, b"\1") * 2)
+    with pytest.raises(
+        _native.FormatError, match=r"key 'k{120}\.\.\. \(60000 in all\)': the key occurs twice"
+    ):
+        _native.GgufFile(str(path))
+
+
+def test_texts_are_shown_as_printable_shows_them(tmp_path: Path) -> None:
+    """csrc/base/printable.h and printable.py are one rule."""
+    rng = np.random.default_rng(6)
+    path = tmp_path / "text.gguf"
+    ranges = [(0, 0xA0), (0x2000, 0x2070), (0xFEF0, 0xFF00), (0x1F600, 0x1F610), (0, 0xD800)]
+    for length in [*range(1, 40), 119, 120, 121, 300]:
+        text = "".join(chr(rng.integers(*ranges[rng.integers(len(ranges))])) for _ in range(length))
+        path.write_bytes(one_key(text.encode(), 13, PAD))
+        with pytest.raises(_native.FormatError) as error:
+            _native.GgufFile(str(path))
+        assert str(error.value).startswith(f"{path}: key '{printable(text)}': expected a value type")
+
+
+def test_tensors_side_by_side_are_apart(tmp_path: Path) -> None:
+    path = tmp_path / "apart.gguf"
+    path.write_bytes(two_tensors(64, 0))
+    assert [info.n_bytes for info in _native.GgufFile(str(path)).tensors] == [64, 64]
+
+
+def test_a_header_has_a_limit(tmp_path: Path) -> None:
+    """A string of a quarter of a gigabyte: refused before memory is taken for it."""
+    path = tmp_path / "header.gguf"
+    path.write_bytes(header(0, 1) + kv(b"a", STRING, u64(1 << 28)))
+    os.truncate(path, 1 << 29)
+    with pytest.raises(
+        _native.FormatError, match="key 'a': expected all keys and tensor entries in the first"
+    ):
+        _native.GgufFile(str(path))

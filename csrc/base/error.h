@@ -1,8 +1,11 @@
 #pragma once
 
+#include <filesystem>
 #include <stdexcept>
 #include <string>
 #include <system_error>
+
+#include "base/printable.h"
 
 namespace qwen2vl {
 
@@ -29,16 +32,17 @@ class UnsupportedError : public Error {
 class IoError : public Error {
  public:
   /// `code` as the system gives it: errno, on Windows GetLastError().
-  IoError(const std::string& path, const std::string& action, int code)
-      : Error(path + ": cannot " + action + ": " + std::system_category().message(code)),
+  IoError(const std::filesystem::path& path, const std::string& action, int code)
+      : Error(printable_path(path) + ": cannot " + action + ": " +
+              printable(std::system_category().message(code))),
         path_(path),
         code_(code) {}
 
-  const std::string& path() const { return path_; }
+  const std::filesystem::path& path() const { return path_; }
   int code() const { return code_; }
 
  private:
-  std::string path_;
+  std::filesystem::path path_;
   int code_;
 };
 

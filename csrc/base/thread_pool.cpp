@@ -4,6 +4,7 @@
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #if defined(_M_X64) || defined(_M_ARM64)
@@ -12,10 +13,12 @@
 #include <immintrin.h>
 #endif
 
+#include "base/error.h"
+#include "base/fork_count.h"
+#include "base/printable.h"
+
 namespace qwen2vl {
 namespace {
-
-constexpr int kMaxThreads = 1024;
 
 // Longer than the gap between two loops of a forward pass (a few microseconds of serial work), shorter than
 // what anyone would notice as a busy core.
@@ -54,31 +57,56 @@ ThreadPool::ThreadPool(int n_threads) {
                                 ", not " + std::to_string(n_threads));
   }
   shares_ = std::vector<Share>(n_threads);
-  workers_.reserve(static_cast<size_t>(n_threads) - 1);
+  start();
+}
+
+ThreadPool::~ThreadPool() {
+  if (forks_ == fork_count())
+    stop();
+  else
+    leave_behind();
+}
+
+void ThreadPool::start() {
+  forks_ = fork_count();
+  generation_.store(0, std::memory_order_relaxed);
+  workers_.reserve(shares_.size() - 1);
   try {
-    for (int index = 1; index < n_threads; ++index) workers_.emplace_back([this, index] { worker(index); });
+    for (int index = 1; index < size(); ++index) workers_.emplace_back([this, index] { worker(index); });
+  } catch (const std::system_error& error) {
+    const size_t made = workers_.size() + 1;
+    stop();
+    throw Error("n_threads: expected " + std::to_string(size()) + " threads, the system gives only " +
+                std::to_string(made) + ": " + printable(error.code().message()));
   } catch (...) {
     stop();
     throw;
   }
 }
 
-ThreadPool::~ThreadPool() { stop(); }
-
 void ThreadPool::stop() {
   stop_.store(true, std::memory_order_relaxed);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   for (std::thread& thread : workers_) thread.join();
+  workers_.clear();
+  stop_.store(false, std::memory_order_relaxed);
 }
+
+/// Of threads that a forked process lacks no handle can be joined, detached or destroyed.
+void ThreadPool::leave_behind() { new std::vector<std::thread>(std::exchange(workers_, {})); }
 
 void ThreadPool::parallel_for(int64_t n, int64_t grain,
                               const std::function<void(int64_t, int64_t, int)>& fn) {
   if (n <= 0) return;
   grain = std::max<int64_t>(grain, 1);
-  if (workers_.empty() || n <= grain) {
+  if (shares_.size() == 1 || n <= grain) {
     for (int64_t begin = 0; begin < n; begin += grain) fn(begin, std::min(begin + grain, n), 0);
     return;
+  }
+  if (forks_ != fork_count()) {
+    leave_behind();
+    start();
   }
   fn_ = &fn;
   n_ = n;

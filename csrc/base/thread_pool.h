@@ -15,16 +15,20 @@ namespace qwen2vl {
 int default_thread_count();
 
 /// A fixed set of threads for data-parallel loops. The calling thread takes part. Workers spin for a few
-/// microseconds between loops of one forward pass, then sleep: an idle pool uses no CPU.
+/// microseconds between loops of one forward pass, then sleep: an idle pool uses no CPU. A forked process
+/// starts its own threads at its first loop.
 class ThreadPool {
  public:
-  /// `n_threads` threads in all, the caller's included; 1 means no worker.
+  static constexpr int kMaxThreads = 1024;
+
+  /// `n_threads` threads in all, the caller's included; 1 means no worker. Throws std::invalid_argument for a
+  /// number out of range, Error where the system does not give so many.
   explicit ThreadPool(int n_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  int size() const { return static_cast<int>(shares_.size()); }
 
   /// Splits [0, n) into chunks of `grain` (the last may be shorter) and calls fn(begin, end, thread) for
   /// each, with thread in 0..size()-1; returns when all are done. Every thread has an equal share of
@@ -39,10 +43,13 @@ class ThreadPool {
     int64_t end = 0;
   };
 
+  void start();
   void stop();
+  void leave_behind();
   void worker(int index);
   void run_chunks(int index);
 
+  uint32_t forks_ = 0;  // fork_count() where the workers were started
   std::vector<std::thread> workers_;
   const std::function<void(int64_t, int64_t, int)>* fn_ = nullptr;
   int64_t n_ = 0;

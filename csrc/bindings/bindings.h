@@ -4,9 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+namespace qwen2vl {
+struct ModelConfig;
+}
+
 namespace qwen2vl::bindings {
 
 namespace py = pybind11;
+
+/// As `Model.config` gives it; see qwen2vl_q.config.Qwen2VLConfig for the keys.
+py::dict config_dict(const ModelConfig& config);
 
 void register_errors(py::module_& m);    // errors.cpp
 void register_machine(py::module_& m);   // machine.cpp: instruction sets, threads

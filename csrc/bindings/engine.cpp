@@ -1,6 +1,13 @@
 #include <chrono>
+#include <limits>
+#include <mutex>
 #include <optional>
+#include <set>
+#include <type_traits>
 
+#include "base/call_lock.h"
+#include "base/printable.h"
+#include "bindings/arguments.h"
 #include "bindings/bindings.h"
 #include "engine/sequence.h"
 
@@ -9,7 +16,9 @@ namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style>;
 using IdArray = py::array_t<int32_t, py::array::c_style>;
-using GridTuple = std::tuple<int64_t, int64_t, int64_t>;
+using GridTuple = std::tuple<py::object, py::object, py::object>;
+// Positions are 32-bit; a model's own context is bounded alike (config.cpp).
+constexpr int64_t kMostCells = int64_t{1} << 24;
 using PyProgress = std::optional<py::function>;
 
 /// Wraps a Python callback for a call that runs without the GIL: at most every 50 ms, and at the end, it
@@ -27,7 +36,10 @@ Progress make_progress(const PyProgress& callback) {
   };
 }
 
-GridTHW to_grid(const GridTuple& grid) { return {std::get<0>(grid), std::get<1>(grid), std::get<2>(grid)}; }
+GridTHW to_grid(const GridTuple& grid) {
+  const auto size = [](const py::object& value) { return integer(value, "grid_thw", 1, kMostPatches); };
+  return {size(std::get<0>(grid)), size(std::get<1>(grid)), size(std::get<2>(grid))};
+}
 
 std::vector<int32_t> to_ids(const IdArray& ids) {
   if (ids.ndim() != 1) throw std::invalid_argument("token_ids: expected a one-dimensional array");
@@ -45,77 +57,38 @@ void require_shape(const FloatArray& array, int64_t rows, int64_t cols, const st
 Precision to_precision(const std::string& name) {
   if (name == "fast") return Precision::Fast;
   if (name == "exact") return Precision::Exact;
-  throw std::invalid_argument("precision: expected 'fast' or 'exact', found '" + name + "'");
+  throw std::invalid_argument("precision: expected 'fast' or 'exact', found '" + printable(name) + "'");
 }
 
-py::dict text_config(const TextConfig& c) {
-  py::dict d;
-  d["hidden_size"] = c.hidden_size;
-  d["intermediate_size"] = c.intermediate_size;
-  d["num_hidden_layers"] = c.num_hidden_layers;
-  d["num_attention_heads"] = c.num_attention_heads;
-  d["num_key_value_heads"] = c.num_key_value_heads;
-  d["head_dim"] = c.head_dim;
-  d["vocab_size"] = c.vocab_size;
-  d["max_position_embeddings"] = c.max_position_embeddings;
-  d["rms_norm_eps"] = c.rms_norm_eps;
-  d["rope_theta"] = c.rope_theta;
-  d["mrope_section"] = std::vector<int64_t>(c.mrope_section.begin(), c.mrope_section.end());
-  d["tie_word_embeddings"] = c.tie_word_embeddings;
-  return d;
+/// None: empty.
+std::filesystem::path optional_path(const py::object& value, const char* name) {
+  return value.is_none() ? std::filesystem::path() : path(value, name);
 }
 
-py::object vision_config(const std::optional<VisionConfig>& config) {
-  if (!config) return py::none();
-  py::dict d;
-  d["embed_dim"] = config->embed_dim;
-  d["depth"] = config->depth;
-  d["num_heads"] = config->num_heads;
-  d["intermediate_size"] = config->intermediate_size;
-  d["hidden_size"] = config->hidden_size;
-  d["patch_size"] = config->patch_size;
-  d["temporal_patch_size"] = config->temporal_patch_size;
-  d["spatial_merge_size"] = config->spatial_merge_size;
-  d["in_channels"] = config->in_channels;
-  d["layer_norm_eps"] = config->layer_norm_eps;
-  return d;
-}
-
-py::dict config_dict(const ModelConfig& config) {
-  py::dict d;
-  d["text_config"] = text_config(config.text);
-  d["vision_config"] = vision_config(config.vision);
-  d["image_token_id"] = config.text.image_token_id;
-  d["video_token_id"] = config.text.video_token_id;
-  return d;
-}
-
-py::dict read_config(const std::string& path, const std::optional<std::string>& mmproj) {
+py::dict read_config_of(const py::object& file, const py::object& mmproj) {
+  const std::filesystem::path opened = path(file, "path"), tower = optional_path(mmproj, "mmproj");
   ModelConfig config;
   {
     py::gil_scoped_release release;
-    config = open_model(path, mmproj.value_or("")).config;
+    config = open_model(opened, tower).config;
   }
   return config_dict(config);
 }
 
-std::shared_ptr<Model> load_model(const std::string& path, const std::optional<std::string>& mmproj,
-                                  int n_threads, const std::string& precision, const std::string& isa,
-                                  const PyProgress& progress, const std::string& device,
-                                  const std::optional<std::string>& plugin, int64_t device_memory) {
-  if (n_threads < 0 || n_threads > 1024)
-    throw std::invalid_argument("n_threads: expected 0 (automatic) to 1024, found " +
-                                std::to_string(n_threads));
-  if (device_memory < 0)
-    throw std::invalid_argument("device_memory: expected 0 (what is free) or more bytes, found " +
-                                std::to_string(device_memory));
-  require_device_name(device);
+std::shared_ptr<Model> load_model(const py::object& file, const py::object& mmproj,
+                                  const py::object& n_threads, const py::str& precision, const py::str& isa,
+                                  const PyProgress& progress, const py::str& device, const py::object& plugin,
+                                  const py::object& device_memory) {
+  const std::filesystem::path opened = path(file, "path");
   const ModelOptions options{
-      mmproj.value_or(""),
-      {device, to_precision(precision), n_threads, isa, plugin.value_or(""), device_memory}};
+      optional_path(mmproj, "mmproj"),
+      {text(device), to_precision(text(precision)), thread_count(n_threads), text(isa),
+       optional_path(plugin, "plugin"),
+       integer(device_memory, "device_memory", 0, std::numeric_limits<int64_t>::max())}};
+  require_device_name(options.backend.device);
   const Progress report = make_progress(progress);
   py::gil_scoped_release release;
-  return std::make_shared<Model>(path, options, report);
+  return std::make_shared<Model>(opened, options, report);
 }
 
 py::list stop_profile(Model& model) {
@@ -195,11 +168,12 @@ py::array_t<int64_t> position_ids(const Model& model, const IdArray& token_ids,
 }
 
 Prompt make_prompt(const Model& model, const IdArray& token_ids,
-                   const std::vector<std::tuple<int64_t, GridTuple, py::bytes>>& images) {
+                   const std::vector<std::tuple<py::object, GridTuple, py::bytes>>& images) {
   std::vector<PromptImage> items;
   for (const auto& [start, grid, key] : images) {
     const std::string_view bytes = key;
-    PromptImage item{start, to_grid(grid), {}};
+    PromptImage item{
+        integer(start, "image start", 0, std::numeric_limits<int32_t>::max()), to_grid(grid), {}};
     if (bytes.size() != item.key.size())
       throw std::invalid_argument("image key: expected 16 bytes, found " + std::to_string(bytes.size()));
     std::copy(bytes.begin(), bytes.end(), item.key.begin());
@@ -225,60 +199,113 @@ std::vector<const float*> embedding_rows(const Model& model, const Prompt& promp
   return rows;
 }
 
-/// A Sequence with the model that it belongs to. Calls on one sequence must not overlap.
-struct PySequence {
-  std::shared_ptr<Model> model;
-  Sequence sequence;
+/// A Sequence with the model that it belongs to. Calls on it go one at a time.
+class PySequence {
+ public:
+  PySequence(std::shared_ptr<Model> model, int64_t n_ctx)
+      : model_(std::move(model)), sequence_(model_, n_ctx) {}
+
+  int64_t n_ctx() const { return sequence_.n_ctx(); }
+  int64_t n_cells() {
+    const auto mine = turn();
+    return sequence_.size();
+  }
+  int64_t kv_bytes() {
+    const auto mine = turn();
+    return sequence_.kv_bytes();
+  }
+
+  int64_t reuse(const Prompt& prompt) {
+    return call([&](Sequence& s) { return s.reuse(prompt); });
+  }
 
   void prefill(const Prompt& prompt, const std::vector<std::optional<FloatArray>>& embeddings,
                const PyProgress& progress) {
-    const auto rows = embedding_rows(*model, prompt, embeddings);
+    const auto rows = embedding_rows(*model_, prompt, embeddings);
     const Progress report = make_progress(progress);
-    py::gil_scoped_release release;
-    sequence.prefill(prompt, rows, report);
+    call([&](Sequence& s) { s.prefill(prompt, rows, report); });
   }
 
   FloatArray prefill_logits(const Prompt& prompt, const std::vector<std::optional<FloatArray>>& embeddings,
                             const PyProgress& progress) {
-    const auto rows = embedding_rows(*model, prompt, embeddings);
-    const int64_t n = std::max<int64_t>(0, prompt.size() - sequence.size());
-    FloatArray out({n, model->config().text.vocab_size});
-    float* data = out.mutable_data();
+    const auto rows = embedding_rows(*model_, prompt, embeddings);
     const Progress report = make_progress(progress);
+    const auto mine = turn();
+    const int64_t n = std::max<int64_t>(0, prompt.size() - sequence_.size());
+    FloatArray out({n, model_->config().text.vocab_size});
+    float* data = out.mutable_data();
     {
-      py::gil_scoped_release release;
-      sequence.prefill(prompt, rows, report, LogitsWanted::All, data);
+      const py::gil_scoped_release release;
+      sequence_.prefill(prompt, rows, report, LogitsWanted::All, data);
     }
     return out;
   }
 
-  void accept(int32_t token) {
+  void accept(const py::object& token) {
+    const int32_t id = token_id(token);
     const Progress report = make_progress(std::nullopt);
-    py::gil_scoped_release release;
-    sequence.accept(token, report);
+    call([&](Sequence& s) { s.accept(id, report); });
+  }
+
+  int32_t sample(Sampler& sampler) {
+    return call([&](Sequence& s) { return s.sample(sampler); });
   }
 
   FloatArray logits() {
+    const auto mine = turn();
     std::span<const float> values;
     {
-      py::gil_scoped_release release;  // they may have to come from a device that another call uses
-      values = sequence.logits();
+      const py::gil_scoped_release release;  // they may have to come from a device that another call uses
+      values = sequence_.logits();
     }
     if (values.empty()) throw std::invalid_argument("logits: nothing has been evaluated yet");
     return FloatArray(static_cast<py::ssize_t>(values.size()), values.data());
   }
-};
 
-void accept_together(const std::vector<PySequence*>& states, const std::vector<int32_t>& tokens) {
-  std::vector<Sequence*> sequences;
-  for (PySequence* state : states) {
-    if (state == nullptr) throw std::invalid_argument("accept_together: expected sequences, found None");
-    sequences.push_back(&state->sequence);
+  static void accept_together(const std::vector<PySequence*>& states, const std::vector<py::object>& tokens) {
+    std::vector<Sequence*> sequences;
+    for (PySequence* state : states) {
+      if (state == nullptr) throw std::invalid_argument("accept_together: expected sequences, found None");
+      sequences.push_back(&state->sequence_);
+    }
+    std::vector<int32_t> ids;
+    for (size_t i = 0; i < tokens.size(); ++i) ids.push_back(token_id(tokens[i]));
+    std::set<PySequence*> each(states.begin(), states.end());  // in one order, whoever calls
+    std::vector<std::unique_lock<CallLock>> mine;
+    for (PySequence* state : each) mine.push_back(state->turn());
+    const Progress report = make_progress(std::nullopt);
+    const py::gil_scoped_release release;
+    Sequence::accept_together(sequences, ids, report);
   }
-  const Progress report = make_progress(std::nullopt);
-  py::gil_scoped_release release;
-  Sequence::accept_together(sequences, tokens, report);
-}
+
+ private:
+  /// Sequence knows which of them its model has.
+  static int32_t token_id(const py::object& token) {
+    return static_cast<int32_t>(integer(token, "token", 0, std::numeric_limits<int32_t>::max()));
+  }
+
+  /// The GIL is not kept while another call is waited for: that may be waiting for it.
+  std::unique_lock<CallLock> turn() {
+    std::unique_lock lock(call_lock_, std::try_to_lock);
+    if (!lock) {
+      const py::gil_scoped_release release;
+      lock.lock();
+    }
+    return lock;
+  }
+
+  /// fn(sequence), without the GIL.
+  template <typename Fn>
+  std::invoke_result_t<const Fn&, Sequence&> call(const Fn& fn) {
+    const auto mine = turn();
+    const py::gil_scoped_release release;
+    return fn(sequence_);
+  }
+
+  std::shared_ptr<Model> model_;
+  Sequence sequence_;
+  CallLock call_lock_;
+};
 
 }  // namespace
 
@@ -315,35 +342,38 @@ void register_engine(py::module_& m) {
       .def("__len__", &Prompt::size);
 
   py::class_<Sampler>(m, "Sampler", "Draws tokens from logits.")
-      .def(py::init([](float temperature, int64_t top_k, float top_p, float min_p, float repetition_penalty,
-                       uint64_t seed) {
-             return Sampler({temperature, top_k, top_p, min_p, repetition_penalty, seed});
-           }),
-           py::arg("temperature") = 0.0f, py::arg("top_k") = 0, py::arg("top_p") = 1.0f,
-           py::arg("min_p") = 0.0f, py::arg("repetition_penalty") = 1.0f, py::arg("seed") = 0);
+      .def(
+          py::init([](const py::object& temperature, const py::object& top_k, const py::object& top_p,
+                      const py::object& min_p, const py::object& repetition_penalty, const py::object& seed) {
+            return Sampler({number(temperature, "temperature"),
+                            integer(top_k, "top_k", 0, std::numeric_limits<int32_t>::max()),
+                            number(top_p, "top_p"), number(min_p, "min_p"),
+                            number(repetition_penalty, "repetition_penalty"),
+                            unsigned_integer(seed, "seed")});
+          }),
+          py::arg("temperature") = 0.0f, py::arg("top_k") = 0, py::arg("top_p") = 1.0f,
+          py::arg("min_p") = 0.0f, py::arg("repetition_penalty") = 1.0f, py::arg("seed") = 0);
 
   py::class_<PySequence>(m, "SequenceState", "One conversation's KV cache.")
-      .def(py::init([](std::shared_ptr<Model> model, int64_t n_ctx) {
-             return std::make_unique<PySequence>(PySequence{model, Sequence(model, n_ctx)});
+      .def(py::init([](std::shared_ptr<Model> model, const py::object& n_ctx) {
+             const int64_t cells = integer(n_ctx, "n_ctx", 1, kMostCells);
+             const py::gil_scoped_release release;
+             return std::make_unique<PySequence>(std::move(model), cells);
            }),
-           py::arg("model"), py::arg("n_ctx"), py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("n_cells", [](const PySequence& s) { return s.sequence.size(); })
-      .def_property_readonly("n_ctx", [](const PySequence& s) { return s.sequence.n_ctx(); })
-      .def_property_readonly("kv_bytes", [](const PySequence& s) { return s.sequence.kv_bytes(); })
-      .def(
-          "reuse", [](PySequence& s, const Prompt& prompt) { return s.sequence.reuse(prompt); },
-          py::arg("prompt"), py::call_guard<py::gil_scoped_release>())
+           py::arg("model"), py::arg("n_ctx"))
+      .def_property_readonly("n_cells", &PySequence::n_cells)
+      .def_property_readonly("n_ctx", &PySequence::n_ctx)
+      .def_property_readonly("kv_bytes", &PySequence::kv_bytes)
+      .def("reuse", &PySequence::reuse, py::arg("prompt"))
       .def("prefill", &PySequence::prefill, py::arg("prompt"), py::arg("embeddings"),
            py::arg("progress") = py::none())
       .def("prefill_logits", &PySequence::prefill_logits, py::arg("prompt"), py::arg("embeddings"),
            py::arg("progress") = py::none())
       .def("accept", &PySequence::accept, py::arg("token"))
       .def_property_readonly("logits", &PySequence::logits)
-      .def(
-          "sample", [](PySequence& s, Sampler& sampler) { return s.sequence.sample(sampler); },
-          py::arg("sampler"), py::call_guard<py::gil_scoped_release>());
-  m.def("read_config", &read_config, py::arg("path"), py::arg("mmproj") = py::none());
-  m.def("accept_together", &accept_together, py::arg("states"), py::arg("tokens"));
+      .def("sample", &PySequence::sample, py::arg("sampler"));
+  m.def("read_config", &read_config_of, py::arg("path"), py::arg("mmproj") = py::none());
+  m.def("accept_together", &PySequence::accept_together, py::arg("states"), py::arg("tokens"));
 }
 
 }  // namespace qwen2vl::bindings

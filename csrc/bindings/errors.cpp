@@ -9,10 +9,11 @@ namespace {
 
 /// FileNotFoundError, PermissionError and so on, as Python's own open() raises them.
 void set_os_error(const IoError& error) {
-  const auto path = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.path().c_str()));
 #ifdef _WIN32
+  const auto path = py::reinterpret_steal<py::object>(PyUnicode_FromWideChar(error.path().c_str(), -1));
   PyErr_SetExcFromWindowsErrWithFilenameObject(PyExc_OSError, error.code(), path.ptr());
 #else
+  const auto path = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.path().c_str()));
   errno = error.code();
   PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path.ptr());
 #endif

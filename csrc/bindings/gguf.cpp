@@ -2,6 +2,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bindings/arguments.h"
 #include "bindings/bindings.h"
 #include "gguf/cursor.h"
 #include "gguf/reader.h"
@@ -19,21 +20,21 @@ struct TensorInfo {
   uint64_t n_bytes;
 };
 
-py::str text(const gguf::File& file, std::string_view bytes, const std::string& where) {
+py::str utf8(const gguf::File& file, std::string_view bytes, const std::string& where) {
   PyObject* decoded = PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), nullptr);
   if (decoded == nullptr) {
     PyErr_Clear();
-    throw FormatError(file.path() + ": " + where + ": expected UTF-8, found " + gguf::quoted(bytes));
+    throw FormatError(file.path() + ": " + where + ": expected UTF-8, found " + gguf::in_quotes(bytes));
   }
   return py::reinterpret_steal<py::str>(decoded);
 }
 
-/// A metadata value as int, float, bool, str or a list of these; nothing points into the mapped file.
+/// A metadata value as int, float, bool, str or a list of these; nothing points into the file's own.
 py::object to_python(const gguf::File& file, const gguf::Value& value, const std::string& where) {
   const auto scalar = [&](const auto& item) -> py::object {
     using T = std::decay_t<decltype(item)>;
     if constexpr (std::is_same_v<T, std::string_view>) {
-      return text(file, item, where);
+      return utf8(file, item, where);
     } else {
       return py::cast(item);
     }
@@ -60,8 +61,8 @@ py::object to_python(const gguf::File& file, const gguf::Value& value, const std
 py::dict metadata(const gguf::File& file) {
   py::dict out;
   for (const auto& [key, value] : file.metadata()) {
-    const std::string where = "key " + gguf::quoted(key);
-    out[text(file, key, where)] = to_python(file, value, where);
+    const std::string where = "key " + gguf::in_quotes(key);
+    out[utf8(file, key, where)] = to_python(file, value, where);
   }
   return out;
 }
@@ -76,26 +77,26 @@ std::vector<TensorInfo> tensors(const gguf::File& file) {
   std::vector<TensorInfo> out;
   out.reserve(file.tensors().size());
   for (const gguf::Tensor& tensor : file.tensors()) {
-    text(file, tensor.name, "tensor " + gguf::quoted(tensor.name));  // refuses what Python could not name
+    utf8(file, tensor.name, "tensor " + gguf::in_quotes(tensor.name));  // refuses what Python could not name
     out.push_back({std::string(tensor.name), std::string(gguf::find_storage_type(tensor.type)->name),
                    shape_of(tensor), tensor.offset, tensor.data_bytes});
   }
   return out;
 }
 
-const gguf::Tensor& tensor_named(const gguf::File& file, const std::string& name) {
+const gguf::Tensor& tensor_named(const gguf::File& file, std::string_view name) {
   const gguf::Tensor* tensor = file.find_tensor(name);
-  if (tensor == nullptr) throw py::key_error(file.path() + ": no tensor " + gguf::quoted(name));
+  if (tensor == nullptr) throw py::key_error(file.path() + ": no tensor " + gguf::in_quotes(name));
   return *tensor;
 }
 
-py::array_t<float> read(const gguf::File& file, const std::string& name) {
-  const gguf::Tensor& tensor = tensor_named(file, name);
+py::array_t<float> read(const gguf::File& file, const py::str& name) {
+  const gguf::Tensor& tensor = tensor_named(file, text(name));
   const DTypeTraits* traits = find_dtype(tensor.type);
   if (traits == nullptr) {
-    throw UnsupportedError(file.path() + ": tensor " + gguf::quoted(name) + ": type " +
+    throw UnsupportedError(file.path() + ": tensor " + gguf::in_quotes(tensor.name) + ": stored as " +
                            std::string(gguf::find_storage_type(tensor.type)->name) +
-                           " is not supported; expected F32, F16, BF16, Q8_0, Q4_0 or Q6_K");
+                           ", which is not computed; computed are " + dtype_names());
   }
   py::array_t<float> out(std::vector<py::ssize_t>(tensor.shape.begin(), tensor.shape.end()));
   float* to = out.mutable_data();
@@ -103,15 +104,21 @@ py::array_t<float> read(const gguf::File& file, const std::string& name) {
   const int64_t rows = out.size() / cols;
   const int64_t bytes = row_bytes(traits->type, cols);
   const py::gil_scoped_release release;
+  std::vector<uint8_t> stored(static_cast<size_t>(bytes));
   for (int64_t row = 0; row < rows; ++row) {
-    dequantize_row(traits->type, tensor.data + row * bytes, cols, to + row * cols);
+    file.input().read(tensor.offset + static_cast<uint64_t>(row * bytes), stored);
+    dequantize_row(traits->type, stored.data(), cols, to + row * cols);
   }
   return out;
 }
 
-py::array_t<uint8_t> raw(const gguf::File& file, const std::string& name) {
-  const gguf::Tensor& tensor = tensor_named(file, name);
-  return py::array_t<uint8_t>(static_cast<py::ssize_t>(tensor.data_bytes), tensor.data);
+py::array_t<uint8_t> raw(const gguf::File& file, const py::str& name) {
+  const gguf::Tensor& tensor = tensor_named(file, text(name));
+  py::array_t<uint8_t> out(static_cast<py::ssize_t>(tensor.data_bytes));
+  uint8_t* to = out.mutable_data();
+  const py::gil_scoped_release release;
+  file.input().read(tensor.offset, {to, static_cast<size_t>(tensor.data_bytes)});
+  return out;
 }
 
 }  // namespace
@@ -124,8 +131,13 @@ void register_gguf(py::module_& m) {
       .def_readonly("offset", &TensorInfo::offset)
       .def_readonly("n_bytes", &TensorInfo::n_bytes);
 
-  py::class_<gguf::File>(m, "GgufFile", "A checked, memory-mapped GGUF file.")
-      .def(py::init<const std::string&>(), py::arg("path"), py::call_guard<py::gil_scoped_release>())
+  py::class_<gguf::File>(m, "GgufFile", "A checked GGUF file.")
+      .def(py::init([](const py::object& name) {
+             const std::filesystem::path opened = path(name, "path");
+             const py::gil_scoped_release release;
+             return std::make_unique<gguf::File>(opened);
+           }),
+           py::arg("path"))
       .def_property_readonly("version", &gguf::File::version)
       .def_property_readonly("alignment", &gguf::File::alignment)
       .def_property_readonly("metadata", &metadata)

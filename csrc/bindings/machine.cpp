@@ -1,8 +1,10 @@
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "base/thread_pool.h"
+#include "bindings/arguments.h"
 #include "bindings/bindings.h"
 #include "cpu/kernels/kernel_table.h"
 #include "cpu/limits.h"
@@ -17,15 +19,14 @@ void require_seconds(double seconds) {
                                 std::to_string(seconds));
 }
 
-py::dict measure_limits(const std::string& isa, int n_threads, double seconds) {
-  if (n_threads < 0 || n_threads > 1024)
-    throw std::invalid_argument("n_threads: expected 0 (automatic) to 1024, found " +
-                                std::to_string(n_threads));
+py::dict measure_limits(const py::str& isa, const py::object& n_threads, double seconds) {
+  const int threads = thread_count(n_threads);
   require_seconds(seconds);
+  const std::string kernels = text(isa);
   cpu::MachineLimits limits;
   {
     py::gil_scoped_release release;
-    limits = cpu::measure_limits(cpu::select_kernels(isa), n_threads > 0 ? n_threads : default_thread_count(),
+    limits = cpu::measure_limits(cpu::select_kernels(kernels), threads > 0 ? threads : default_thread_count(),
                                  seconds);
   }
   py::dict result;
@@ -36,16 +37,17 @@ py::dict measure_limits(const std::string& isa, int n_threads, double seconds) {
   return result;
 }
 
-py::list devices_of(const std::string& plugin) {
+py::list devices_of(const py::object& plugin) {
+  const std::filesystem::path library = path(plugin, "plugin");
   std::vector<qwen2vl_device> devices;
   {
     py::gil_scoped_release release;
-    devices = plugin_devices(open_plugin(plugin));
+    devices = plugin_devices(open_plugin(library));
   }
   py::list result;
   for (const qwen2vl_device& device : devices) {
     py::dict d;
-    d["name"] = std::string(device.name);
+    d["name"] = plugin_text(device.name);
     d["total_bytes"] = device.total_bytes;
     d["free_bytes"] = device.free_bytes;
     d["compute_capability"] = device.compute_capability;
@@ -55,12 +57,14 @@ py::list devices_of(const std::string& plugin) {
   return result;
 }
 
-py::dict measure_device_limits(const std::string& plugin, int index, double seconds) {
+py::dict measure_device_limits(const py::object& plugin, const py::object& index, double seconds) {
+  const std::filesystem::path library = path(plugin, "plugin");
+  const auto device = static_cast<int>(integer(index, "index", 0, std::numeric_limits<int32_t>::max()));
   require_seconds(seconds);
   qwen2vl_limits limits;
   {
     py::gil_scoped_release release;
-    limits = measure_plugin_limits(open_plugin(plugin), index, seconds);
+    limits = measure_plugin_limits(open_plugin(library), device, seconds);
   }
   py::dict result;
   result["int8_ops_per_s"] = limits.float_ops;  // whatever 8 bits are stored in, products are of 16

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/thread_pool.h"
+#include "bindings/arguments.h"
 #include "bindings/bindings.h"
 
 namespace qwen2vl::bindings {
@@ -15,10 +16,10 @@ namespace {
 // hand-out nor the last piece counts.
 constexpr int64_t kValuesPerPiece = 1 << 18;
 
-const DTypeTraits& type_named(const std::string& name) {
-  const DTypeTraits* traits = find_dtype(name);
+const DTypeTraits& type_named(const py::str& name) {
+  const DTypeTraits* traits = find_dtype(text(name));
   if (traits == nullptr) {
-    throw std::invalid_argument("unknown type '" + name + "'; expected F32, F16, BF16, Q8_0, Q4_0 or Q6_K");
+    throw std::invalid_argument("unknown type " + shown(name) + "; expected " + dtype_names());
   }
   return *traits;
 }
@@ -51,21 +52,21 @@ void for_row_ranges(int64_t rows, int64_t cols, int n_threads, const Fn& fn) {
   pool.parallel_for(rows, grain, [&](int64_t begin, int64_t end, int) { fn(begin, end); });
 }
 
-py::array_t<uint8_t> quantize(const py::array& values, const std::string& type, int n_threads) {
-  if (n_threads < 0) throw std::invalid_argument("n_threads must not be negative");
+py::array_t<uint8_t> quantize(const py::array& values, const py::str& type, const py::object& n_threads) {
+  const int threads = thread_count(n_threads);
   const DTypeTraits& traits = type_named(type);
   const float* from = matrix<float>(values, "values");
   const int64_t rows = values.shape(0), cols = values.shape(1);
   const int64_t bytes = row_bytes(traits.type, cols);
   py::array_t<uint8_t> out({rows, bytes});
   uint8_t* to = out.mutable_data();
-  for_row_ranges(rows, cols, n_threads, [&](int64_t begin, int64_t end) {
+  for_row_ranges(rows, cols, threads, [&](int64_t begin, int64_t end) {
     quantize_rows(traits.type, from + begin * cols, end - begin, cols, to + begin * bytes);
   });
   return out;
 }
 
-py::array_t<float> dequantize(const py::array& data, const std::string& type) {
+py::array_t<float> dequantize(const py::array& data, const py::str& type) {
   const DTypeTraits& traits = type_named(type);
   const uint8_t* from = matrix<uint8_t>(data, "data");
   const int64_t rows = data.shape(0), bytes = data.shape(1);
@@ -96,7 +97,7 @@ void register_quantize(py::module_& m) {
         "uint8 [rows, row_bytes] -> float32 [rows, cols].");
   m.def(
       "block_layout",
-      [](const std::string& type) {
+      [](const py::str& type) {
         const DTypeTraits& traits = type_named(type);
         return std::pair(traits.block_elements, traits.block_bytes);
       },

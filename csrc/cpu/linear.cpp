@@ -25,6 +25,9 @@ constexpr int64_t kMostPanelsPerTask = 16;
 // Columns of a mean per task.
 constexpr int64_t kColumnsPerTask = 256;
 
+// Of a file that are read at a time: they stay in a core's cache until they are packed.
+constexpr int64_t kBytesPerRead = 256 << 10;
+
 PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& ctx) {
   PackedLinear::Part part;
   part.column = column;
@@ -32,12 +35,16 @@ PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& 
   part.storage = AlignedBuffer(part.matrix.panel_count() * part.matrix.panel_bytes);
   uint8_t* out = part.storage.data();
   part.matrix.data = out;
-  ctx.pool.parallel_for(part.matrix.panel_count(), 8, [&](int64_t begin, int64_t end, int) {
+  const int64_t source_bytes = kPanelRows * row_bytes(source.type, source.cols);  // of a panel
+  const int64_t panels = std::max<int64_t>(1, kBytesPerRead / source_bytes);
+  ctx.reserve_scratch(panels * source_bytes);
+  ctx.pool.parallel_for(part.matrix.panel_count(), panels, [&](int64_t begin, int64_t end, int thread) {
+    const int64_t rows = std::min(end * kPanelRows, source.rows) - begin * kPanelRows;
+    const uint8_t* read =
+        source.read_rows(begin * kPanelRows, rows, reinterpret_cast<uint8_t*>(ctx.scratch(thread)));
     for (int64_t p = begin; p < end; ++p)
-      pack_panel(source.type, source.data, source.rows, source.cols, p, out + p * part.matrix.panel_bytes);
+      pack_panel(source.type, read, rows, source.cols, p - begin, out + p * part.matrix.panel_bytes);
   });
-  if (source.file != nullptr)
-    source.file->mapping().release(source.data - source.file->mapping().bytes().data(), source.bytes());
   return part;
 }
 

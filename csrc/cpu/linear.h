@@ -33,7 +33,7 @@ struct PackedLinear {
   const float* bias_of(const Part& part) const { return bias.empty() ? nullptr : bias.data() + part.column; }
 };
 
-/// Repacks, in parallel, and gives the mapped source pages back. `name` is a literal.
+/// Reads and repacks, in parallel. `name` is a literal.
 PackedLinear pack_linear(std::string_view name, std::initializer_list<const LinearWeights*> layers,
                          Context& ctx);
 /// A matrix without bias (embedding, head).

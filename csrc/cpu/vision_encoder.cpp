@@ -37,10 +37,14 @@ PackedLinear pack_patch_embed(const VisionConfig& c, const VisionWeights& weight
   const int64_t plane = c.patch_size * c.patch_size, slice = c.in_channels * plane;
   std::vector<float> joined(c.embed_dim * c.patch_dim());
   std::vector<float> row(slice);
+  std::vector<uint8_t> room;
   for (int64_t frame = 0; frame < c.temporal_patch_size; ++frame) {
     const MatrixView& w = weights.patch_embed[frame];
+    const int64_t stride = row_bytes(w.type, slice);
+    room.resize(c.embed_dim * stride);
+    const uint8_t* stored = w.read_rows(0, c.embed_dim, room.data());
     for (int64_t d = 0; d < c.embed_dim; ++d) {
-      dequantize_row(w.type, w.data + d * row_bytes(w.type, slice), slice, row.data());
+      dequantize_row(w.type, stored + d * stride, slice, row.data());
       for (int64_t channel = 0; channel < c.in_channels; ++channel)
         std::memcpy(joined.data() + d * c.patch_dim() + (channel * c.temporal_patch_size + frame) * plane,
                     row.data() + channel * plane, plane * sizeof(float));
@@ -48,8 +52,7 @@ PackedLinear pack_patch_embed(const VisionConfig& c, const VisionWeights& weight
   }
   return pack_matrix(
       "image patch_embed",
-      {DType::F32, c.embed_dim, c.patch_dim(), reinterpret_cast<const uint8_t*>(joined.data()), nullptr},
-      ctx);
+      {DType::F32, c.embed_dim, c.patch_dim(), reinterpret_cast<const uint8_t*>(joined.data())}, ctx);
 }
 
 }  // namespace

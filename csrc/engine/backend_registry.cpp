@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "cpu/backend.h"
 #include "engine/plugin.h"
 #include "engine/plugin_backend.h"
@@ -36,7 +37,8 @@ DeviceName require_parsed(const std::string& name) {
   const std::optional<DeviceName> parsed = parse(name);
   if (!parsed)
     throw std::invalid_argument(
-        "device: expected cpu, cuda, cuda:N (its N-th device, from 0) or auto, found '" + name + "'");
+        "device: expected cpu, cuda, cuda:N (its N-th device, from 0) or auto, found '" + printable(name) +
+        "'");
   return *parsed;
 }
 
@@ -54,7 +56,7 @@ std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, Weights&& 
   if (static_cast<size_t>(index) >= devices.size()) {
     std::string there;
     for (size_t i = 0; i < devices.size(); ++i)
-      there += (i ? ", cuda:" : "cuda:") + std::to_string(i) + " (" + devices[i].name + ")";
+      there += (i ? ", cuda:" : "cuda:") + std::to_string(i) + " (" + plugin_text(devices[i].name) + ")";
     throw DeviceError("device cuda:" + std::to_string(index) + ": there is no such device, only " + there);
   }
   return make_plugin_backend(api, config, std::move(weights),

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -13,10 +14,10 @@ struct BackendOptions {
   std::string device =
       "cpu";  ///< "cpu", "cuda" (its first), "cuda:1", "auto" (cuda where it works, else cpu)
   Precision precision = Precision::Fast;
-  int n_threads = 0;          ///< of the CPU; 0: default_thread_count()
-  std::string isa;            ///< of the CPU; empty: the best one
-  std::string plugin;         ///< the library of the cuda backend; empty: none is installed
-  int64_t device_memory = 0;  ///< bytes of a device's memory that may be used; 0: what is free
+  int n_threads = 0;             ///< of the CPU; 0: default_thread_count()
+  std::string isa;               ///< of the CPU; empty: the best one
+  std::filesystem::path plugin;  ///< the library of the cuda backend; empty: none is installed
+  int64_t device_memory = 0;     ///< bytes of a device's memory that may be used; 0: what is free
 };
 
 struct ChosenBackend {

@@ -12,17 +12,17 @@
 
 namespace qwen2vl {
 
-ModelFiles open_model(const std::string& path, const std::string& mmproj) {
+ModelFiles open_model(const std::filesystem::path& path, const std::filesystem::path& mmproj) {
   std::vector<std::unique_ptr<gguf::File>> files;
   std::vector<const gguf::File*> views;
-  for (const std::string& p : {path, mmproj})
+  for (const std::filesystem::path& p : {path, mmproj})
     if (!p.empty()) views.push_back(files.emplace_back(std::make_unique<gguf::File>(p)).get());
   ModelConfig config = read_config(views);
   Weights weights = load_weights(std::move(files), config);
   return {std::move(config), std::move(weights)};
 }
 
-Model::Model(const std::string& path, const ModelOptions& options, const Progress& progress)
+Model::Model(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress)
     : precision_(options.backend.precision) {
   ModelFiles files = open_model(path, options.mmproj);
   config_ = std::move(files.config);

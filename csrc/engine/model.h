@@ -1,9 +1,11 @@
 #pragma once
 
+#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <string>
 
+#include "base/call_lock.h"
 #include "engine/backend_registry.h"
 #include "model/backend.h"
 #include "model/config.h"
@@ -18,27 +20,28 @@ struct ModelFiles {
 };
 
 /// `mmproj`: the vision tower's file where it is not in the model's own; empty: none.
-ModelFiles open_model(const std::string& path, const std::string& mmproj);
+ModelFiles open_model(const std::filesystem::path& path, const std::filesystem::path& mmproj);
 
 struct ModelOptions {
-  std::string mmproj;  ///< the vision tower's file where it is not in the model's own; empty: none
+  std::filesystem::path mmproj;  ///< the vision tower's file where it is not in the model's own; empty: none
   BackendOptions backend;
 };
 
-/// A loaded model. Threads may share it: calls of the backend go one at a time.
+/// A loaded model. Threads may share it: calls of the backend go one at a time. Error where one could never
+/// begin (CallLock): made by another's progress callback, or in a process that was forked during one.
 class Model {
  public:
-  Model(const std::string& path, const ModelOptions& options, const Progress& progress);
+  Model(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress);
 
   const ModelConfig& config() const { return config_; }
   Precision precision() const { return precision_; }
 
   /// Exclusive use of the backend for as long as the lock lives.
   struct Locked {
-    std::unique_lock<std::mutex> lock;
+    std::unique_lock<CallLock> lock;
     Backend& backend;
   };
-  Locked lock() { return {std::unique_lock(mutex_), *chosen_.backend}; }
+  Locked lock() { return {std::unique_lock(call_lock_), *chosen_.backend}; }
   const Backend& backend() const { return *chosen_.backend; }
   /// A warning to the user about where the model computes, or empty.
   std::string note() const { return chosen_.note.empty() ? backend().note() : chosen_.note; }
@@ -47,7 +50,7 @@ class Model {
   ModelConfig config_;
   Precision precision_;
   ChosenBackend chosen_;
-  std::mutex mutex_;
+  CallLock call_lock_;
 };
 
 }  // namespace qwen2vl

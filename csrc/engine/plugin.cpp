@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "base/error.h"
+#include "base/printable.h"
 
 #ifdef _WIN32
 #include <windows.h>
@@ -43,30 +44,27 @@ void* find_symbol(void* library, const char* name) { return dlsym(library, name)
 
 #endif
 
-std::string message_of(const qwen2vl_error& error) {
-  const char* end = std::find(std::begin(error.message), std::end(error.message), '\0');
-  return {error.message, end};
-}
-
 }  // namespace
 
-const qwen2vl_backend_api& open_plugin(const std::string& path) {
+const qwen2vl_backend_api& open_plugin(const std::filesystem::path& path) {
+  const std::string name = printable_path(path);
   // Absolute, so that the loader does not search its own folders for a bare name.
-  const auto file = std::filesystem::absolute(std::filesystem::path(std::u8string(path.begin(), path.end())));
   std::error_code ignored;
+  const std::filesystem::path file = std::filesystem::absolute(path, ignored);
   if (!std::filesystem::is_regular_file(file, ignored))
-    throw DeviceError(path + ": expected a plug-in library, found no such file");
+    throw DeviceError(name + ": expected a plug-in library, found no such file");
   std::string why;
   void* library = open_library(file, why);
-  if (library == nullptr) throw DeviceError(path + ": cannot be loaded: " + why);
+  if (library == nullptr)
+    throw DeviceError(name + ": cannot be loaded: " + printable(why, sizeof qwen2vl_error::message));
   const auto function =
       reinterpret_cast<qwen2vl_backend_function>(find_symbol(library, QWEN2VL_BACKEND_SYMBOL));
   if (function == nullptr)
-    throw DeviceError(path + ": not a plug-in: it exports no " + QWEN2VL_BACKEND_SYMBOL);
+    throw DeviceError(name + ": not a plug-in: it exports no " + QWEN2VL_BACKEND_SYMBOL);
   const qwen2vl_backend_api* api = function();
   if (api == nullptr || api->abi != QWEN2VL_BACKEND_ABI || api->size < sizeof(qwen2vl_backend_api))
     throw DeviceError(
-        path + ": a plug-in for another version of qwen2vl-q: expected interface " +
+        name + ": a plug-in for another version of qwen2vl-q: expected interface " +
         std::to_string(QWEN2VL_BACKEND_ABI) + " of " + std::to_string(sizeof(qwen2vl_backend_api)) +
         " bytes, found " +
         (api == nullptr ? "none" : std::to_string(api->abi) + " of " + std::to_string(api->size)));
@@ -93,7 +91,7 @@ qwen2vl_limits measure_plugin_limits(const qwen2vl_backend_api& api, int device,
 
 void check_plugin(int status, const qwen2vl_error& error) {
   if (status == QWEN2VL_OK) return;
-  const std::string message = message_of(error);
+  const std::string message = plugin_text(error.message);
   switch (status) {
     case QWEN2VL_INVALID:
       throw std::invalid_argument(message);

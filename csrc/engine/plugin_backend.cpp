@@ -103,9 +103,7 @@ class Handle {
   const std::vector<std::unique_ptr<gguf::File>>& files() const { return weights_.files; }
 
   /// The files' pages have been copied to where they are used.
-  void release_pages() const {
-    for (const auto& file : files()) file->mapping().release(0, file->mapping().bytes().size());
-  }
+  void release_pages() const { model_.release_pages(); }
 
   const qwen2vl_backend_api& api;
   qwen2vl_backend_handle* backend = nullptr;
@@ -172,7 +170,7 @@ class PluginBackend final : public Backend {
         has_vision_(config.vision.has_value()) {
     handle_->release_pages();
     read_info();
-    device_ = info_.device;
+    device_ = plugin_text(info_.device);
   }
 
   std::unique_ptr<KvCache> new_cache() const override { return std::make_unique<PluginKvCache>(handle_); }
@@ -231,7 +229,7 @@ class PluginBackend final : public Backend {
     stages.resize(std::clamp(count, 0, kMost));
     std::vector<StageRecord> records;
     for (const qwen2vl_stage& s : stages)
-      records.push_back({s.name, s.calls, s.seconds, {s.int8_ops, s.float_ops, s.bytes}});
+      records.push_back({plugin_text(s.name), s.calls, s.seconds, {s.int8_ops, s.float_ops, s.bytes}});
     return records;
   }
 
@@ -252,7 +250,7 @@ class PluginBackend final : public Backend {
   int n_threads() const override { return 0; }
   std::string note() const override {
     const std::lock_guard lock(info_mutex_);
-    return info_.note;
+    return plugin_text(info_.note);
   }
 
  private:
@@ -262,7 +260,7 @@ class PluginBackend final : public Backend {
     if (!has_vision_) throw std::invalid_argument("this model has no vision tower");
     const bool first = !vision_loaded_;
     if (first)
-      for (const auto& file : handle_->files()) file->mapping().require_unchanged();
+      for (const auto& file : handle_->files()) file->input().require_unchanged();
     Reporter reporter(progress);
     qwen2vl_error error{};
     const Handle::Turn turn(*handle_);

@@ -6,40 +6,9 @@
 namespace qwen2vl {
 namespace {
 
-qwen2vl_matrix to_c(const MatrixView& m) { return {static_cast<uint32_t>(m.type), m.rows, m.cols, m.data}; }
-
 qwen2vl_vector to_c(const Vector& v) { return {v.data(), static_cast<int64_t>(v.size())}; }
 
-qwen2vl_linear to_c(const LinearWeights& w) { return {to_c(w.weight), to_c(w.bias)}; }
-
 qwen2vl_norm to_c(const NormWeights& w) { return {to_c(w.weight), to_c(w.bias)}; }
-
-qwen2vl_decoder_layer to_c(const DecoderLayerWeights& w) {
-  qwen2vl_decoder_layer layer{};
-  layer.input_layernorm = to_c(w.input_layernorm);
-  layer.q_proj = to_c(w.q_proj);
-  layer.k_proj = to_c(w.k_proj);
-  layer.v_proj = to_c(w.v_proj);
-  layer.o_proj = to_c(w.o_proj);
-  layer.post_attention_layernorm = to_c(w.post_attention_layernorm);
-  layer.gate_proj = to_c(w.gate_proj);
-  layer.up_proj = to_c(w.up_proj);
-  layer.down_proj = to_c(w.down_proj);
-  return layer;
-}
-
-qwen2vl_vision_block to_c(const VisionBlockWeights& w) {
-  qwen2vl_vision_block block{};
-  block.norm1 = to_c(w.norm1);
-  block.q = to_c(w.q);
-  block.k = to_c(w.k);
-  block.v = to_c(w.v);
-  block.proj = to_c(w.proj);
-  block.norm2 = to_c(w.norm2);
-  block.fc1 = to_c(w.fc1);
-  block.fc2 = to_c(w.fc2);
-  return block;
-}
 
 qwen2vl_text to_c(const TextConfig& c) {
   qwen2vl_text text{};
@@ -76,24 +45,63 @@ qwen2vl_vision to_c(const VisionConfig& c) {
 }  // namespace
 
 PluginModel::PluginModel(const ModelConfig& config, const Weights& weights) {
-  for (const DecoderLayerWeights& layer : weights.text.layers) layers_.push_back(to_c(layer));
+  for (const auto& file : weights.files)
+    mappings_.emplace(file.get(), std::make_unique<MappedFile>(file->input()));
+  for (const DecoderLayerWeights& layer : weights.text.layers) layers_.push_back(decoder_layer(layer));
   model_.text = to_c(config.text);
-  model_.text.embed_tokens = to_c(weights.text.embed_tokens);
+  model_.text.embed_tokens = matrix(weights.text.embed_tokens);
   model_.text.layers = layers_.data();
   model_.text.norm = to_c(weights.text.norm);
-  if (weights.text.lm_head) model_.text.lm_head = to_c(*weights.text.lm_head);
+  if (weights.text.lm_head) model_.text.lm_head = matrix(*weights.text.lm_head);
   if (!config.vision) return;
 
   const VisionWeights& tower = *weights.vision;
-  for (const VisionBlockWeights& block : tower.blocks) blocks_.push_back(to_c(block));
+  for (const VisionBlockWeights& block : tower.blocks) blocks_.push_back(vision_block(block));
   vision_ = to_c(*config.vision);
   for (size_t frame = 0; frame < std::size(tower.patch_embed); ++frame)
-    vision_.patch_embed[frame] = to_c(tower.patch_embed[frame]);
+    vision_.patch_embed[frame] = matrix(tower.patch_embed[frame]);
   vision_.blocks = blocks_.data();
   vision_.ln_q = to_c(tower.ln_q);
-  vision_.mlp_0 = to_c(tower.mlp_0);
-  vision_.mlp_2 = to_c(tower.mlp_2);
+  vision_.mlp_0 = linear(tower.mlp_0);
+  vision_.mlp_2 = linear(tower.mlp_2);
   model_.vision = &vision_;
+}
+
+void PluginModel::release_pages() const {
+  for (const auto& [file, mapping] : mappings_) mapping->release();
+}
+
+qwen2vl_matrix PluginModel::matrix(const MatrixView& m) const {
+  return {static_cast<uint32_t>(m.type), m.rows, m.cols, mappings_.at(m.file)->bytes().data() + m.offset};
+}
+
+qwen2vl_linear PluginModel::linear(const LinearWeights& w) const { return {matrix(w.weight), to_c(w.bias)}; }
+
+qwen2vl_decoder_layer PluginModel::decoder_layer(const DecoderLayerWeights& w) const {
+  qwen2vl_decoder_layer layer{};
+  layer.input_layernorm = to_c(w.input_layernorm);
+  layer.q_proj = linear(w.q_proj);
+  layer.k_proj = linear(w.k_proj);
+  layer.v_proj = linear(w.v_proj);
+  layer.o_proj = linear(w.o_proj);
+  layer.post_attention_layernorm = to_c(w.post_attention_layernorm);
+  layer.gate_proj = linear(w.gate_proj);
+  layer.up_proj = linear(w.up_proj);
+  layer.down_proj = linear(w.down_proj);
+  return layer;
+}
+
+qwen2vl_vision_block PluginModel::vision_block(const VisionBlockWeights& w) const {
+  qwen2vl_vision_block block{};
+  block.norm1 = to_c(w.norm1);
+  block.q = linear(w.q);
+  block.k = linear(w.k);
+  block.v = linear(w.v);
+  block.proj = linear(w.proj);
+  block.norm2 = to_c(w.norm2);
+  block.fc1 = linear(w.fc1);
+  block.fc2 = linear(w.fc2);
+  return block;
 }
 
 }  // namespace qwen2vl

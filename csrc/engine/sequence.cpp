@@ -48,10 +48,11 @@ Prompt::Prompt(const ModelConfig& config, std::vector<int32_t> token_ids, std::v
 
 Sequence::Sequence(std::shared_ptr<Model> model, int64_t n_ctx) : model_(std::move(model)), n_ctx_(n_ctx) {
   if (n_ctx < 1) throw std::invalid_argument("n_ctx: expected 1 or more, found " + std::to_string(n_ctx));
-  cache_ = model_->backend().new_cache();
+  cache_ = model_->lock().backend.new_cache();
 }
 
 int64_t Sequence::reuse(const Prompt& prompt) {
+  const Model::Locked locked = model_->lock();
   const int64_t limit = std::min(size(), prompt.size() - 1);
   int64_t common = 0;
   while (common < limit && cells_[common] == prompt.cells()[common]) ++common;

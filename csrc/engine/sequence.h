@@ -49,6 +49,7 @@ class Prompt {
 };
 
 /// One conversation: a KV cache and what stands in it. A call that is cancelled leaves whole cells only.
+/// Calls on one must not overlap.
 class Sequence {
  public:
   Sequence(std::shared_ptr<Model> model, int64_t n_ctx);

@@ -107,7 +107,7 @@ uint32_t read_version(Cursor& in, const std::string& path) {
   in.need(4, 1, "bytes of magic");
   std::string magic(4, '\0');
   for (char& c : magic) c = in.get<char>();
-  if (magic != "GGUF") in.fail("not a GGUF file: expected it to start with 'GGUF', found ", quoted(magic));
+  if (magic != "GGUF") in.fail("not a GGUF file: expected it to start with 'GGUF', found ", in_quotes(magic));
   const auto version = in.get<uint32_t>();
   if (version != 0 && (version & 0xffff) == 0) {
     throw UnsupportedError(path + ": header: a big-endian GGUF file; expected little-endian");
@@ -136,10 +136,10 @@ uint64_t read_alignment(Cursor& in, const Value* value) {
   return *number;
 }
 
-/// A tensor's entry; `data` is still null and `offset` still counts from the start of the data.
-Tensor read_tensor(Cursor& in) {
-  Tensor tensor{read_name(in), 0, {}, nullptr, 0, 0};
-  in.enter("tensor " + quoted(tensor.name));
+/// A tensor's entry; `offset` still counts from the start of the data.
+Tensor read_tensor(Cursor& in, const std::string& path) {
+  Tensor tensor{read_name(in), 0, {}, 0, 0};
+  in.enter("tensor " + in_quotes(tensor.name));
   const auto n_dims = in.get<uint32_t>();
   if (n_dims < 1 || n_dims > 4) in.fail("expected 1 to 4 dimensions, found ", n_dims);
   uint64_t elements = 1;
@@ -153,6 +153,10 @@ Tensor read_tensor(Cursor& in) {
   }
   tensor.type = in.get<uint32_t>();
   const StorageType* type = find_storage_type(tensor.type);
+  if (const std::string_view name = withdrawn_type(tensor.type); !name.empty()) {
+    throw UnsupportedError(path + ": tensor " + in_quotes(tensor.name) + ": stored as " + std::string(name) +
+                           ", which GGUF has withdrawn");
+  }
   if (type == nullptr) in.fail("expected a tensor type of GGUF, found ", static_cast<int32_t>(tensor.type));
   const auto row = static_cast<uint64_t>(tensor.shape.back());
   if (row % type->block_elements != 0) {
@@ -232,7 +236,7 @@ T look_up(const File& file, std::string_view key, const char* expected,
   if (value == nullptr && fallback) return *std::move(fallback);
   std::optional<T> converted = value == nullptr ? std::nullopt : convert(*value);
   if (!converted) {
-    throw FormatError(file.path() + ": key " + quoted(key) + ": expected " + expected + ", found " +
+    throw FormatError(file.path() + ": key " + in_quotes(key) + ": expected " + expected + ", found " +
                       (value == nullptr ? "no such key" : kind_name(*value)));
   }
   return *std::move(converted);
@@ -240,9 +244,9 @@ T look_up(const File& file, std::string_view key, const char* expected,
 
 }  // namespace
 
-File::File(const std::string& path) : path_(path), mapping_(std::make_unique<MappedFile>(path)) {
-  Cursor in(path_, mapping_->bytes());
-  version_ = read_version(in, path_);
+File::File(const std::filesystem::path& path) : input_(path) {
+  Cursor in(input_, header_);
+  version_ = read_version(in, this->path());
   const auto n_tensors =
       read_count(in, 32, "tensors");             // name length, a dimension count and size, type, offset
   const auto n_kv = read_count(in, 13, "keys");  // key length, value type, a one-byte value
@@ -252,7 +256,7 @@ File::File(const std::string& path) : path_(path), mapping_(std::make_unique<Map
   for (uint64_t i = 0; i < n_kv; ++i) {
     in.enter("key number " + std::to_string(i));
     const auto key = read_name(in);
-    in.enter("key " + quoted(key));
+    in.enter("key " + in_quotes(key));
     if (!metadata_index_.emplace(key, metadata_.size()).second) in.fail("the key occurs twice");
     metadata_.emplace_back(key, read_value(in, &elements_left));
   }
@@ -261,15 +265,20 @@ File::File(const std::string& path) : path_(path), mapping_(std::make_unique<Map
   tensors_.reserve(n_tensors);
   for (uint64_t i = 0; i < n_tensors; ++i) {
     in.enter("tensor number " + std::to_string(i));
-    tensors_.push_back(read_tensor(in));
+    tensors_.push_back(read_tensor(in, this->path()));
     if (!tensor_index_.emplace(tensors_.back().name, i).second) in.fail("the tensor occurs twice");
   }
+  place_tensors(in);
+  require_apart();
+}
 
-  const uint64_t file_bytes = mapping_->bytes().size();
+/// Makes the tensors' offsets count from the start of the file.
+void File::place_tensors(Cursor& in) {
+  const uint64_t file_bytes = input_.size();
   const uint64_t data_begin = (in.position() + alignment_ - 1) / alignment_ * alignment_;
   const uint64_t data_bytes = file_bytes - std::min(data_begin, file_bytes);
   for (Tensor& tensor : tensors_) {
-    in.enter("tensor " + quoted(tensor.name));
+    in.enter("tensor " + in_quotes(tensor.name));
     if (tensor.offset % alignment_ != 0) {
       in.fail("expected an offset that is a multiple of ", alignment_, ", found ", tensor.offset);
     }
@@ -278,7 +287,22 @@ File::File(const std::string& path) : path_(path), mapping_(std::make_unique<Map
               data_bytes, " bytes long: the file is cut short or damaged");
     }
     tensor.offset += data_begin;
-    tensor.data = mapping_->bytes().data() + tensor.offset;
+  }
+}
+
+/// Tensors that share bytes would make a small file large in memory.
+void File::require_apart() const {
+  std::vector<const Tensor*> order;
+  for (const Tensor& tensor : tensors_) order.push_back(&tensor);
+  std::sort(order.begin(), order.end(),
+            [](const Tensor* a, const Tensor* b) { return a->offset < b->offset; });
+  for (size_t i = 1; i < order.size(); ++i) {
+    const Tensor &before = *order[i - 1], &after = *order[i];
+    if (after.offset - before.offset < before.data_bytes) {
+      throw FormatError(path() + ": tensor " + in_quotes(after.name) +
+                        ": expected data of its own, found it within that of tensor " +
+                        in_quotes(before.name));
+    }
   }
 }
 

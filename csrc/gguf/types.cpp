@@ -7,7 +7,6 @@ namespace qwen2vl::gguf {
 namespace {
 
 // The sizes are those of GGML_QUANT_SIZES in the Python package gguf (tests/test_gguf_reader.py compares).
-// The numbers left out belonged to types that GGUF has withdrawn.
 constexpr StorageType kTypes[] = {
     {0, "F32", 1, 4},         {1, "F16", 1, 2},         {2, "Q4_0", 32, 18},      {3, "Q4_1", 32, 20},
     {6, "Q5_0", 32, 22},      {7, "Q5_1", 32, 24},      {8, "Q8_0", 32, 34},      {9, "Q8_1", 32, 40},
@@ -20,12 +19,28 @@ constexpr StorageType kTypes[] = {
     {40, "NVFP4", 64, 36},    {41, "Q1_0", 128, 18},
 };
 
+struct Withdrawn {
+  uint32_t number;
+  std::string_view name;
+};
+
+constexpr Withdrawn kWithdrawn[] = {
+    {4, "Q4_2"},      {5, "Q4_3"},        {31, "Q4_0_4_4"},   {32, "Q4_0_4_8"},
+    {33, "Q4_0_8_8"}, {36, "IQ4_NL_4_4"}, {37, "IQ4_NL_4_8"}, {38, "IQ4_NL_8_8"},
+};
+
 }  // namespace
 
 const StorageType* find_storage_type(uint32_t number) {
   const auto* found = std::find_if(std::begin(kTypes), std::end(kTypes),
                                    [&](const auto& type) { return type.number == number; });
   return found == std::end(kTypes) ? nullptr : found;
+}
+
+std::string_view withdrawn_type(uint32_t number) {
+  const auto* found = std::find_if(std::begin(kWithdrawn), std::end(kWithdrawn),
+                                   [&](const auto& type) { return type.number == number; });
+  return found == std::end(kWithdrawn) ? std::string_view() : found->name;
 }
 
 }  // namespace qwen2vl::gguf

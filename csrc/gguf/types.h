@@ -16,4 +16,7 @@ struct StorageType {
 /// Every type that GGUF defines, computed with here or not; nullptr for a number that stands for none.
 const StorageType* find_storage_type(uint32_t number);
 
+/// The name of a type that GGUF once defined; empty for any other number.
+std::string_view withdrawn_type(uint32_t number);
+
 }  // namespace qwen2vl::gguf

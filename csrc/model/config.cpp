@@ -4,6 +4,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/printable.h"
 
 namespace qwen2vl {
 namespace {
@@ -92,7 +93,10 @@ TextConfig read_text_config(const gguf::File& file) {
     const auto* array = std::get_if<gguf::Array>(value);
     const auto* tokens = array ? std::get_if<std::vector<std::string_view>>(array) : nullptr;
     require(tokens != nullptr, file, "key 'tokenizer.ggml.tokens' is not an array of strings");
-    const int64_t n = std::min<int64_t>(c.vocab_size, static_cast<int64_t>(tokens->size()));
+    const auto n = static_cast<int64_t>(tokens->size());
+    require(n <= c.vocab_size, file,
+            "key 'tokenizer.ggml.tokens': expected at most " + std::to_string(c.vocab_size) +
+                " tokens, the rows of token_embd.weight, found " + std::to_string(n));
     for (int64_t i = 0; i < n; ++i) {
       if ((*tokens)[i] == "<|image_pad|>") c.image_token_id = i;
       if ((*tokens)[i] == "<|video_pad|>") c.video_token_id = i;
@@ -106,7 +110,7 @@ VisionConfig read_vision_config(const gguf::File& file, const TextConfig& text) 
   const std::string_view projector = file.get_string("clip.projector_type", "");
   if (projector != "qwen2vl_merger")
     throw UnsupportedError(where(file) + "key 'clip.projector_type': expected 'qwen2vl_merger', found '" +
-                           std::string(projector) + "'");
+                           printable(projector) + "'");
   c.embed_dim = checked_size(file, "clip.vision.embedding_length", 1, kMaxWidth);
   c.depth = checked_size(file, "clip.vision.block_count", 1, kMaxLayers);
   c.num_heads = checked_size(file, "clip.vision.attention.head_count", 1, 4096);
@@ -160,7 +164,7 @@ ModelConfig read_config(std::span<const gguf::File* const> files) {
   const std::string_view architecture = text_file.get_string("general.architecture", "");
   if (architecture != "qwen2vl") {
     std::string message =
-        where(text_file) + "expected the architecture 'qwen2vl', found '" + std::string(architecture) + "'";
+        where(text_file) + "expected the architecture 'qwen2vl', found '" + printable(architecture) + "'";
     if (architecture == "clip")
       message += " (this is a vision tower: pass the language model's file, and this one as mmproj)";
     throw UnsupportedError(message);
@@ -175,7 +179,7 @@ ModelConfig read_config(std::span<const gguf::File* const> files) {
   if (files.size() > 1 && !config.vision)
     throw FormatError(where(*files[1]) +
                       "expected a vision tower (key 'clip.projector_type'), found architecture '" +
-                      std::string(files[1]->get_string("general.architecture", "")) + "'");
+                      printable(files[1]->get_string("general.architecture", "")) + "'");
   return config;
 }
 

@@ -7,11 +7,10 @@
 namespace qwen2vl {
 
 int64_t vision_cells(const GridTHW& grid, const VisionConfig& config) {
-  constexpr int64_t kMaxPatches = int64_t{1} << 24;
   const int64_t merge = config.spatial_merge_size;
   const bool positive = grid.t >= 1 && grid.h >= 1 && grid.w >= 1;
-  const bool bounded = positive && grid.t <= kMaxPatches && grid.h <= kMaxPatches / grid.t &&
-                       grid.w <= kMaxPatches / (grid.t * grid.h);
+  const bool bounded = positive && grid.t <= kMostPatches && grid.h <= kMostPatches / grid.t &&
+                       grid.w <= kMostPatches / (grid.t * grid.h);
   if (!bounded || grid.h % merge != 0 || grid.w % merge != 0)
     throw std::invalid_argument("grid_thw: expected positive sizes with h and w multiples of " +
                                 std::to_string(merge) + " and at most 2^24 patches, found (" +

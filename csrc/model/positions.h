@@ -9,6 +9,9 @@
 
 namespace qwen2vl {
 
+/// Of a vision item, far above any context.
+inline constexpr int64_t kMostPatches = int64_t{1} << 24;
+
 /// Size of a vision item in patches: frames / temporal_patch_size, height / patch_size, width / patch_size.
 struct GridTHW {
   int64_t t = 1, h = 0, w = 0;

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "gguf/types.h"
 #include "quant/quantize.h"
 
 namespace qwen2vl {
@@ -31,8 +32,10 @@ class Loader {
 
   Vector vector(const std::string& name, int64_t size) {
     const MatrixView v = view(name, {size}, 1, size);
-    Vector out(v.data ? size : 0);
-    if (v.data) dequantize_row(v.type, v.data, size, out.data());
+    if (v.file == nullptr) return {};
+    std::vector<uint8_t> stored(row_bytes(v.type, size));
+    Vector out(size);
+    dequantize_row(v.type, v.read_rows(0, 1, stored.data()), size, out.data());
     return out;
   }
 
@@ -48,6 +51,7 @@ class Loader {
   }
 
   void finish() const {
+    if (problems_.empty() && !not_computed_.empty()) throw UnsupportedError(not_computed_);
     if (problems_.empty()) return;
     constexpr size_t kShown = 40;
     std::string text = files_[0]->path() + ": " + std::to_string(problems_.size()) +
@@ -71,15 +75,18 @@ class Loader {
     }
     const DTypeTraits* traits = find_dtype(found.tensor->type);
     if (traits == nullptr) {
-      problems_.push_back(name + ": its type (GGUF number " + std::to_string(found.tensor->type) +
-                          ") is not one that can be computed with");
+      if (not_computed_.empty())
+        not_computed_ = found.file->path() + ": " + name + ": stored as " +
+                        std::string(gguf::find_storage_type(found.tensor->type)->name) +
+                        ", which is not computed; computed are " + dtype_names();
       return {};
     }
-    return {traits->type, rows, cols, found.tensor->data, found.file};
+    return {traits->type, rows, cols, nullptr, found.file, found.tensor->offset};
   }
 
   std::span<const gguf::File* const> files_;
   std::vector<std::string> problems_;
+  std::string not_computed_;  // the complaint about the first tensor of a type that is not
 };
 
 TextWeights load_text(Loader& load, const TextConfig& c) {
@@ -129,6 +136,13 @@ VisionWeights load_vision(Loader& load, const VisionConfig& c) {
 }
 
 }  // namespace
+
+const uint8_t* MatrixView::read_rows(int64_t begin, int64_t n, uint8_t* room) const {
+  const int64_t stride = row_bytes(type, cols);
+  if (data != nullptr) return data + begin * stride;
+  file->input().read(offset + static_cast<uint64_t>(begin * stride), {room, static_cast<size_t>(n * stride)});
+  return room;
+}
 
 Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config) {
   std::vector<const gguf::File*> views;

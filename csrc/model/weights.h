@@ -12,15 +12,19 @@
 
 namespace qwen2vl {
 
-/// A weight matrix [rows = out_features, cols = in_features] in a mapped file, in GGUF's row-major blocks.
+/// A weight matrix [rows = out_features, cols = in_features] in GGUF's row-major blocks, in a file or in
+/// memory.
 struct MatrixView {
   DType type = DType::F32;
   int64_t rows = 0;
   int64_t cols = 0;
-  const uint8_t* data = nullptr;
-  const gguf::File* file = nullptr;  ///< whose pages can be given back once the matrix is copied
+  const uint8_t* data = nullptr;     ///< where it lies in memory, else nullptr
+  const gguf::File* file = nullptr;  ///< in which it starts at `offset`
+  uint64_t offset = 0;
 
-  int64_t bytes() const { return rows * row_bytes(type, cols); }
+  /// Rows [begin, begin + n): where they lie in memory, or read from the file into `room`, which has place
+  /// for them.
+  const uint8_t* read_rows(int64_t begin, int64_t n, uint8_t* room) const;
 };
 
 using Vector = std::vector<float>;  ///< norms and biases, always float32
@@ -69,13 +73,13 @@ struct VisionWeights {
 };
 
 struct Weights {
-  std::vector<std::unique_ptr<gguf::File>> files;  ///< that the matrices point into
+  std::vector<std::unique_ptr<gguf::File>> files;  ///< that the matrices lie in
   TextWeights text;
   std::optional<VisionWeights> vision;
 };
 
 /// Views of every tensor of `files` that the configuration asks for. One FormatError lists all tensors that
-/// are missing, misshapen or of a type that cannot be computed with.
+/// are missing or misshapen; UnsupportedError names one of a type that cannot be computed with.
 Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config);
 
 }  // namespace qwen2vl

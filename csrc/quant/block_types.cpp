@@ -38,6 +38,12 @@ const DTypeTraits* find_dtype(std::string_view name) {
   });
 }
 
+std::string dtype_names() {
+  std::string names;
+  for (const DTypeTraits& traits : kTraits) names += (names.empty() ? "" : ", ") + std::string(traits.name);
+  return names;
+}
+
 const DTypeTraits& dtype_traits(DType type) {
   const DTypeTraits* traits = find_dtype(static_cast<uint32_t>(type));
   if (traits == nullptr) {

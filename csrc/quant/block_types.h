@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 namespace qwen2vl {
@@ -29,6 +30,9 @@ const DTypeTraits* find_dtype(uint32_t gguf_type);
 
 /// The traits of a type by name (any case), or nullptr.
 const DTypeTraits* find_dtype(std::string_view name);
+
+/// Every type's name, for messages: "F32, F16, ...".
+std::string dtype_names();
 
 const DTypeTraits& dtype_traits(DType type);
 

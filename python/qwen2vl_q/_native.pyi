@@ -1,13 +1,17 @@
 """Types of the native core (csrc/bindings)."""
 
+import os
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 __version__: str
+
+# As the system takes it: bytes that are not UTF-8 are kept. ValueError: a NUL.
+_Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 class Error(Exception):
     """Base of the errors raised by the library."""
@@ -37,11 +41,11 @@ def measure_limits(isa: str = "", n_threads: int = 0, seconds: float = 0.5) -> d
     UnsupportedError: an instruction set that this build or processor lacks.
     """
 
-def plugin_devices(plugin: str) -> list[dict[str, Any]]:
+def plugin_devices(plugin: _Path) -> list[dict[str, Any]]:
     """Devices that a plug-in library finds: name, total_bytes, free_bytes, compute_capability (90 for 9.0),
     multiprocessors. DeviceError, saying why, where there are none or the library is no plug-in."""
 
-def measure_device_limits(plugin: str, index: int = 0, seconds: float = 0.5) -> dict[str, float]:
+def measure_device_limits(plugin: _Path, index: int = 0, seconds: float = 0.5) -> dict[str, float]:
     """What a plug-in's device can do at most in a second: the keys of `measure_limits`, int8_ops_per_s being
     float_ops_per_s (of bf16 matrix products). ValueError: an argument out of range; DeviceError."""
 
@@ -82,9 +86,9 @@ class TensorInfo:
     def n_bytes(self) -> int: ...
 
 class GgufFile:
-    """A checked, memory-mapped GGUF file."""
+    """A checked GGUF file, kept open; what is read after it was cut short raises Error."""
 
-    def __init__(self, path: str) -> None: ...
+    def __init__(self, path: _Path) -> None: ...
     @property
     def version(self) -> int: ...
     @property
@@ -113,26 +117,27 @@ def read_config(path: str, mmproj: str | None = None) -> dict[str, Any]:
 class Model:
     """Weights on a backend: the CPU's, or a plug-in's.
 
-    Calls are thread-safe (one runs at a time) and release the GIL.
+    Calls are thread-safe (one runs at a time) and release the GIL. Error: one made by another's callback, or
+    in a process that was forked during one; any other forked process may go on with the model.
 
     Ctrl-C (KeyboardInterrupt) during a call cancels it between layers; sequences stay consistent.
     """
 
     def __init__(
         self,
-        path: str,
-        mmproj: str | None = None,
+        path: _Path,
+        mmproj: _Path | None = None,
         n_threads: int = 0,
         precision: Literal["fast", "exact"] = "fast",
         isa: str = "",
         progress: Progress | None = None,
         device: str = "cpu",
-        plugin: str | None = None,
+        plugin: _Path | None = None,
         device_memory: int = 0,
     ) -> None:
         """device: "cpu", "cuda" (the first), "cuda:N" or "auto" (cuda where it works, else the CPU). plugin:
         the library with the cuda backend; None: there is none. device_memory: bytes of the device's memory
-        that may be used; 0: what is free."""
+        that may be used; 0: what is free. Error: n_threads is more than the system gives."""
     @property
     def device(self) -> str:
         """ "cpu", or the device's own name."""
@@ -199,7 +204,8 @@ class Prompt:
     def __len__(self) -> int: ...
 
 class SequenceState:
-    """One conversation's KV cache. Cells are filled in order and can be cut back."""
+    """One conversation's KV cache. Cells are filled in order and can be cut back. Calls go one at a time, as
+    those of its model; from a callback of its own they raise Error."""
 
     def __init__(self, model: Model, n_ctx: int) -> None: ...
     @property

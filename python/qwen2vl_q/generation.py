@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,6 +44,19 @@ class Prepared:
     ends: list[int]  # of each image, one past its last pad token
 
 
+class _Call:
+    """What one call of `generate` has taken so far."""
+
+    def __init__(self, stats: GenerationStats) -> None:
+        self.stats = stats
+
+    def count(self, **increments: float) -> None:
+        counted: dict[str, Any] = {
+            name: getattr(self.stats, name) + value for name, value in increments.items()
+        }
+        self.stats = replace(self.stats, **counted)
+
+
 class Generation:
     """Owns the KV cache and the images' embeddings; `lock` lets one thread at them at a time."""
 
@@ -53,20 +68,23 @@ class Generation:
         self._processor = processor
         self._n_ctx = n_ctx
         self.lock = threading.RLock()
-        self._turn = 0  # counts the calls that have used the cache
-        self._stats = GenerationStats()
+        _alive.add(self)
+        self._call = _Call(GenerationStats())  # the one whose tokens the cache ends with
+        self._kv_bytes = 0
         self.reset()
 
     def reset(self) -> None:
         """Forgets the cache and the embeddings."""
         with self.lock:
-            self._turn += 1
             self._sequence = _native.SequenceState(self._native, self._n_ctx)
+            self._call = _Call(self._call.stats)  # the old one's cache is gone
+            self._kv_bytes = 0
             self._embeddings = EmbeddingCache(IMAGE_CACHE_BYTES)
 
     @property
     def stats(self) -> GenerationStats:
-        return replace(self._stats, kv_bytes=self._sequence.kv_bytes, peak_memory_bytes=peak_memory_bytes())
+        """Of the latest call; may be asked for while it computes."""
+        return replace(self._call.stats, kv_bytes=self._kv_bytes, peak_memory_bytes=peak_memory_bytes())
 
     def token_count(self, image: ProcessedImage) -> int:
         t, h, w = image.grid_thw
@@ -147,31 +165,30 @@ class Generation:
         progress: Progress | None,
     ) -> Iterator[tuple[int, str]]:
         with self.lock:
-            self._turn += 1
-            turn = self._turn
-            self._prefill(prepared, progress)
+            call = self._prefill(prepared, progress)
             start = perf_counter()
             token = self._sequence.sample(sampler)  # where a device's work ends
-            self._count(generated_tokens=1, prefill_seconds=perf_counter() - start)
+            call.count(generated_tokens=1, prefill_seconds=perf_counter() - start)
         for drawn in range(1, limit + 1):
             piece = text.push(token)
             if text.finished or drawn == limit:
-                self._stats = replace(self._stats, finish_reason="stop" if text.finished else cut)
+                call.stats = replace(call.stats, finish_reason="stop" if text.finished else cut)
                 yield token, piece
                 return
             yield token, piece
             with self.lock:
-                if turn != self._turn:
+                if call is not self._call:
                     raise Qwen2VLError("another call has taken over this model's cache; start this one again")
                 start = perf_counter()
                 self._sequence.accept(token)
+                self._kv_bytes = self._sequence.kv_bytes
                 token = self._sequence.sample(sampler)
-                self._count(generated_tokens=1, decode_seconds=perf_counter() - start)
+                call.count(generated_tokens=1, decode_seconds=perf_counter() - start)
 
-    def _prefill(self, prepared: Prepared, progress: Progress | None) -> None:
+    def _prefill(self, prepared: Prepared, progress: Progress | None) -> _Call:
         """Brings the cache to the prompt's end. What stops half-way leaves whole cells to use on."""
         kept = self._sequence.reuse(prepared.prompt)
-        self._stats = GenerationStats(prompt_tokens=len(prepared.prompt), reused_tokens=kept)
+        self._call = call = _Call(GenerationStats(prompt_tokens=len(prepared.prompt), reused_tokens=kept))
         embeddings: list[NDArray[np.float32] | None] = []
         for image, end in zip(prepared.images, prepared.ends, strict=True):
             if end <= kept:
@@ -181,16 +198,27 @@ class Generation:
             start = perf_counter()
             embeddings.append(self.embed(image, progress))
             if fresh:
-                self._count(image_tokens=self.token_count(image), encode_seconds=perf_counter() - start)
+                call.count(image_tokens=self.token_count(image), encode_seconds=perf_counter() - start)
         start = perf_counter()
-        self._sequence.prefill(prepared.prompt, embeddings, stage(progress, "prefill"))
-        self._count(prefill_seconds=perf_counter() - start)
+        try:
+            self._sequence.prefill(prepared.prompt, embeddings, stage(progress, "prefill"))
+        finally:
+            self._kv_bytes = self._sequence.kv_bytes
+        call.count(prefill_seconds=perf_counter() - start)
+        return call
 
-    def _count(self, **increments: float) -> None:
-        counted: dict[str, Any] = {
-            name: getattr(self._stats, name) + value for name, value in increments.items()
-        }
-        self._stats = replace(self._stats, **counted)
+
+# A lock that another thread holds at a fork would be held for ever in the child, where that thread is not.
+_alive: weakref.WeakSet[Generation] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for generation in _alive:
+        generation.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _runs(ids: NDArray[np.int32], token: int | None) -> tuple[list[int], list[int]]:

@@ -1,14 +1,17 @@
 #include <doctest/doctest.h>
 
 #include <cstdint>
+#include <filesystem>
 #include <limits>
+#include <memory>
 #include <new>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/aligned_buffer.h"
 #include "base/error.h"
-#include "base/mapped_file.h"
+#include "base/input_file.h"
 #include "temporary_folder.h"
 
 using namespace qwen2vl;
@@ -37,25 +40,64 @@ TEST_CASE("buffers are aligned, writable to the end, and move") {
   CHECK_THROWS_AS(AlignedBuffer(std::numeric_limits<size_t>::max() / 2), std::bad_alloc);
 }
 
-TEST_CASE("a mapped file shows its bytes, also after their pages were given back") {
-  const TemporaryFolder folder;
-  std::string content(300'000, '\0');
+namespace {
+
+std::string pattern(size_t bytes) {
+  std::string content(bytes, '\0');
   for (size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 2654435761u >> 24);
-  const MappedFile file(folder.write("data", content));
+  return content;
+}
+
+std::string read(const InputFile& file, uint64_t offset, size_t bytes) {
+  std::vector<uint8_t> out(bytes);
+  file.read(offset, out);
+  return {out.begin(), out.end()};
+}
+
+}  // namespace
+
+TEST_CASE("a mapped file shows its bytes, also after their pages were given back and its file was closed") {
+  const TemporaryFolder folder;
+  const std::string content = pattern(300'000);
+  auto file = std::make_unique<InputFile>(folder.write("data", content));
+  const MappedFile mapped(*file);
   const auto same = [&] {
-    return std::string(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()) == content;
+    return std::string(reinterpret_cast<const char*>(mapped.bytes().data()), mapped.bytes().size()) ==
+           content;
   };
   CHECK(same());
-  file.release(0, content.size());
-  file.release(5000, 100'000);
-  file.release(content.size() + 1, 7);
-  file.release(1, std::numeric_limits<size_t>::max());
+  mapped.release();
+  CHECK(same());
+  file.reset();
+  mapped.release();
   CHECK(same());
 }
 
-TEST_CASE("files that cannot be mapped") {
+TEST_CASE("a file is read in pieces, and told to have been cut short") {
   const TemporaryFolder folder;
-  CHECK(MappedFile(folder.write("empty", "")).bytes().empty());
-  CHECK_THROWS_AS(MappedFile(folder.path() + "/missing"), Error);
-  CHECK_THROWS_AS(MappedFile(folder.path()), Error);
+  const std::string content = pattern(300'000);
+  const std::string path = folder.write("data", content);
+  const InputFile file(path);
+  CHECK(file.size() == content.size());
+  CHECK(read(file, 0, content.size()) == content);
+  CHECK(read(file, 123'456, 7'000) == content.substr(123'456, 7'000));
+  CHECK(read(file, content.size(), 0).empty());
+  CHECK_THROWS_AS(read(file, content.size() - 1, 2), Error);
+  file.require_unchanged();
+#ifndef _WIN32
+  std::filesystem::resize_file(path, 200'000);
+  CHECK(read(file, 0, 200'000) == content.substr(0, 200'000));
+  CHECK_THROWS_WITH_AS(read(file, 199'999, 2),
+                       (path + ": the file has been changed since it was opened").c_str(), Error);
+  CHECK_THROWS_AS(file.require_unchanged(), Error);
+#endif
+}
+
+TEST_CASE("files that cannot be opened") {
+  const TemporaryFolder folder;
+  const InputFile empty(folder.write("empty", ""));
+  CHECK(empty.size() == 0);
+  CHECK(MappedFile(empty).bytes().empty());
+  CHECK_THROWS_AS(InputFile(folder.path() + "/missing"), Error);
+  CHECK_THROWS_AS(InputFile{folder.path()}, Error);
 }

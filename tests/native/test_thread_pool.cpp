@@ -10,6 +10,11 @@
 #include <thread>
 #include <vector>
 
+#ifndef _WIN32
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
 #include "base/cpu_count.h"
 #include "base/thread_pool.h"
 #include "temporary_folder.h"
@@ -99,6 +104,41 @@ TEST_CASE("an exception reaches the caller, stops the loop, and leaves the pool 
     CHECK(sum == 10);
   }
 }
+
+#ifndef _WIN32
+
+TEST_CASE("a forked process has threads of its own") {
+  ThreadPool pool(3);
+  const auto sum = [&] {
+    std::array<int64_t, 3> sums{};
+    std::atomic<int> arrived{0};
+    pool.parallel_for(3, 1, [&](int64_t begin, int64_t, int thread) {  // ends once three threads are in it
+      sums[static_cast<size_t>(thread)] = begin;
+      ++arrived;
+      while (arrived < 3) std::this_thread::yield();
+    });
+    return static_cast<int>(sums[0] + sums[1] + sums[2]);
+  };
+  const auto in_a_child = [](const auto& fn) {
+    const pid_t child = ::fork();
+    if (child == 0) {
+      ::alarm(30);
+      ::_exit(fn());
+    }
+    int status = 0;
+    return ::waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  };
+  CHECK(sum() == 3);
+  CHECK(in_a_child([&] { return sum() + sum() + in_a_child(sum); }) == 9);
+  CHECK(in_a_child([] { return (ThreadPool(2), 1); }) == 1);
+  CHECK(in_a_child([&] {
+          pool.~ThreadPool();  // waits for nobody
+          return 1;
+        }) == 1);
+  CHECK(sum() == 3);
+}
+
+#endif
 
 TEST_CASE("an idle pool uses no processor time") {
   ThreadPool pool(4);

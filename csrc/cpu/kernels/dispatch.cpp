@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "cpu/kernels/isa_kernels.h"
 
 #if defined(QWEN2VL_HAVE_AVX2) || defined(QWEN2VL_HAVE_AVX512)
@@ -157,7 +158,7 @@ const KernelTable& select_kernels(std::string_view isa) {
     if (table->isa == isa) return *table;
     names += (names.empty() ? "" : ", ") + std::string(table->isa);
   }
-  throw UnsupportedError("instruction set \"" + std::string(isa) + "\": this build and processor support " +
+  throw UnsupportedError("instruction set \"" + printable(isa) + "\": this build and processor support " +
                          names);
 }
 

@@ -31,7 +31,7 @@ void quantize_group(const float* x, int64_t n, int8_t* values, float* scale, int
   float maximum;
   memcpy(&maximum, &bits, sizeof maximum);
   const bool zeros = !finite || maximum < 1e-30f;
-  *scale = !finite ? __builtin_nanf("") : zeros ? 0.0f : maximum / 127.0f;
+  *scale = !finite ? NAN : zeros ? 0.0f : maximum / 127.0f;
   if (zeros) {
     memset(values, 0, static_cast<size_t>(n));
     *correction = 0;
@@ -160,13 +160,13 @@ void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_
       const Vec scale = source.scale(begin + b, s);
       scales[b * kParts + s] = scale;
       const Vec size = _mm512_and_ps(scale, magnitude);
-      finite &= _mm512_cmp_ps_mask(size, set1(__builtin_inff()), _CMP_LT_OQ);
+      finite &= _mm512_cmp_ps_mask(size, set1(INFINITY), _CMP_LT_OQ);
       maximum = max(size, maximum);
     }
   }
   const __mmask16 usable = finite & _mm512_cmp_ps_mask(maximum, set1(0.0f), _CMP_GT_OQ);
   const Vec inverse = _mm512_maskz_div_ps(usable, set1(kGroupMultiplier), maximum);
-  store(out_scales, _mm512_mask_mul_ps(set1(__builtin_nanf("")), finite, maximum, set1(Source::kUnit)));
+  store(out_scales, _mm512_mask_mul_ps(set1(NAN), finite, maximum, set1(Source::kUnit)));
   for (int64_t b = 0; b < blocks; ++b) {
     QWEN2VL_UNROLL
     for (int s = 0; s < kParts; ++s) {

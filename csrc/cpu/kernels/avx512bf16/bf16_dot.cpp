@@ -95,7 +95,7 @@ inline Vec exp2_coarse(Vec x) {
 
 /// Vectors of a row's largest elements: the largest of them is the row's.
 inline Vec row_maximum(const float* scores, int64_t n) {
-  const Vec lowest = set1(-__builtin_inff());
+  const Vec lowest = set1(-INFINITY);
   Vec m0 = lowest, m1 = lowest;
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
