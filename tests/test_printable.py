@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pytest
 
 from qwen2vl_q.printable import printable
@@ -14,11 +16,11 @@ from qwen2vl_q.printable import printable
         pytest.param(10**5000, "<int>", id="digits"),
     ],
 )
-def test_controls_are_escaped(value, expected):
+def test_controls_are_escaped(value: object, expected: str) -> None:
     assert printable(value) == expected
 
 
-def test_long_values_are_cut():
+def test_long_values_are_cut() -> None:
     assert printable("x" * 10**6, 5) == "xxxxx... (1000000 in all)"
     assert printable("x" * 5, 5) == "xxxxx"
     assert len(printable(list(range(10**5)))) < 150
