@@ -48,6 +48,10 @@ def test_tensors_of_other_names_and_types(own_checkpoint: Path, tmp_path: Path) 
     message = r"1 tensors .*: unexpected: model\.layers\.0\.lora_A \[2, 3\] in model\.safetensors$"
     with pytest.raises(FormatError, match=message):
         convert(own_checkpoint, tmp_path / "m.gguf")
+    tensors["x" * 5000] = tensors.pop("model.layers.0.lora_A")
+    write_safetensors(own_checkpoint / "model.safetensors", tensors)
+    with pytest.raises(FormatError, match=r"unexpected: x{80}\.\.\. \(5000 in all\) \[2, 3\] in"):
+        convert(own_checkpoint, tmp_path / "m.gguf")
     data = (write_checkpoint(tmp_path / "d", SPEC) / "model.safetensors").read_bytes()
     (own_checkpoint / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"I32"', 1))
     with pytest.raises(FormatError, match=r"type: model.embed_tokens.weight .* is I32, expected F32, F16 or"):
@@ -222,6 +226,10 @@ def index(text: str) -> Callable[[Path], object]:
         (link_out("x" * 300 + ".safetensors"), r"the same folder, found 'x+\.\.\. \(312 in all\)'"),
         (folder_in_place_of("model.safetensors"), "neither model.safetensors nor"),
         (link_out("model-2.safetensors"), "1 of 1 files are missing: model-2.safetensors"),
+        (
+            index(json.dumps({"weight_map": {str(i): f"{i:03}.safetensors" for i in range(500)}})),
+            r"500 of 500 files are missing: 000.safetensors, 001.safetensors, .*\.\.\. \(\d+ in all\)$",
+        ),
         (index("{}"), "expected an object 'weight_map'"),
         (remove("tokenizer.json"), "neither tokenizer.json nor vocab.json with merges.txt"),
         (edit_vocabulary(**{"": 1038}), r"tokenizer.json: expected a token and its id, found '': 1038"),
