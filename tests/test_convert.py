@@ -273,6 +273,15 @@ def test_names_of_models() -> None:
     assert not any(map(is_hub_id, ("model", "./a/b", "/a/b", "a/b/c", "../a", "~/b", "a/", "")))
 
 
+def test_special_ids_that_are_none(own_checkpoint: Path, tmp_path: Path) -> None:
+    edit_json(own_checkpoint / "tokenizer_config.json", pad_token=None, bos_token=None, eos_token=None)
+    edit_json(own_checkpoint / "config.json", bos_token_id=None, eos_token_id=1 << 40)
+    edit_json(own_checkpoint / "generation_config.json", pad_token_id=[True], bos_token_id=[1024, "x"])
+    convert(own_checkpoint, tmp_path / "m.gguf")
+    ids = {k: v for k, v in keys_of(tmp_path / "m.gguf").items() if k.endswith("_token_id")}
+    assert ids == {"tokenizer.ggml.bos_token_id": 1024}
+
+
 # --- tokenizer and template -----------------------------------------------------------------------------
 
 
@@ -325,5 +334,7 @@ def test_templates_from_each_place(own_checkpoint: Path, tmp_path: Path) -> None
         "tokenizer.chat_template": "a",
         "tokenizer.chat_template.tool_use": "b",
     }
+    edit_json(own_checkpoint / "tokenizer_config.json", chat_template=named[1:])
+    assert templates().keys() == {"tokenizer.chat_templates", "tokenizer.chat_template.tool_use"}
     edit_json(own_checkpoint / "tokenizer_config.json", chat_template=None)
     assert templates() == {}

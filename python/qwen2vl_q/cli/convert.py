@@ -35,9 +35,6 @@ def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) 
     return value
 
 
-_TYPES = click.Choice(FILE_TYPES, case_sensitive=False)
-
-
 @click.command(short_help="Convert a Hugging Face checkpoint to one GGUF file.")
 @click.argument("source", metavar="SRC")
 @click.argument(
@@ -46,14 +43,14 @@ _TYPES = click.Choice(FILE_TYPES, case_sensitive=False)
 @click.option(
     "--type",
     "type_",
-    type=_TYPES,
+    type=click.Choice(FILE_TYPES, case_sensitive=False),
     default="q4_0",
     show_default=True,
     help="Of the weights.",
 )
 @click.option(
     "--vision-type",
-    type=_TYPES,
+    type=click.Choice(FILE_TYPES, case_sensitive=False),
     help="Of the vision tower's weights.  [default: q8_0 in q4_0 files, else as --type]",
 )
 @click.option("--name", help="The model's name in the file.  [default: from SRC]")
