@@ -314,6 +314,7 @@ def test_a_cache_is_cut_and_goes_on(fake: Fake, tiny_gguf: Path) -> None:
     list(model.generate([7, 8, 9], max_new_tokens=4, ignore_eos=True))
     assert list(model.generate([7, 8, 30], max_new_tokens=2, ignore_eos=True)) == [31, 32]
     assert model.last_stats.reused_tokens == 2
+    assert model.last_stats.kv_bytes == 400  # the cells of the other answer are gone
 
 
 def test_progress_and_cancelling(fake: Fake, tiny_gguf: Path) -> None:

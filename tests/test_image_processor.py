@@ -154,6 +154,13 @@ def test_bounds_decide_the_size() -> None:
             preprocess(array, *bounds)
 
 
+def test_bounds_may_be_equal_and_not_out_of_order() -> None:
+    assert ImageProcessor(784, 784).process(picture(100, 100)).grid_thw == (1, 2, 2)
+    for bounds in ((785, 784), (0, 784), (-1, 784)):
+        with pytest.raises(ValueError, match="1 <= min_pixels <= max_pixels"):
+            ImageProcessor(*bounds)
+
+
 def test_large_jpeg_is_decoded_whole() -> None:
     """Decoders that scale a JPEG down while reading would give other pixels."""
     data = encoded(Image.fromarray(picture(1600, 1200)), "JPEG", quality=92)

@@ -14,6 +14,7 @@ from conversations import IMAGE_PAD, N_TEXT_TOKENS, VIDEO_PAD, VISION_END, VISIO
 from pictures import picture
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.convert import Recipe, convert_checkpoint
+from qwen2vl_q.errors import UnsupportedError
 from qwen2vl_q.image_processor import preprocess
 
 FloatArray = NDArray[np.float32]
@@ -89,6 +90,17 @@ def test_a_prompt_that_ends_in_a_picture_evaluates_its_last_row_again(tiny: Qwen
     with pytest.raises(ValueError, match="image 0: its embeddings are needed"):
         state.reuse(prompt)
         state.prefill(prompt, [None])
+
+
+def test_a_prefill_goes_on_from_a_prefix_alone(tiny: Qwen2VL) -> None:
+    prompts = [
+        _native.Prompt(tiny._native, np.array(ids, np.int32)) for ids in ([1, 2, 3], [1, 2], [1, 9, 3, 4])
+    ]
+    state = sequence(tiny, prompts[0], [])
+    for prompt in prompts:
+        with pytest.raises(ValueError, match="not a prefix of the prompt: call reuse first"):
+            state.prefill(prompt, [])
+        assert state.n_cells == 3
 
 
 def test_logits_of_a_prompt_longer_than_one_batch(tiny: Qwen2VL) -> None:
@@ -236,6 +248,8 @@ def part_of(model: Path, out: Path, architecture: str, vision: bool) -> Path:
 def test_a_pair_of_files_equals_the_single_one(tiny: Qwen2VL, tiny_gguf: Path, tmp_path: Path) -> None:
     text = part_of(tiny_gguf, tmp_path / "text.gguf", "qwen2vl", vision=False)
     tower = part_of(tiny_gguf, tmp_path / "mmproj.gguf", "clip", vision=True)
+    with pytest.raises(UnsupportedError, match="a vision tower alone"):
+        Qwen2VL.from_gguf(tower)
     pair = Qwen2VL.from_gguf(text, mmproj=tower, n_threads=1, n_ctx=2048, precision="exact")
     assert pair.config == tiny.config
     assert pair.image_processor == tiny.image_processor
