@@ -1,10 +1,9 @@
-"""Sequences and vision items where rows could be mixed up: cuts, batches, videos, two files for one model."""
+"""Sequences and vision items where rows could be mixed up: cuts, batches, videos."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -14,7 +13,6 @@ from conversations import IMAGE_PAD, N_TEXT_TOKENS, VIDEO_PAD, VISION_END, VISIO
 from pictures import picture
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.convert import Recipe, convert_checkpoint
-from qwen2vl_q.errors import UnsupportedError
 from qwen2vl_q.image_processor import preprocess
 
 FloatArray = NDArray[np.float32]
@@ -104,13 +102,12 @@ def test_a_prefill_goes_on_from_a_prefix_alone(tiny: Qwen2VL) -> None:
 
 
 def test_logits_of_a_prompt_longer_than_one_batch(tiny: Qwen2VL) -> None:
-    """Each batch's rows stand at their place, the last as in a prefill, and no row depends on a later one."""
-    prompt, embeddings = random_prompt(tiny, 3, 300, (1, 40, 40), 30)
-    logits = _native.SequenceState(tiny._native, 4096).prefill_logits(prompt, [embeddings])
-    assert logits.shape == (730, tiny.config.vocab_size)
-    assert_same(logits[-1], sequence(tiny, prompt, [embeddings]).logits)
-    shorter, _ = random_prompt(tiny, 3, 300, (1, 40, 40), 0)
-    assert_same(logits[:700], _native.SequenceState(tiny._native, 4096).prefill_logits(shorter, [embeddings]))
+    """Every row's stand at its place."""
+    ids = np.array(random_ids(np.random.default_rng(3), 2 * ROWS + 100), np.int32)
+    state = _native.SequenceState(tiny._native, 4096)
+    logits = state.prefill_logits(_native.Prompt(tiny._native, ids), [])
+    for n in (1, 300, ROWS, ROWS + 1, 2 * ROWS + 100):
+        assert_same(logits[n - 1], sequence(tiny, _native.Prompt(tiny._native, ids[:n]), []).logits)
 
 
 # --- batches ---
@@ -220,44 +217,3 @@ def test_each_section_turns_with_its_own_index(axis: int, tmp_path: Path) -> Non
     ids[cells] = VIDEO_PAD
     line = sequence(model, _native.Prompt(model._native, ids, [(6, grid, bytes(16))]), [embeddings])
     assert_same(line.logits, text.logits)
-
-
-# --- files ---
-
-
-def part_of(model: Path, out: Path, architecture: str, vision: bool) -> Path:
-    """The vision tower's keys and tensors of a model's file, or the others, as a file."""
-    reader = gguf.GGUFReader(model)
-    writer = gguf.GGUFWriter(out, architecture)
-    for field in reader.fields.values():
-        if field.name.startswith(("GGUF.", "general.architecture")):
-            continue
-        if field.name.startswith("clip.") == vision:
-            kind, *element = field.types
-            writer.add_key_value(field.name, field.contents(), kind, element[-1] if element else None)
-    for tensor in reader.tensors:
-        if tensor.name.startswith(("v.", "mm.")) == vision:
-            writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
-def test_a_pair_of_files_equals_the_single_one(tiny: Qwen2VL, tiny_gguf: Path, tmp_path: Path) -> None:
-    text = part_of(tiny_gguf, tmp_path / "text.gguf", "qwen2vl", vision=False)
-    tower = part_of(tiny_gguf, tmp_path / "mmproj.gguf", "clip", vision=True)
-    with pytest.raises(UnsupportedError, match="a vision tower alone"):
-        Qwen2VL.from_gguf(tower)
-    pair = Qwen2VL.from_gguf(text, mmproj=tower, n_threads=1, n_ctx=2048, precision="exact")
-    assert pair.config == tiny.config
-    assert pair.image_processor == tiny.image_processor
-    image = picture(120, 90)
-    np.testing.assert_array_equal(pair.encode_image(image), tiny.encode_image(image))
-    ids = [1, VISION_START, *[IMAGE_PAD] * 12, VISION_END, 7, 8]
-    np.testing.assert_array_equal(pair.logits(ids, [image]), tiny.logits(ids, [image]))
-    messages = [{"role": "user", "content": [{"type": "image", "image": image}]}]
-    assert pair.chat(messages, stream=False, max_new_tokens=8) == tiny.chat(
-        messages, stream=False, max_new_tokens=8
-    )
