@@ -119,6 +119,14 @@ def test_a_special_token_across_pieces_is_text() -> None:
         assert not set(OURS.encode_pieces(pieces)) & set(special.values())
 
 
+def test_the_longest_special_token_is_taken() -> None:
+    tokens, types, merges = small_parts()
+    short, long = "<think", "<think>"
+    tokenizer = Tokenizer([*tokens, short, long], [*types, 4, 4], merges)
+    n = len(tokens)
+    assert tokenizer.encode(f"{long}{short}", parse_special=True) == [n + 1, n]
+
+
 def test_decoding() -> None:
     ids = OURS.encode("你好", parse_special=True)
     assert OURS.decode(ids) == "你好"
