@@ -143,6 +143,8 @@ def test_embedding_cache_is_bounded() -> None:
     assert cache.get(b"a") is arrays[b"a"] and cache.get(b"c") is arrays[b"c"]
     cache.put(b"large", np.zeros(26, np.float32))
     assert cache.get(b"large") is None and cache.get(b"a") is not None
+    cache.put(b"whole", np.zeros(25, np.float32))
+    assert cache.get(b"whole") is not None and cache.get(b"a") is None
 
 
 # --- tokens ---
