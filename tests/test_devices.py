@@ -185,8 +185,9 @@ def test_a_device_that_is_there(fake: Fake, tiny_gguf: Path, monkeypatch: pytest
 
 
 def test_devices_that_are_not_there(fake: Fake, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DeviceError, match=r"cuda:3: there is no such device, only cuda:0 \(Fake 0\)"):
-        on_cuda(tiny_gguf, device="cuda:3")
+    for name in ("cuda:1", "cuda:3"):
+        with pytest.raises(DeviceError, match=rf"{name}: there is no such device, only cuda:0 \(Fake 0\)"):
+            on_cuda(tiny_gguf, device=name)
     monkeypatch.setenv("FAKE_DEVICES", "0")
     with pytest.raises(DeviceError, match="device cuda: no driver was found"):
         on_cuda(tiny_gguf)

@@ -92,7 +92,6 @@ def test_size_of_a_data_uri_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for uri in ("data:;base64," + "A" * (2 * 2**20), "data:," + "A" * (4 * 2**20)):
         with pytest.raises(ValueError, match="more than 1 MiB"):
             read_source(uri)
-    assert read_source("data:;base64," + "A" * (4 * 2**18)) == bytes(3 * 2**18)
 
 
 def test_bounds() -> None:

@@ -132,16 +132,17 @@ def test_sequences_in_a_batch_equal_each_alone(tiny: Qwen2VL) -> None:
             assert_same(other.logits, one.logits)
 
 
-def test_accepting_goes_on_where_the_prompt_would(tiny: Qwen2VL) -> None:
+@pytest.mark.parametrize("picture", [True, False])
+def test_accepting_goes_on_where_the_prompt_would(tiny: Qwen2VL, picture: bool) -> None:
+    """After a picture wider than high, and after a single token."""
     rng = np.random.default_rng(6)
-    grid, ids = (1, 4, 12), random_ids(rng, 3) + [IMAGE_PAD] * 12
+    ids, images = ([7], [])
+    if picture:
+        ids, images = [1, 2, 3] + [IMAGE_PAD] * 12, [(3, (1, 4, 12), bytes(16))]
+    embeddings = [rng.standard_normal((12, HIDDEN)).astype(np.float32) for _ in images]
     tokens = random_ids(rng, 3)
-    embeddings = rng.standard_normal((12, HIDDEN)).astype(np.float32)
-    prompts = [
-        _native.Prompt(tiny._native, np.array(some, np.int32), [(3, grid, bytes(16))])
-        for some in (ids, ids + tokens)
-    ]
-    state, whole = (sequence(tiny, prompt, [embeddings]) for prompt in prompts)
+    prompts = [_native.Prompt(tiny._native, np.array(some, np.int32), images) for some in (ids, ids + tokens)]
+    state, whole = (sequence(tiny, prompt, embeddings) for prompt in prompts)
     for token in tokens:
         state.accept(token)
     assert state.n_cells == whole.n_cells

@@ -187,6 +187,7 @@ def test_stream_ends_with_the_turn() -> None:
     assert stream.push(end) == ""
     assert stream.finished
     assert stream.finish() == "s"
+    assert stream.finish() == ""
     with pytest.raises(ValueError, match="non-empty"):
         TextStream(OURS, [""])
 
