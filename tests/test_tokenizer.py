@@ -182,7 +182,7 @@ def test_stop_strings(text: str, stop: str | list[str], expected: str) -> None:
 def test_stream_ends_with_the_turn() -> None:
     end = OURS.special_tokens["<|im_end|>"]
     stream = TextStream(OURS, ["stop"], [end])
-    assert not stream.finished
+    assert not TextStream(OURS).finished
     assert stream.push(OURS.encode("s")[0]) == ""  # may become "stop"
     assert stream.push(end) == ""
     assert stream.finished
