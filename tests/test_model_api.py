@@ -239,6 +239,7 @@ def test_the_context_may_be_filled(tiny_gguf: Path) -> None:
     n = 12 - len(ids) + 1  # the last token drawn takes no cell
     assert len(list(model.generate(ids, max_new_tokens=100, ignore_eos=True))) == n
     assert model.last_stats.finish_reason == "length"
+    assert len(list(model.generate([5] * 12, max_new_tokens=100, ignore_eos=True))) == 1
 
 
 # --- conversations ---

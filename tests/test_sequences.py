@@ -202,6 +202,19 @@ def test_position_ids_of_videos(tiny: Qwen2VL) -> None:
     np.testing.assert_array_equal(positions, expected)
 
 
+def test_grids_are_checked(tiny: Qwen2VL) -> None:
+    for grid in (
+        *((0, 4, 4), (1, 0, 4), (1, 4, 0), (-1, 4, 4), (1, -4, 4), (1, 4, -4), (1, 3, 4), (1, 4, 3)),
+        *((2, 4096, 4096), (2**25, 2, 2), (1, 2**25, 2), (1, 2, 2**25), (2**24, 2**40, 2)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"multiples of 2 and at most 2\^24 patches, found \(" + f"{grid[0]}"
+        ):
+            tiny.position_ids([IMAGE_PAD], [grid])
+    with pytest.raises(ValueError, match=f"expected {2**22} pad tokens, found 1"):
+        tiny.position_ids([IMAGE_PAD], [(1, 4096, 4096)])
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_each_section_turns_with_its_own_index(axis: int, tmp_path: Path) -> None:
     """Cells in a line along time, row or column, where the whole head turns with that, are in effect text."""
