@@ -198,8 +198,9 @@ def test_a_device_that_is_there(fake: Fake, tiny_gguf: Path, monkeypatch: pytest
 
 
 def test_devices_that_are_not_there(fake: Fake, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DeviceError, match=r"cuda:3: there is no such device, only cuda:0 \(Fake 0\)"):
-        on_cuda(tiny_gguf, device="cuda:3")
+    for name in ("cuda:1", "cuda:3"):
+        with pytest.raises(DeviceError, match=rf"{name}: there is no such device, only cuda:0 \(Fake 0\)"):
+            on_cuda(tiny_gguf, device=name)
     monkeypatch.setenv("FAKE_DEVICES", "0")
     with pytest.raises(DeviceError, match="device cuda: no driver was found"):
         on_cuda(tiny_gguf)
@@ -327,6 +328,7 @@ def test_a_cache_is_cut_and_goes_on(fake: Fake, tiny_gguf: Path) -> None:
     list(model.generate([7, 8, 9], max_new_tokens=4, ignore_eos=True))
     assert list(model.generate([7, 8, 30], max_new_tokens=2, ignore_eos=True)) == [31, 32]
     assert model.last_stats.reused_tokens == 2
+    assert model.last_stats.kv_bytes == 400  # the cells of the other answer are gone
 
 
 def test_progress_and_cancelling(fake: Fake, tiny_gguf: Path) -> None:

@@ -210,6 +210,7 @@ def test_bounds_decide_the_size() -> None:
     array = picture(400, 300)
     assert preprocess(array, max_pixels=20 * 784)[1] == (1, 6, 10)
     assert preprocess(array, min_pixels=400 * 784)[1] == (1, 36, 48)
+    assert preprocess(array, 12 * 784, 12 * 784)[1] == (1, 6, 8)
     for bounds, match in (
         ((0, 10), "min_pixels: expected an integer of 1 to 134217728, found 0"),
         ((100, 99), "expected min_pixels <= max_pixels, found 100 and 99"),

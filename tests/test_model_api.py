@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,8 @@ def test_embedding_cache_is_bounded() -> None:
     assert cache.get(b"a") is arrays[b"a"] and cache.get(b"c") is arrays[b"c"]
     cache.put(b"large", np.zeros(26, np.float32))
     assert cache.get(b"large") is None and cache.get(b"a") is not None
+    cache.put(b"whole", np.zeros(25, np.float32))
+    assert cache.get(b"whole") is not None and cache.get(b"a") is None
 
 
 # --- tokens ---
@@ -295,6 +298,7 @@ def test_the_context_may_be_filled(tiny_gguf: Path) -> None:
     reasons: list[str] = [model.last_stats.finish_reason]
     assert len(list(model.generate(ids, max_new_tokens=n, ignore_eos=True))) == n
     assert [*reasons, model.last_stats.finish_reason] == ["context", "length"]
+    assert len(list(model.generate([5] * 12, max_new_tokens=100, ignore_eos=True))) == 1
 
 
 # --- conversations ---
@@ -339,6 +343,22 @@ def test_prompt_is_the_rendered_template(tiny: Qwen2VL) -> None:
     )
     assert ids == tiny.tokenize(text, parse_special=True)
     assert [image.grid_thw for image in images] == [(1, 6, 8), (1, 10, 4)]
+
+
+def test_nothing_is_counted_before_the_first_call(tiny: Qwen2VL) -> None:
+    counted = dataclasses.asdict(tiny.last_stats) | {"peak_memory_bytes": None}
+    assert set(counted.values()) == {0, "", None}
+
+
+def test_seconds_are_those_of_the_call(tiny: Qwen2VL) -> None:
+    start = perf_counter()
+    tiny.chat([question(PICTURE, "What?")], stream=False, max_new_tokens=6)
+    elapsed = perf_counter() - start
+    stats = tiny.last_stats
+    parts = (stats.encode_seconds, stats.prefill_seconds, stats.decode_seconds)
+    assert all(seconds > 0 for seconds in parts) and sum(parts) <= elapsed
+    assert stats.prefill_tokens_per_second == stats.prompt_tokens / stats.prefill_seconds
+    assert stats.decode_tokens_per_second == 5 / stats.decode_seconds  # the first is the prefill's
 
 
 def test_second_turn_reuses_the_first(tiny: Qwen2VL) -> None:

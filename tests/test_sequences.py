@@ -1,10 +1,9 @@
-"""Sequences and vision items where rows could be mixed up: cuts, batches, videos, two files for one model."""
+"""Sequences and vision items where rows could be mixed up: cuts, batches, videos."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -91,14 +90,24 @@ def test_a_prompt_that_ends_in_a_picture_evaluates_its_last_row_again(tiny: Qwen
         state.prefill(prompt, [None])
 
 
+def test_a_prefill_goes_on_from_a_prefix_alone(tiny: Qwen2VL) -> None:
+    prompts = [
+        _native.Prompt(tiny._native, np.array(ids, np.int32)) for ids in ([1, 2, 3], [1, 2], [1, 9, 3, 4])
+    ]
+    state = sequence(tiny, prompts[0], [])
+    for prompt in prompts:
+        with pytest.raises(ValueError, match="not a prefix of the prompt: call reuse first"):
+            state.prefill(prompt, [])
+        assert state.n_cells == 3
+
+
 def test_logits_of_a_prompt_longer_than_one_batch(tiny: Qwen2VL) -> None:
-    """Each batch's rows stand at their place, the last as in a prefill, and no row depends on a later one."""
-    prompt, embeddings = random_prompt(tiny, 3, 300, (1, 40, 40), 30)
-    logits = _native.SequenceState(tiny._native, 4096).prefill_logits(prompt, [embeddings])
-    assert logits.shape == (730, tiny.config.vocab_size)
-    assert_same(logits[-1], sequence(tiny, prompt, [embeddings]).logits)
-    shorter, _ = random_prompt(tiny, 3, 300, (1, 40, 40), 0)
-    assert_same(logits[:700], _native.SequenceState(tiny._native, 4096).prefill_logits(shorter, [embeddings]))
+    """Every row's stand at its place."""
+    ids = np.array(random_ids(np.random.default_rng(3), 2 * ROWS + 100), np.int32)
+    state = _native.SequenceState(tiny._native, 4096)
+    logits = state.prefill_logits(_native.Prompt(tiny._native, ids), [])
+    for n in (1, 300, ROWS, ROWS + 1, 2 * ROWS + 100):
+        assert_same(logits[n - 1], sequence(tiny, _native.Prompt(tiny._native, ids[:n]), []).logits)
 
 
 # --- batches ---
@@ -123,16 +132,17 @@ def test_sequences_in_a_batch_equal_each_alone(tiny: Qwen2VL) -> None:
             assert_same(other.logits, one.logits)
 
 
-def test_accepting_goes_on_where_the_prompt_would(tiny: Qwen2VL) -> None:
+@pytest.mark.parametrize("picture", [True, False])
+def test_accepting_goes_on_where_the_prompt_would(tiny: Qwen2VL, picture: bool) -> None:
+    """After a picture wider than high, and after a single token."""
     rng = np.random.default_rng(6)
-    grid, ids = (1, 4, 12), random_ids(rng, 3) + [IMAGE_PAD] * 12
+    ids, images = ([7], [])
+    if picture:
+        ids, images = [1, 2, 3] + [IMAGE_PAD] * 12, [(3, (1, 4, 12), bytes(16))]
+    embeddings = [rng.standard_normal((12, HIDDEN)).astype(np.float32) for _ in images]
     tokens = random_ids(rng, 3)
-    embeddings = rng.standard_normal((12, HIDDEN)).astype(np.float32)
-    prompts = [
-        _native.Prompt(tiny._native, np.array(some, np.int32), [(3, grid, bytes(16))])
-        for some in (ids, ids + tokens)
-    ]
-    state, whole = (sequence(tiny, prompt, [embeddings]) for prompt in prompts)
+    prompts = [_native.Prompt(tiny._native, np.array(some, np.int32), images) for some in (ids, ids + tokens)]
+    state, whole = (sequence(tiny, prompt, embeddings) for prompt in prompts)
     for token in tokens:
         state.accept(token)
     assert state.n_cells == whole.n_cells
@@ -192,6 +202,19 @@ def test_position_ids_of_videos(tiny: Qwen2VL) -> None:
     np.testing.assert_array_equal(positions, expected)
 
 
+def test_grids_are_checked(tiny: Qwen2VL) -> None:
+    for grid in (
+        *((0, 4, 4), (1, 0, 4), (1, 4, 0), (-1, 4, 4), (1, -4, 4), (1, 4, -4), (1, 3, 4), (1, 4, 3)),
+        *((2, 4096, 4096), (2**25, 2, 2), (1, 2**25, 2), (1, 2, 2**25), (2**24, 2**40, 2)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"multiples of 2 and at most 2\^24 patches, found \(" + f"{grid[0]}"
+        ):
+            tiny.position_ids([IMAGE_PAD], [grid])
+    with pytest.raises(ValueError, match=f"expected {2**22} pad tokens, found 1"):
+        tiny.position_ids([IMAGE_PAD], [(1, 4096, 4096)])
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_each_section_turns_with_its_own_index(axis: int, tmp_path: Path) -> None:
     """Cells in a line along time, row or column, where the whole head turns with that, are in effect text."""
@@ -208,42 +231,3 @@ def test_each_section_turns_with_its_own_index(axis: int, tmp_path: Path) -> Non
     ids[cells] = VIDEO_PAD
     line = sequence(model, _native.Prompt(model._native, ids, [(6, grid, bytes(16))]), [embeddings])
     assert_same(line.logits, text.logits)
-
-
-# --- files ---
-
-
-def part_of(model: Path, out: Path, architecture: str, vision: bool) -> Path:
-    """The vision tower's keys and tensors of a model's file, or the others, as a file."""
-    reader = gguf.GGUFReader(model)
-    writer = gguf.GGUFWriter(out, architecture)
-    for field in reader.fields.values():
-        if field.name.startswith(("GGUF.", "general.architecture")):
-            continue
-        if field.name.startswith("clip.") == vision:
-            kind, *element = field.types
-            writer.add_key_value(field.name, field.contents(), kind, element[-1] if element else None)
-    for tensor in reader.tensors:
-        if tensor.name.startswith(("v.", "mm.")) == vision:
-            writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
-
-
-def test_a_pair_of_files_equals_the_single_one(tiny: Qwen2VL, tiny_gguf: Path, tmp_path: Path) -> None:
-    text = part_of(tiny_gguf, tmp_path / "text.gguf", "qwen2vl", vision=False)
-    tower = part_of(tiny_gguf, tmp_path / "mmproj.gguf", "clip", vision=True)
-    pair = Qwen2VL.from_gguf(text, mmproj=tower, n_threads=1, n_ctx=2048, precision="exact")
-    assert pair.config == tiny.config
-    assert pair.image_processor == tiny.image_processor
-    image = picture(120, 90)
-    np.testing.assert_array_equal(pair.encode_image(image), tiny.encode_image(image))
-    ids = [1, VISION_START, *[IMAGE_PAD] * 12, VISION_END, 7, 8]
-    np.testing.assert_array_equal(pair.logits(ids, [image]), tiny.logits(ids, [image]))
-    messages = [{"role": "user", "content": [{"type": "image", "image": image}]}]
-    assert pair.chat(messages, stream=False, max_new_tokens=8) == tiny.chat(
-        messages, stream=False, max_new_tokens=8
-    )

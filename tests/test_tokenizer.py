@@ -113,6 +113,14 @@ def test_what_spells_a_special_token_across_pieces_is_text() -> None:
     assert not set(OURS.encode_pieces(pieces)) & set(OURS.special_tokens.values())
 
 
+def test_the_longest_special_token_is_taken() -> None:
+    tokens, types, merges = small_parts()
+    short, long = "<think", "<think>"
+    tokenizer = Tokenizer([*tokens, short, long], [*types, 4, 4], merges)
+    n = len(tokens)
+    assert tokenizer.encode(f"{long}{short}", parse_special=True) == [n + 1, n]
+
+
 def test_decoding() -> None:
     ids = OURS.encode("你好", parse_special=True)
     assert OURS.decode(ids) == "你好"
@@ -182,10 +190,12 @@ def test_stop_strings(text: str, stop: str | list[str], expected: str) -> None:
 def test_stream_ends_with_the_turn() -> None:
     end = OURS.special_tokens["<|im_end|>"]
     stream = TextStream(OURS, ["stop"], [end])
+    assert not TextStream(OURS).finished
     assert stream.push(OURS.encode("s")[0]) == ""  # may become "stop"
     assert stream.push(end) == ""
     assert stream.finished
     assert stream.finish() == "s"
+    assert stream.finish() == ""
     with pytest.raises(ValueError, match="non-empty"):
         TextStream(OURS, [""])
 

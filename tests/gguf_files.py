@@ -1,0 +1,63 @@
+"""GGUF files made of others, with other keys or fewer tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+Value = tuple[gguf.GGUFValueType, Any]
+
+
+def u32(value: int) -> Value:
+    return gguf.GGUFValueType.UINT32, value
+
+
+def i32(value: int) -> Value:
+    return gguf.GGUFValueType.INT32, value
+
+
+def f32(value: float) -> Value:
+    return gguf.GGUFValueType.FLOAT32, value
+
+
+def text(value: str) -> Value:
+    return gguf.GGUFValueType.STRING, value
+
+
+def i32s(*values: int) -> Value:
+    return gguf.GGUFValueType.ARRAY, list(values)
+
+
+def rewritten(
+    model: Path,
+    out: Path,
+    keys: Mapping[str, Value] | None = None,
+    keep: Callable[[str], bool] = lambda name: True,
+    architecture: str = "qwen2vl",
+) -> Path:
+    """A file with the keys and tensors of `model` whose names `keep` takes, and with `keys`, as `out`."""
+    reader = gguf.GGUFReader(model)
+    writer = gguf.GGUFWriter(out, architecture)
+    for field in reader.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")) and keep(field.name):
+            kind, *element = field.types
+            writer.add_key_value(field.name, field.contents(), kind, element[-1] if element else None)
+    for name, (kind, value) in (keys or {}).items():
+        writer.kv_data[0].pop(name, None)
+        writer.add_key_value(name, value, kind, gguf.GGUFValueType.INT32 if isinstance(value, list) else None)
+    for tensor in reader.tensors:
+        if keep(tensor.name):
+            writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def is_vision(name: str) -> bool:
+    """Of a key or a tensor: the vision tower's."""
+    return name.startswith(("clip.", "v.", "mm."))
