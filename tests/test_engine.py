@@ -97,8 +97,8 @@ def test_instruction_sets_agree(wide_model: Path, monkeypatch: pytest.MonkeyPatc
         results[isa] = (m.encode_image(c.images[0]), m.logits(c.token_ids, c.images))
     image, logits = results["generic"]
     for isa, (other_image, other_logits) in results.items():
-        assert nmse(other_image, image) < 1e-3, isa
-        assert nmse(other_logits, logits) < 1e-3, isa
+        assert nmse(other_image, image) < 1.5e-3, isa
+        assert nmse(other_logits, logits) < 1.5e-3, isa
 
 
 def test_fast_stays_near_exact(wide_model: Path) -> None:

@@ -18,8 +18,8 @@ constexpr int64_t kCausalTileRows = 96;
 constexpr int64_t kStepCells = 8 * kPageCells;
 // Cells whose values, 32 KB in bf16 at head_dim 128, stay in the first-level cache for all rows of a tile.
 constexpr int64_t kValueCells = 4 * kPageCells;
-// From so many tokens on, converting the cache to bf16 pairs costs less than they save.
-constexpr int64_t kPairedTokens = 16;
+// Pages of a decoded token's task: half a megabyte of keys and values at head_dim 128.
+constexpr int64_t kSplitPages = 16;
 // Up to so many rows wait for memory, more for arithmetic.
 constexpr int64_t kAheadRows = 16;
 
@@ -261,9 +261,9 @@ class CausalTile {
     for (int64_t page = first; page <= last; ++page)
       gemm(tile_.scores + (page - first) * kPageCells, kStepCells, values(page), cache.value_panel_elements(),
            head_dim_, cells_of(page), {tile_.output, head_dim_, nullptr, Store::Accumulate},
-           page < last                 ? values(page + 1)
-           : last + 1 < task_.page_end ? keys(last + 1)
-                                       : values(page));
+           page < last                                              ? values(page + 1)
+           : (last + 1) * kPageCells < visible(task_.token_end - 1) ? keys(last + 1)
+                                                                    : values(page));
   }
 
   /// `ahead`: the panels of the next call.
@@ -344,13 +344,14 @@ void CausalAttention::operator()(Context& ctx, int64_t layer, std::span<const Ca
   const auto stage = ctx.profile.stage("text attention", causal_work(config_, sequences));
   const Rows rows{layer, qkv, qkv_stride};
   ctx.reserve_scratch(CausalTile::scratch_bytes(tile_rows(config_), config_.head_dim));
-  if (sequences.size() == 1 && sequences[0].rows == 1) return run_token(ctx, rows, sequences[0]);
-
-  const bool has_pairs = paired_products_ && ctx.precision == Precision::Fast && ctx.kernels.has_bf16_dot;
-  std::vector<CausalRows> many, few;
-  for (const CausalRows& s : sequences) (has_pairs && s.rows >= kPairedTokens ? many : few).push_back(s);
-  if (!many.empty()) run_paired(ctx, rows, many);
-  if (!few.empty()) run_tasks(ctx, rows, whole_tasks(config_, few, 0, config_.num_key_value_heads));
+  std::vector<CausalRows> decoded, prompts;
+  for (const CausalRows& s : sequences) (s.decoded ? decoded : prompts).push_back(s);
+  if (!decoded.empty()) run_decoded(ctx, rows, decoded);
+  if (prompts.empty()) return;
+  if (paired_products_ && ctx.precision == Precision::Fast && ctx.kernels.has_bf16_dot)
+    run_paired(ctx, rows, prompts);
+  else
+    run_tasks(ctx, rows, whole_tasks(config_, prompts, 0, config_.num_key_value_heads));
 }
 
 void CausalAttention::run_tasks(Context& ctx, const Rows& rows, const std::vector<CausalTask>& tasks) {
@@ -364,35 +365,48 @@ void CausalAttention::run_tasks(Context& ctx, const Rows& rows, const std::vecto
   });
 }
 
-/// A lone token gives only as many tasks as there are key-value heads: where the threads do not share them
-/// evenly, the pages are split too, and the parts merged.
-void CausalAttention::run_token(Context& ctx, const Rows& rows, const CausalRows& sequence) {
-  const int64_t kv_heads = config_.num_key_value_heads, head_dim = config_.head_dim;
-  const int64_t group = config_.num_attention_heads / kv_heads, threads = ctx.pool.size();
-  const int64_t pages = sequence.first_cell / kPageCells + 1;
-  const int64_t splits = kv_heads % threads == 0 ? 1
-                                                 : std::clamp<int64_t>(4 * threads / kv_heads, 1,
-                                                                       std::max<int64_t>(1, pages / 2));
-  if (splits == 1) return run_tasks(ctx, rows, whole_tasks(config_, {&sequence, 1}, 0, kv_heads));
+void CausalAttention::run_decoded(Context& ctx, const Rows& rows, std::span<const CausalRows> sequences) {
+  const int64_t head_dim = config_.head_dim, partial_row = head_dim + 2;
+  std::vector<CausalTask> whole = whole_tasks(config_, sequences, 0, config_.num_key_value_heads), split;
+  std::vector<CausalTask> tasks;
+  for (const CausalTask& task : whole) {
+    if (task.page_end <= kSplitPages) {
+      tasks.push_back(task);
+      continue;
+    }
+    for (int64_t page = 0; page < task.page_end; page += kSplitPages) {
+      split.push_back(task);
+      split.back().page_begin = page;
+      split.back().page_end = std::min(page + kSplitPages, task.page_end);
+    }
+  }
+  if (!tasks.empty()) run_tasks(ctx, rows, tasks);
+  if (split.empty()) return;
 
-  const int64_t partial_row = head_dim + 2, split_stride = group * partial_row;
-  float* partial = partial_.resize(kv_heads * splits * split_stride);
-  ctx.pool.parallel_for(kv_heads * splits, 1, [&](int64_t begin, int64_t end, int thread) {
+  const int64_t stride = tile_rows(config_) * partial_row;
+  float* partial = partial_.resize(static_cast<int64_t>(split.size()) * stride);
+  ctx.pool.parallel_for(static_cast<int64_t>(split.size()), 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t split = t % splits;
-      const CausalTask task{
-          &sequence, t / splits, 0, 1, pages * split / splits, pages * (split + 1) / splits};
-      CausalTile tile(ctx.kernels, config_, rows.layer, task, ctx.scratch(thread));
+      CausalTile tile(ctx.kernels, config_, rows.layer, split[t], ctx.scratch(thread));
       tile.gather_queries(rows.qkv, rows.stride);
       tile.run();
-      tile.save_partial(partial + t * split_stride);
+      tile.save_partial(partial + t * stride);
     }
   });
-  float* out = rows.qkv + sequence.first_row * rows.stride;
-  for (int64_t head = 0; head < kv_heads; ++head)
-    for (int64_t j = 0; j < group; ++j)
-      merge_partials(ctx.kernels, partial + head * splits * split_stride + j * partial_row, splits,
-                     split_stride, head_dim, out + (head * group + j) * head_dim);
+  const int64_t group = config_.num_attention_heads / config_.num_key_value_heads;
+  for (size_t t = 0; t < split.size();) {
+    const CausalTask& task = split[t];
+    size_t pieces = 1;
+    while (t + pieces < split.size() && split[t + pieces].page_begin > 0) ++pieces;
+    const int64_t n = (task.token_end - task.token_begin) * group;
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t row = task.sequence->first_row + task.token_begin + r / group;
+      merge_partials(ctx.kernels, partial + static_cast<int64_t>(t) * stride + r * partial_row,
+                     static_cast<int64_t>(pieces), stride, head_dim,
+                     rows.qkv + row * rows.stride + (task.head * group + r % group) * head_dim);
+    }
+    t += pieces;
+  }
 }
 
 /// The heads that the threads have in flight together are converted first, then all of their rows go through.

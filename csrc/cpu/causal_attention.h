@@ -16,6 +16,7 @@ struct CausalRows {
   int64_t first_row = 0;
   int64_t rows = 0;
   int64_t first_cell = 0;
+  bool decoded = false;  ///< SequenceRows::decoded
 
   int64_t cells() const { return first_cell + rows; }
 };
@@ -26,9 +27,10 @@ struct CausalTask;
 /// num_attention_heads * head_dim columns; the result replaces them. The query heads of one key-value head
 /// are computed together, so each key and value is read once for all of them.
 ///
-/// Few tokens read the cache as it is, with float32 products. With `paired_products`, in the fast precision
-/// and where bf16 dot products are the faster ones, a sequence of many tokens has its cells converted to bf16
-/// first, once a call and head.
+/// Decoded tokens read the cache as it is, with float32 products, in pieces of kSplitPages that are merged
+/// then: one token alone gives work to several threads. With `paired_products`, in the fast precision and
+/// where bf16 dot products are the faster ones, prompts have their cells converted to bf16 first, once a call
+/// and head.
 class CausalAttention {
  public:
   explicit CausalAttention(const TextConfig& config, bool paired_products = true)
@@ -42,14 +44,14 @@ class CausalAttention {
     float* qkv;
     int64_t stride;
   };
-  void run_token(Context& ctx, const Rows& rows, const CausalRows& sequence);
+  void run_decoded(Context& ctx, const Rows& rows, std::span<const CausalRows> sequences);
   void run_paired(Context& ctx, const Rows& rows, std::span<const CausalRows> sequences);
   void run_tasks(Context& ctx, const Rows& rows, const std::vector<CausalTask>& tasks);
 
   TextConfig config_;
   bool paired_products_;
   FloatBuffer paired_;   ///< [head in flight][sequence]: cells as pairs of bf16
-  FloatBuffer partial_;  ///< [head][split][query heads][head_dim + 2]: unnormalized output, maximum, sum
+  FloatBuffer partial_;  ///< [task][rows][head_dim + 2]: unnormalized output, maximum, sum
 };
 
 }  // namespace qwen2vl::cpu

@@ -12,6 +12,7 @@ Context::Context(const KernelTable& kernel_table, int n_threads, Precision preci
       pool(n_threads),
       precision(precision_),
       scratch_(pool.size()),
+      outliers_(pool.size()),
       rows_(pool.size()),
       halves_(pool.size()) {}
 

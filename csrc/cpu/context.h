@@ -6,6 +6,7 @@
 #include "base/aligned_buffer.h"
 #include "base/thread_pool.h"
 #include "cpu/kernels/kernel_table.h"
+#include "cpu/outliers.h"
 #include "model/backend.h"
 #include "model/profile.h"
 
@@ -47,12 +48,11 @@ struct Context {
   QuantizedRows quantized(int64_t rows, int64_t cols);
   GroupedRows grouped(int64_t rows, int64_t cols);
   /// Room for the rows' outliers (outliers.h), and for `cols` numbers of a thread's own; likewise.
-  float* outlier_values(int64_t elements) { return outliers_.resize(elements); }
+  float* outlier_values(int64_t elements) { return outlier_values_.resize(elements); }
+  std::vector<std::vector<Outlier>>& outliers() { return outliers_; }  ///< [thread]
   float* row(int thread, int64_t cols) { return rows_[thread].resize(cols); }
   /// Room for a task's results before they are added up, likewise.
   float* halves(int thread, int64_t elements) { return halves_[thread].resize(elements); }
-  /// Room for the largest magnitude of every column of a result; valid until the next call.
-  float* column_maxima(int64_t cols) { return maxima_.resize(cols); }
 
   /// fn(row, thread) for every row; in the calling thread alone where the rows are too few to be worth waking
   /// another.
@@ -77,7 +77,8 @@ struct Context {
 
   std::vector<AlignedBuffer> scratch_;
   AlignedBuffer quantized_;
-  FloatBuffer outliers_, maxima_;
+  FloatBuffer outlier_values_;
+  std::vector<std::vector<Outlier>> outliers_;
   std::vector<FloatBuffer> rows_, halves_;
 };
 

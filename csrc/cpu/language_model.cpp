@@ -27,11 +27,12 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
                  })) {
   embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx);
   for (const DecoderLayerWeights& l : w.layers) {
-    layers_.push_back({l.input_layernorm, l.post_attention_layernorm,
-                       pack_linear("text qkv_proj", {&l.q_proj, &l.k_proj, &l.v_proj}, ctx),
-                       pack_linear("text o_proj", {&l.o_proj}, ctx),
-                       pack_linear("text gate_up_proj", {&l.gate_proj, &l.up_proj}, ctx),
-                       pack_linear("text down_proj", {&l.down_proj}, ctx)});
+    layers_.push_back(
+        {l.input_layernorm, l.post_attention_layernorm,
+         pack_linear("text qkv_proj", {&l.q_proj, &l.k_proj, &l.v_proj}, ctx, &l.input_layernorm),
+         pack_linear("text o_proj", {&l.o_proj}, ctx),
+         pack_linear("text gate_up_proj", {&l.gate_proj, &l.up_proj}, ctx, &l.post_attention_layernorm),
+         pack_linear("text down_proj", {&l.down_proj}, ctx)});
     progress(static_cast<int64_t>(layers_.size()), config.num_hidden_layers);
   }
   norm_ = w.norm;
@@ -96,27 +97,31 @@ int64_t LanguageModel::read_weights(Context& ctx) {
 // Qwen2VLTextModel.forward and the head
 void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch, float* logits,
                                const Progress& progress) {
-  std::vector<CausalRows> sequences;
-  rows_ = 0;
-  for (const SequenceRows& s : batch) {
-    auto& cache = static_cast<PagedKvCache&>(*s.cache);
-    const int64_t n = static_cast<int64_t>(s.token_ids.size());
-    cache.reserve(n);
-    sequences.push_back({&cache, rows_, n, cache.size()});
-    rows_ += n;
+  std::vector<CausalRows> sequences(batch.size());
+  rows_ = decoded_ = 0;
+  for (const bool decoded : {true, false}) {
+    for (size_t i = 0; i < batch.size(); ++i) {
+      if (batch[i].decoded != decoded) continue;
+      auto& cache = static_cast<PagedKvCache&>(*batch[i].cache);
+      const int64_t n = static_cast<int64_t>(batch[i].token_ids.size());
+      cache.reserve(n);
+      sequences[i] = {&cache, rows_, n, cache.size(), decoded};
+      rows_ += n;
+    }
+    if (decoded) decoded_ = rows_;
   }
   x_.resize(rows_ * config_.hidden_size);
   normed_.resize(rows_ * config_.hidden_size);
   qkv_.resize(rows_ * (config_.q_size() + 2 * config_.kv_size()));
   wide_.resize(rows_ * config_.intermediate_size);
 
-  embed(ctx, batch);
+  embed(ctx, batch, sequences);
   for (size_t i = 0; i < layers_.size(); ++i) {
     progress(static_cast<int64_t>(i), config_.num_hidden_layers);
     attention(ctx, layers_[i], static_cast<int64_t>(i), sequences);
     mlp(ctx, layers_[i]);
   }
-  head(ctx, batch, logits);
+  head(ctx, batch, sequences, logits);
   progress(config_.num_hidden_layers, config_.num_hidden_layers);
   for (const SequenceRows& s : batch)
     static_cast<PagedKvCache&>(*s.cache).commit(static_cast<int64_t>(s.token_ids.size()));
@@ -124,14 +129,17 @@ void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch
 
 /// Embeddings into x_, and the rotation of every row: the first mrope_section[0] frequencies turn with the
 /// time index, the next with the row, the last with the column (apply_multimodal_rotary_pos_emb).
-void LanguageModel::embed(Context& ctx, std::span<const SequenceRows> batch) {
+void LanguageModel::embed(Context& ctx, std::span<const SequenceRows> batch,
+                          std::span<const CausalRows> sequences) {
   const auto stage = ctx.profile.stage("text embed");
   const int64_t hidden = config_.hidden_size, half = config_.head_dim / 2;
-  float* x = x_.resize(rows_ * hidden);
-  float* rope = rope_.resize(rows_ * 2 * half);
-  for (const SequenceRows& s : batch) {
-    const int64_t n = static_cast<int64_t>(s.token_ids.size());
-    ctx.for_rows(n, [&, x, rope](int64_t r) {
+  x_.resize(rows_ * hidden);
+  rope_.resize(rows_ * 2 * half);
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const SequenceRows& s = batch[i];
+    float* x = x_.data() + sequences[i].first_row * hidden;
+    float* rope = rope_.data() + sequences[i].first_row * 2 * half;
+    ctx.for_rows(sequences[i].rows, [&, x, rope](int64_t r) {
       if (s.embeddings[r] != nullptr)
         std::memcpy(x + r * hidden, s.embeddings[r], hidden * sizeof(float));
       else
@@ -144,8 +152,6 @@ void LanguageModel::embed(Context& ctx, std::span<const SequenceRows> batch) {
           rope[r * 2 * half + half + i] = std::sin(angle);
         }
     });
-    x += n * hidden;
-    rope += n * 2 * half;
   }
 }
 
@@ -157,10 +163,10 @@ void LanguageModel::attention(Context& ctx, const Layer& layer, int64_t index,
   float *x = x_.data(), *normed = normed_.data(), *qkv = qkv_.data();
 
   rms_norm_rows(ctx, layer.input_layernorm, config_.rms_norm_eps, x, rows_, hidden, normed);
-  linear(ctx, layer.qkv_proj, {normed, rows_, hidden}, qkv, stride, Store::Overwrite);
+  linear(ctx, layer.qkv_proj, {normed, rows_, hidden, decoded_}, qkv, stride, Store::Overwrite);
   rotate_and_store(ctx, index, sequences);
   attention_(ctx, index, sequences, qkv, stride);
-  linear(ctx, layer.o_proj, {qkv, rows_, stride}, x, hidden, Store::Accumulate);
+  linear(ctx, layer.o_proj, {qkv, rows_, stride, decoded_}, x, hidden, Store::Accumulate);
 }
 
 /// Rotates queries and keys where they stand and appends keys and values to the caches.
@@ -188,21 +194,22 @@ void LanguageModel::mlp(Context& ctx, const Layer& layer) {
   const int64_t hidden = config_.hidden_size;
   float *x = x_.data(), *normed = normed_.data();
   rms_norm_rows(ctx, layer.post_attention_layernorm, config_.rms_norm_eps, x, rows_, hidden, normed);
-  const Rows h = linear_swiglu(ctx, layer.gate_up_proj, {normed, rows_, hidden}, wide_.data());
+  const Rows h = linear_swiglu(ctx, layer.gate_up_proj, {normed, rows_, hidden, decoded_}, wide_.data());
   linear(ctx, layer.down_proj, h, x, hidden, Store::Accumulate);
 }
 
-void LanguageModel::head(Context& ctx, std::span<const SequenceRows> batch, float* logits) {
+void LanguageModel::head(Context& ctx, std::span<const SequenceRows> batch,
+                         std::span<const CausalRows> sequences, float* logits) {
   const int64_t hidden = config_.hidden_size;
   const float* x = x_.data();
   float* normed = normed_.data();
   std::vector<int64_t> wanted;
-  int64_t row = 0;
-  for (const SequenceRows& s : batch) {
-    const int64_t n = static_cast<int64_t>(s.token_ids.size());
-    const int64_t first = s.logits == LogitsWanted::All ? 0 : s.logits == LogitsWanted::Last ? n - 1 : n;
-    for (int64_t r = first; r < n; ++r) wanted.push_back(row + r);
-    row += n;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const int64_t n = sequences[i].rows;
+    const int64_t first = batch[i].logits == LogitsWanted::All    ? 0
+                          : batch[i].logits == LogitsWanted::Last ? n - 1
+                                                                  : n;
+    for (int64_t r = first; r < n; ++r) wanted.push_back(sequences[i].first_row + r);
   }
   if (wanted.empty()) return;
   const int64_t n = static_cast<int64_t>(wanted.size());

@@ -30,11 +30,12 @@ class LanguageModel {
   };
 
   const PackedLinear& head_weights() const { return lm_head_.parts.empty() ? embed_tokens_ : lm_head_; }
-  void embed(Context& ctx, std::span<const SequenceRows> batch);
+  void embed(Context& ctx, std::span<const SequenceRows> batch, std::span<const CausalRows> sequences);
   void attention(Context& ctx, const Layer& layer, int64_t index, std::span<const CausalRows> sequences);
   void rotate_and_store(Context& ctx, int64_t index, std::span<const CausalRows> sequences);
   void mlp(Context& ctx, const Layer& layer);
-  void head(Context& ctx, std::span<const SequenceRows> batch, float* logits);
+  void head(Context& ctx, std::span<const SequenceRows> batch, std::span<const CausalRows> sequences,
+            float* logits);
 
   TextConfig config_;
   PackedLinear embed_tokens_;
@@ -45,12 +46,13 @@ class LanguageModel {
 
   SplitChannels split_channels_;
   CausalAttention attention_;
-  int64_t rows_ = 0;    // of the batch at work
-  FloatBuffer x_;       // [rows][hidden], the residual stream
-  FloatBuffer normed_;  // [rows][hidden]
-  FloatBuffer qkv_;     // [rows][q | k | v]
-  FloatBuffer wide_;    // [rows][intermediate]
-  FloatBuffer rope_;    // [rows][cos: head_dim / 2 | sin: head_dim / 2]
+  int64_t rows_ = 0;     // of the batch at work
+  int64_t decoded_ = 0;  // of them, the first
+  FloatBuffer x_;        // [rows][hidden], the residual stream
+  FloatBuffer normed_;   // [rows][hidden]
+  FloatBuffer qkv_;      // [rows][q | k | v]
+  FloatBuffer wide_;     // [rows][intermediate]
+  FloatBuffer rope_;     // [rows][cos: head_dim / 2 | sin: head_dim / 2]
 };
 
 }  // namespace qwen2vl::cpu

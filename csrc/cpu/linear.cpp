@@ -1,9 +1,9 @@
 #include "cpu/linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <span>
-#include <utility>
 
 #include "cpu/outliers.h"
 
@@ -13,8 +13,6 @@ namespace {
 // Rows that one task multiplies with its panels: 512 rows of 1280 int8 activations are 640 KiB, most of a
 // second-level cache of 1 MiB, and each panel that is loaded is used 512 times.
 constexpr int64_t kRowsPerTask = kMaxGroupedRows;
-// From here on requantizing the weights costs less than it saves.
-constexpr int64_t kManyRows = 48;
 // Panels per task: an even number, since kernels take two at a time.
 constexpr int64_t kPanelsPerTask = 4;
 // Up to so many rows wait for memory. Their tasks read about so many bytes, four microseconds of a core: no
@@ -48,9 +46,18 @@ PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& 
   return part;
 }
 
-/// Whether so many rows of a layer's input are quantized for matmul_groups.
-bool is_grouped(const Context& ctx, const PackedLinear& layer, int64_t rows) {
-  return ctx.kernels.has_grouped_matmul && layer.requantize && rows >= kManyRows && !layer.has_fine_part();
+/// Whether a layer's rows go through matmul_groups, but for decoded ones. That costs less than it saves from
+/// 45 rows on; fewer go the same way, so that a row's result does not depend on how many there are.
+bool has_groups(const Context& ctx, const PackedLinear& layer) {
+  return ctx.precision == Precision::Fast && ctx.kernels.has_grouped_matmul && layer.requantize &&
+         !layer.has_fine_part() &&
+         std::all_of(layer.parts.begin(), layer.parts.end(),
+                     [](const PackedLinear::Part& part) { return is_quantized(part.matrix.type); });
+}
+
+/// Whether decoded rows and others stand side by side where they go different ways.
+bool is_mixed(const Context& ctx, const PackedLinear& layer, const Rows& x) {
+  return x.decoded > 0 && x.decoded < x.rows && has_groups(ctx, layer);
 }
 
 /// What the quantized parts of a layer multiply: the rows in 8 bits, less their outlier columns, and these.
@@ -58,34 +65,56 @@ struct QuantizedInput {
   int64_t count = 0;
   QuantizedRows rows;   ///< [count]; of fine parts [2][count]: the rows, and what 8 bits have left of them
   GroupedRows grouped;  ///< instead, where these have rows
-  std::vector<int32_t> outliers;
-  const float* outlier_values = nullptr;  ///< [rows][outliers.size()]
+  std::vector<int32_t> outliers;          ///< columns in which a row has one
+  const float* outlier_values = nullptr;  ///< [count][outliers.size()], zero where a row has none there
 };
+
+/// Takes outliers as they are found, row by row and in any order, and gives them as columns.
+void gather_outliers(Context& ctx, int64_t rows, QuantizedInput& input) {
+  for (const auto& found : ctx.outliers())
+    for (const Outlier& o : found) input.outliers.push_back(o.column);
+  std::sort(input.outliers.begin(), input.outliers.end());
+  input.outliers.erase(std::unique(input.outliers.begin(), input.outliers.end()), input.outliers.end());
+  const int64_t n = static_cast<int64_t>(input.outliers.size());
+  if (n == 0) return;
+  float* values = ctx.outlier_values(rows * n);
+  std::fill_n(values, rows * n, 0.0f);
+  for (const auto& found : ctx.outliers())
+    for (const Outlier& o : found)
+      values[o.row * n + (std::lower_bound(input.outliers.begin(), input.outliers.end(), o.column) -
+                          input.outliers.begin())] = o.value;
+  input.outlier_values = values;
+}
 
 QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& layer, bool fine,
                               const Center& center) {
   const int64_t cols = layer.in_features;
-  const bool grouped = is_grouped(ctx, layer, x.rows), centered = !center.mean.empty();
+  const bool grouped = !fine && x.decoded == 0 && has_groups(ctx, layer), centered = !center.mean.empty();
   QuantizedInput input;
   input.count = x.rows;
   if (grouped)
     input.grouped = ctx.grouped(x.rows, cols);
   else
     input.rows = ctx.quantized(fine ? 2 * x.rows : x.rows, cols);
-  input.outliers = find_outliers(ctx, x.data, x.rows, cols, x.stride, x.column_maxima);
-  const int64_t n = static_cast<int64_t>(input.outliers.size());
-  float* values = ctx.outlier_values(x.rows * n);
-  input.outlier_values = values;
+  for (auto& found : ctx.outliers()) found.clear();
   ctx.for_rows_on_threads(x.rows, [&](int64_t r, int thread) {
     const float* row = x.data + r * x.stride;
-    float* rest = n > 0 || centered || fine ? ctx.row(thread, cols) : nullptr;
-    if (n > 0 || centered) {
-      std::memcpy(rest, row, cols * sizeof(float));
-      if (centered)
-        for (int64_t c = 0; c < cols; ++c) rest[c] -= center.mean[c];
-      for (int64_t c = 0; c < n; ++c) values[r * n + c] = std::exchange(rest[input.outliers[c]], 0.0f);
+    float* rest = ctx.row(thread, cols + cols / kBlock32);
+    float* maxima = rest + cols;
+    if (centered) {
+      for (int64_t c = 0; c < cols; ++c) rest[c] = row[c] - center.mean[c];
       row = rest;
     }
+    const auto take = [&](auto&& from) {
+      if (row != rest) std::memcpy(rest, row, cols * sizeof(float));
+      from(rest, ctx.outliers()[thread]);
+      row = rest;
+    };
+    if (!layer.outlier_columns.empty())
+      take([&](float* values, auto& found) { take_columns(values, layer.outlier_columns, r, found); });
+    const float limit = outlier_limit(ctx.kernels, row, cols, maxima);
+    if (std::isfinite(limit))
+      take([&](float* values, auto& found) { take_outliers(values, cols, maxima, limit, r, found); });
     if (grouped)
       ctx.kernels.quantize_groups(row, cols, 1, input.grouped, r);
     else
@@ -96,6 +125,7 @@ QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& l
       ctx.kernels.quantize_rows(rest, cols, 1, q, x.rows + r);
     }
   });
+  gather_outliers(ctx, x.rows, input);
   return input;
 }
 
@@ -284,9 +314,10 @@ int64_t PackedLinear::weight_bytes() const {
 }
 
 PackedLinear pack_linear(std::string_view name, std::initializer_list<const LinearWeights*> layers,
-                         Context& ctx) {
+                         Context& ctx, const NormWeights* norm) {
   PackedLinear packed;
   packed.name = name;
+  if (norm != nullptr) packed.outlier_columns = outlier_columns(norm->weight);
   for (const LinearWeights* layer : layers) {
     packed.in_features = layer->weight.cols;
     packed.parts.push_back(pack_part(layer->weight, packed.out_features, ctx));
@@ -304,6 +335,11 @@ PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Contex
 
 void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, int64_t out_stride,
             Store store, const Center& center) {
+  if (is_mixed(ctx, layer, x)) {
+    linear(ctx, layer, x.first(x.decoded), out, out_stride, store, center);
+    linear(ctx, layer, x.after(x.decoded), out + x.decoded * out_stride, out_stride, store, center);
+    return;
+  }
   const auto stage = ctx.profile.stage(layer.name, linear_work(ctx, layer, x.rows));
   const Product product(ctx, layer, x, false, center);
   for_tasks(ctx, layer.parts, x.rows, [&](const PackedLinear::Part& part, const Task& task, int thread) {
@@ -313,9 +349,7 @@ void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, 
 }
 
 Center center_of(Context& ctx, const PackedLinear& layer, const Rows& x) {
-  const bool quantized = std::all_of(layer.parts.begin(), layer.parts.end(),
-                                     [](const auto& part) { return is_quantized(part.matrix.type); });
-  if (ctx.precision != Precision::Fast || !quantized || !is_grouped(ctx, layer, x.rows)) return {};
+  if (!has_groups(ctx, layer)) return {};
   const auto stage = ctx.profile.stage(layer.name);
   const int64_t cols = layer.in_features;
   Center center{Vector(cols), Vector(layer.out_features)};
@@ -336,13 +370,15 @@ Center center_of(Context& ctx, const PackedLinear& layer, const Rows& x) {
 }
 
 Rows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const Rows& x, float* out) {
+  const int64_t stride = gate_up.parts[0].matrix.rows;
+  if (is_mixed(ctx, gate_up, x)) {
+    linear_swiglu(ctx, gate_up, x.first(x.decoded), out);
+    linear_swiglu(ctx, gate_up, x.after(x.decoded), out + x.decoded * stride);
+    return {out, x.rows, stride, x.decoded};
+  }
   const auto stage = ctx.profile.stage(gate_up.name, linear_work(ctx, gate_up, x.rows));
   const PackedLinear::Part &gate = gate_up.parts[0], &up = gate_up.parts[1];
-  const int64_t stride = gate.matrix.rows;
   const Product product(ctx, gate_up, x);
-  // Of few rows they are found as soon; of more than a task has, no task knows them.
-  const bool note_maxima = x.rows > kFewRows && x.rows <= kRowsPerTask;
-  float* maxima = note_maxima ? ctx.column_maxima(stride) : nullptr;
   for_tasks(ctx, {&gate, 1}, x.rows, [&](const PackedLinear::Part&, const Task& task, int thread) {
     product(gate.matrix, task, {out, stride, gate_up.bias_of(gate), Store::Overwrite}, thread);
 
@@ -358,9 +394,8 @@ Rows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const Rows& x, flo
     const int64_t columns = std::min(width, stride - first);
     for (int64_t r = task.row_begin; r < task.row_end; ++r)
       ctx.kernels.silu_mul(out + r * stride + first, up_values + r * width, columns);
-    if (maxima != nullptr) ctx.kernels.column_maxima(out + first, stride, x.rows, columns, maxima + first);
   });
-  return {out, x.rows, stride, maxima};
+  return {out, x.rows, stride, x.decoded};
 }
 
 }  // namespace qwen2vl::cpu

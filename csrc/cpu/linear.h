@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <string_view>
 #include <vector>
@@ -26,6 +27,7 @@ struct PackedLinear {
   Vector bias;  ///< [out_features], or empty
   /// Whether many rows may go through KernelTable::matmul_groups: faster, and less exact.
   bool requantize = true;
+  std::vector<int32_t> outlier_columns;  ///< of every row, whatever their values
 
   bool has_fine_part() const;
   void make_fine();
@@ -33,18 +35,25 @@ struct PackedLinear {
   const float* bias_of(const Part& part) const { return bias.empty() ? nullptr : bias.data() + part.column; }
 };
 
-/// Reads and repacks, in parallel. `name` is a literal.
+/// Reads and repacks, in parallel. `name` is a literal; `norm`: what the
+/// layer's rows come out of.
 PackedLinear pack_linear(std::string_view name, std::initializer_list<const LinearWeights*> layers,
-                         Context& ctx);
+                         Context& ctx, const NormWeights* norm = nullptr);
 /// A matrix without bias (embedding, head).
 PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx);
 
-/// A layer's input: rows of float32.
+/// A layer's input: rows of float32. What becomes of a row depends on it alone and on whether it is one of
+/// the decoded.
 struct Rows {
   const float* data = nullptr;
   int64_t rows = 0;
   int64_t stride = 0;
-  const float* column_maxima = nullptr;  ///< every column's largest magnitude, where it is known already
+  int64_t decoded = 0;  ///< so many of the rows, the first: of tokens that were drawn, one at a time
+
+  Rows first(int64_t n) const { return {data, n, stride, std::min(n, decoded)}; }
+  Rows after(int64_t n) const {
+    return {data + n * stride, rows - n, stride, std::max<int64_t>(0, decoded - n)};
+  }
 };
 
 /// A vector near a layer's input rows and what the layer makes of it: rows less the mean are smaller and lose

@@ -4,55 +4,65 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
-#include <mutex>
+#include <span>
 
 namespace qwen2vl::cpu {
-namespace {
 
-constexpr int64_t kFewRows = 16;
-constexpr int64_t kColumnsPerTask = 256;
-
-}  // namespace
-
-std::vector<int32_t> find_outliers(Context& ctx, const float* x, int64_t rows, int64_t cols, int64_t x_stride,
-                                   const float* known_maxima) {
-  std::vector<float> maxima(known_maxima != nullptr ? 0 : cols);
-  const float* out = known_maxima != nullptr ? known_maxima : maxima.data();
-  float largest = 0;
-  if (known_maxima != nullptr) {
-    largest = *std::max_element(known_maxima, known_maxima + cols);
-  } else if (rows < kFewRows) {
-    largest = ctx.kernels.column_maxima(x, x_stride, rows, cols, maxima.data());
-  } else {
-    std::mutex mutex;
-    ctx.pool.parallel_for(cols, kColumnsPerTask, [&](int64_t begin, int64_t end, int) {
-      const float here =
-          ctx.kernels.column_maxima(x + begin, x_stride, rows, end - begin, maxima.data() + begin);
-      const std::lock_guard lock(mutex);
-      largest = std::max(largest, here);
-    });
+float outlier_limit(const KernelTable& kernels, const float* row, int64_t cols, float* maxima) {
+  constexpr float kNone = std::numeric_limits<float>::infinity();
+  const float largest = kernels.block_maxima(row, cols, maxima);
+  // Outliers hardly count after a few steps.
+  float limit = kNone;
+  for (int step = 0; step < 4; ++step) {
+    limit = kOutlierRatio * kernels.sum_capped(row, limit, cols) / static_cast<float>(cols);
+    if (!(largest > limit)) return kNone;  // the limit only sinks where something lies above it
   }
+  return std::isfinite(limit) ? limit : kNone;
+}
 
-  // The mean of the maxima capped at the limit, the limit from the mean: outliers hardly count after a few
-  // steps.
+void take_outliers(float* row, int64_t cols, const float* maxima, float limit, int64_t index,
+                   std::vector<Outlier>& found) {
+  const size_t first = found.size();
+  for (int64_t block = 0; block < cols / kBlock32; ++block) {
+    if (!(maxima[block] > limit)) continue;
+    for (int64_t c = block * kBlock32; c < (block + 1) * kBlock32; ++c)
+      if (std::fabs(row[c]) > limit) found.push_back({index, static_cast<int32_t>(c), row[c]});
+  }
+  const size_t most = static_cast<size_t>(std::max<int64_t>(8, cols / 32));
+  if (found.size() - first > most) {
+    const auto begin = found.begin() + static_cast<std::ptrdiff_t>(first);
+    std::stable_sort(begin, found.end(), [](const Outlier& a, const Outlier& b) {
+      return std::fabs(a.value) > std::fabs(b.value);
+    });
+    found.resize(first + most);
+  }
+  for (size_t i = first; i < found.size(); ++i) row[found[i].column] = 0;
+}
+
+std::vector<int32_t> outlier_columns(std::span<const float> norm_weights) {
+  const size_t cols = norm_weights.size();
+  const auto size = [&](size_t c) { return std::fabs(norm_weights[c]); };
   float limit = std::numeric_limits<float>::infinity();
-  for (int step = 0; step < 4 && largest > 0; ++step) {
-    limit = kOutlierRatio * ctx.kernels.sum_capped(out, limit, cols) / static_cast<float>(cols);
-    if (!(largest > limit)) return {};  // the limit only sinks where something lies above it
+  for (int step = 0; step < 4; ++step) {
+    double sum = 0;
+    for (size_t c = 0; c < cols; ++c) sum += std::min(size(c), limit);
+    limit = kNormRatio * static_cast<float>(sum / static_cast<double>(cols));
   }
   std::vector<int32_t> columns;
-  if (!std::isfinite(limit)) return columns;
-  for (int64_t c = 0; c < cols; ++c)
-    if (out[c] > limit) columns.push_back(static_cast<int32_t>(c));
-  const size_t most = static_cast<size_t>(rows < kFewRows ? 8 : cols / 32);
-  if (columns.size() > most) {
-    const auto end = columns.begin() + static_cast<std::ptrdiff_t>(most);
-    std::nth_element(columns.begin(), end, columns.end(),
-                     [&](int32_t a, int32_t b) { return out[a] > out[b]; });
-    columns.resize(most);
-    std::sort(columns.begin(), columns.end());
+  for (size_t c = 0; c < cols; ++c)
+    if (size(c) > limit) columns.push_back(static_cast<int32_t>(c));
+  if (columns.size() > cols / 32) {
+    std::stable_sort(columns.begin(), columns.end(), [&](int32_t a, int32_t b) { return size(a) > size(b); });
+    columns.resize(cols / 32);
   }
   return columns;
+}
+
+void take_columns(float* row, std::span<const int32_t> columns, int64_t index, std::vector<Outlier>& found) {
+  for (const int32_t c : columns) {
+    found.push_back({index, c, row[c]});
+    row[c] = 0;
+  }
 }
 
 }  // namespace qwen2vl::cpu

@@ -1,25 +1,43 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
-#include "cpu/context.h"
+#include "cpu/kernels/kernel_table.h"
 
 namespace qwen2vl::cpu {
 
-/// Outliers: input channels that are far larger than the rest. One of them would set the 8-bit scale
-/// of its block of 32 and drown its neighbours, so they are taken out of the quantized rows and multiplied in
-/// float32 (LLM.int8(), arXiv 2208.07339).
-///
-/// Finds the outliers of x [rows, cols] (row stride x_stride): columns whose largest magnitude is more than
-/// kOutlierRatio times the mean of all columns' (each counted up to that limit), the largest first, at most
-/// one in 32 (of few rows, where a column costs as much as a row: 8). `known_maxima` [cols]: every column's
-/// largest magnitude, or nullptr.
-std::vector<int32_t> find_outliers(Context& ctx, const float* x, int64_t rows, int64_t cols, int64_t x_stride,
-                                   const float* known_maxima = nullptr);
+/// Outliers: values of a row that are far larger than the rest, in a few channels of every model. One of them
+/// would set the 8-bit scale of its block of 32 and drown its neighbours, so they are taken out of the
+/// quantized rows and multiplied in float32 (LLM.int8(), arXiv 2208.07339). What a row's are depends on it
+/// alone, whatever stands beside it: the columns that the norm before a layer makes large, and single values.
+struct Outlier {
+  int64_t row;
+  int32_t column;
+  float value;
+};
 
-/// Below it the block's scale is at most 6 * 3 / 127 of a normal column's deviation (whose largest of some
-/// hundred values is three deviations): an error of 0.2 % of the energy.
-inline constexpr float kOutlierRatio = 6;
+/// The magnitude from which a value of `row` [cols] is an outlier: kOutlierRatio times the mean magnitude,
+/// each counted up to that limit; infinity where there is none. Fills `maxima` [cols / 32] with the blocks'
+/// largest.
+float outlier_limit(const KernelTable& kernels, const float* row, int64_t cols, float* maxima);
+
+/// Takes the values above `limit` out of a row, at most one in 32 of them (but 8), the largest first: appends
+/// them to `found` as of row `index` and leaves zeros. `maxima` as outlier_limit has left them.
+void take_outliers(float* row, int64_t cols, const float* maxima, float limit, int64_t index,
+                   std::vector<Outlier>& found);
+
+/// The channels that a norm's weights [cols] make kNormRatio times as large as they make others, the largest
+/// first where more than one in 32 are.
+std::vector<int32_t> outlier_columns(std::span<const float> norm_weights);
+
+/// Takes these columns out of a row likewise.
+void take_columns(float* row, std::span<const int32_t> columns, int64_t index, std::vector<Outlier>& found);
+
+// 26 deviations of a normal distribution. The products that SwiGLU makes have long tails: fewer than one in
+// ten million lies above.
+inline constexpr float kOutlierRatio = 32;
+inline constexpr float kNormRatio = 4;
 
 }  // namespace qwen2vl::cpu

@@ -73,8 +73,9 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, const VisionWeights& w,
     : config_(config), attention_(config.num_heads, config.head_dim) {
   patch_embed_ = pack_patch_embed(config, w, ctx);
   for (const VisionBlockWeights& b : w.blocks) {
-    blocks_.push_back({b.norm1, b.norm2, pack_linear("image qkv", {&b.q, &b.k, &b.v}, ctx),
-                       pack_linear("image proj", {&b.proj}, ctx), pack_linear("image fc1", {&b.fc1}, ctx),
+    blocks_.push_back({b.norm1, b.norm2, pack_linear("image qkv", {&b.q, &b.k, &b.v}, ctx, &b.norm1),
+                       pack_linear("image proj", {&b.proj}, ctx),
+                       pack_linear("image fc1", {&b.fc1}, ctx, &b.norm2),
                        pack_linear("image fc2", {&b.fc2}, ctx)});
     progress(static_cast<int64_t>(blocks_.size()), config.depth);
   }

@@ -146,7 +146,7 @@ void Sequence::accept_together(std::span<Sequence* const> sequences, std::span<c
     s.require_acceptable(tokens[i]);
     positions.push_back({s.next_position_, s.next_position_, s.next_position_});
     batch.push_back(
-        {s.cache_.get(), {&tokens[i], 1}, {&no_embedding, 1}, {&positions[i], 1}, LogitsWanted::Last});
+        {s.cache_.get(), {&tokens[i], 1}, {&no_embedding, 1}, {&positions[i], 1}, LogitsWanted::Last, true});
   }
   const bool kept = model.backend().keeps_logits();
   std::vector<float> logits(kept ? 0 : n * vocab);

@@ -46,6 +46,9 @@ struct SequenceRows {
   std::span<const float* const> embeddings;
   std::span<const Position> positions;
   LogitsWanted logits = LogitsWanted::None;
+  /// Whether the tokens have been drawn, one at a time, and are no part of a prompt. What becomes of a row
+  /// depends on this and its sequence alone, not on what else is in the batch nor on how a prompt is cut.
+  bool decoded = false;
 };
 
 /// The two forward passes on one kind of device. One call at a time, const ones excepted.

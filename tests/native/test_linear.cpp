@@ -72,8 +72,9 @@ TEST_CASE("a layer is as near to the file's weights as its precision says") {
         for (const bool outliers : {false, true}) {
           CAPTURE(outliers);
           CHECK(loss(*kernels, Precision::Exact, type, false, rows, outliers) < 1e-10);
-          // 8 bits lose 2.3e-5 of the energy in blocks of 32 and 8.2e-5 in groups of 256 on both sides.
-          CHECK(loss(*kernels, Precision::Fast, type, false, rows, outliers) < 1.2e-4);
+          // 8 bits lose 2.3e-5 of the energy in blocks of 32 and 8.2e-5 in groups of 256 on both sides; of
+          // few rows, by chance more.
+          CHECK(loss(*kernels, Precision::Fast, type, false, rows, outliers) < 1.5e-4);
           CHECK(loss(*kernels, Precision::Fast, type, true, rows, outliers) < 4e-9);
         }
       }
@@ -97,6 +98,38 @@ TEST_CASE("a fine layer's rows do not depend on how many there are, and add to w
       std::fill(one.begin(), one.end(), 0.5f);
       linear(ctx, layer, {x.data() + m * kCols, 1, kCols}, one.data(), n, Store::Accumulate);
       for (int64_t j = 0; j < n; ++j) CHECK_EQ(one[j], 0.5f + all[m * n + j]);
+    }
+  }
+}
+
+TEST_CASE("a row's result does not depend on the others, whether decoded or not") {
+  const int64_t n = 50, rows = 530;
+  const Floats x = random_floats(rows, kCols, 16, true);
+  for (const KernelTable* kernels : supported_kernels()) {
+    CAPTURE(kernels->isa);
+    for (const DType type : {DType::Q8_0, DType::Q4_0, DType::Q6_K, DType::F16}) {
+      CAPTURE(dtype_traits(type).name);
+      const Source source(type, n, kCols, 17, true);
+      const LinearWeights weights = source.weights();
+      Context ctx(*kernels, 2, Precision::Fast);
+      const PackedLinear layer = pack_linear("test", {&weights}, ctx);
+      const auto run = [&](int64_t first, int64_t count, int64_t decoded) {
+        Floats out(count * n);
+        linear(ctx, layer, {x.data() + first * kCols, count, kCols, decoded}, out.data(), n,
+               Store::Overwrite);
+        return out;
+      };
+      const Floats prompt = run(0, rows, 0), decoded = run(0, rows, rows);
+      CHECK((prompt == decoded) == !(kernels->has_grouped_matmul && type != DType::F16));
+      for (const auto& [first, count] : {std::pair<int64_t, int64_t>{0, 1}, {7, 1}, {510, 20}, {3, 77}})
+        for (const int64_t k : {int64_t{0}, count / 2, count}) {
+          CAPTURE(count);
+          CAPTURE(k);
+          const Floats some = run(first, count, k);
+          const int64_t at = first * n;
+          CHECK(std::equal(some.begin(), some.begin() + k * n, decoded.begin() + at));
+          CHECK(std::equal(some.begin() + k * n, some.end(), prompt.begin() + at + k * n));
+        }
     }
   }
 }
@@ -129,8 +162,6 @@ TEST_CASE("a center changes nothing but what 8 bits lose") {
     linear(ctx, layer, {x.data(), rows, kCols}, centered.data(), n, Store::Overwrite, center);
     CHECK(nmse(expected, centered) < 0.5 * nmse(expected, plain));
 
-    // Few rows are not grouped, and take none.
-    CHECK(center_of(ctx, layer, {x.data(), 5, kCols}).mean.empty());
     Context exact(*kernels, 1, Precision::Exact);
     CHECK(center_of(exact, layer, {x.data(), rows, kCols}).mean.empty());
   }
@@ -165,7 +196,7 @@ TEST_CASE("fine parts beside others: each as a layer of its own") {
   }
 }
 
-TEST_CASE("swiglu is silu(gate) * up, the same bits as from two layers, and knows its columns' maxima") {
+TEST_CASE("swiglu is silu(gate) * up, the same bits as from two layers") {
   const int64_t n = 90;
   for (const KernelTable* kernels : supported_kernels()) {
     CAPTURE(kernels->isa);
@@ -185,18 +216,11 @@ TEST_CASE("swiglu is silu(gate) * up, the same bits as from two layers, and know
           CHECK(result.data == out.data());
           CHECK(result.rows == rows);
           CHECK(result.stride == n);
-          Floats maxima(n);
           for (int64_t m = 0; m < rows; ++m) {
             float* expected = both.data() + m * 2 * n;
             kernels->silu_mul(expected, expected + n, n);
-            for (int64_t j = 0; j < n; ++j) {
-              REQUIRE_EQ(out[m * n + j], expected[j]);
-              maxima[j] = std::max(maxima[j], std::fabs(expected[j]));
-            }
+            for (int64_t j = 0; j < n; ++j) REQUIRE_EQ(out[m * n + j], expected[j]);
           }
-          REQUIRE((result.column_maxima != nullptr) == (rows > 16 && rows <= 512));
-          if (result.column_maxima != nullptr)
-            for (int64_t j = 0; j < n; ++j) CHECK_EQ(result.column_maxima[j], maxima[j]);
         }
       }
     }

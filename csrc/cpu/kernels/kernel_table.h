@@ -165,10 +165,10 @@ struct KernelTable {
   /// must be multiplied. Start with *maximum = -infinity, *sum = 0. n >= 1. exp is within 2 ulp.
   float (*softmax_step)(float* scores, int64_t n, float scale, float* maximum, float* sum);
 
-  /// maxima[c] = largest |x[r * x_stride + c]| over the rows; returns the largest of them. NaNs may be passed
-  /// over.
-  float (*column_maxima)(const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* maxima);
-  /// Sum of min(x[i], cap).
+  /// maxima[b] = largest |x| of each block of 32; returns the largest of them. n is a multiple of 32. NaNs
+  /// may be passed over.
+  float (*block_maxima)(const float* x, int64_t n, float* maxima);
+  /// Sum of min(|x|, cap).
   float (*sum_capped)(const float* x, float cap, int64_t n);
 
   /// x *= factor.

@@ -74,19 +74,20 @@ void subtract_quantized(const float* x, const int8_t* values, const float* scale
     out[i] = std::fma(static_cast<float>(values[i]), -scales[i / kBlock32], x[i]);
 }
 
-float column_maxima(const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* maxima) {
+float block_maxima(const float* x, int64_t n, float* maxima) {
   float largest = 0;
-  for (int64_t c = 0; c < cols; ++c) {
-    maxima[c] = 0;
-    for (int64_t r = 0; r < rows; ++r) maxima[c] = std::max(maxima[c], std::fabs(x[r * x_stride + c]));
-    largest = std::max(largest, maxima[c]);
+  for (int64_t b = 0; b < n / kBlock32; ++b) {
+    maxima[b] = 0;
+    for (int64_t i = b * kBlock32; i < (b + 1) * kBlock32; ++i)
+      maxima[b] = std::max(maxima[b], std::fabs(x[i]));
+    largest = std::max(largest, maxima[b]);
   }
   return largest;
 }
 
 float sum_capped(const float* x, float cap, int64_t n) {
   float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += std::min(x[i], cap);
+  for (int64_t i = 0; i < n; ++i) sum += std::min(std::fabs(x[i]), cap);
   return sum;
 }
 
@@ -112,7 +113,7 @@ void add_rows(KernelTable& table) {
   table.gelu = gelu;
   table.rope = rope;
   table.softmax_step = softmax_step;
-  table.column_maxima = column_maxima;
+  table.block_maxima = block_maxima;
   table.sum_capped = sum_capped;
   table.scale_row = scale_row;
   table.add_row = add_row;

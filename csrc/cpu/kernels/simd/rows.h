@@ -136,24 +136,29 @@ inline void subtract_quantized(const float* x, const int8_t* values, const float
   }
 }
 
-inline float column_maxima(const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* maxima) {
+inline float block_maxima(const float* x, int64_t n, float* maxima) {
   const Vec zero = set1(0.0f);
-  for_each_vector(cols, [&](int64_t c, auto lanes) { lanes.store(maxima + c, zero); });
   Vec largest = zero;
-  for (int64_t r = 0; r < rows; ++r)
-    for_each_vector(cols, [&](int64_t c, auto lanes) {
-      const Vec v = lanes.load(x + r * x_stride + c, zero);
-      const Vec m = max(max(v, sub(zero, v)), lanes.load(maxima + c, zero));
-      lanes.store(maxima + c, m);
-      largest = max(m, largest);
-    });
+  for (int64_t b = 0; b < n / kBlock32; ++b) {
+    Vec block = zero;
+    QWEN2VL_UNROLL
+    for (int64_t i = 0; i < kBlock32; i += kLanes) {
+      const Vec v = load(x + b * kBlock32 + i);
+      block = max(max(v, sub(zero, v)), block);
+    }
+    maxima[b] = reduce_max(block);
+    largest = max(block, largest);
+  }
   return reduce_max(largest);
 }
 
 inline float sum_capped(const float* x, float cap, int64_t n) {
   const Vec limit = set1(cap), zero = set1(0.0f);
   Vec sum = zero;
-  for_each_vector(n, [&](int64_t i, auto lanes) { sum = add(sum, min(lanes.load(x + i, zero), limit)); });
+  for_each_vector(n, [&](int64_t i, auto lanes) {
+    const Vec v = lanes.load(x + i, zero);
+    sum = add(sum, min(max(v, sub(zero, v)), limit));
+  });
   return reduce_add(sum);
 }
 
@@ -182,7 +187,7 @@ inline void set_row_kernels(KernelTable& table) {
   table.quick_gelu = quick_gelu;
   table.rope = rope;
   table.softmax_step = softmax_step;
-  table.column_maxima = column_maxima;
+  table.block_maxima = block_maxima;
   table.sum_capped = sum_capped;
   table.scale_row = scale_row;
   table.add_row = add_row;

@@ -1,0 +1,102 @@
+"""What becomes of a row depends on its own kind (prompt or decoded) and content: the same bits however a
+prompt is cut, whatever was in the cache, and whatever else is in the batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from checkpoints import CheckpointSpec, write_checkpoint
+from conversations import IMAGE_PAD, N_TEXT_TOKENS
+from qwen2vl_q import Qwen2VL, _native
+from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
+
+SPEC = CheckpointSpec(
+    hidden_size=256,
+    intermediate_size=320,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    mrope_section=(8, 12, 12),
+    rope_theta=1e6,
+    outlier_channels=2,
+    outlier_scale=10.0,
+    key_bias=900.0,
+    dtype="BF16",
+)
+N_CTX = 2048
+CASES = [
+    pytest.param(file_type, isa, threads, id=f"{file_type}-{isa}-{threads}")
+    for file_type in ("q8_0", "q4_0", "f16")
+    for isa in _native.supported_isas()
+    for threads in ((1, 3) if isa == _native.supported_isas()[0] else (2,))
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_checkpoint(tmp_path_factory.mktemp("rows"), replace(SPEC), seed=4)
+    for file_type in ("q8_0", "q4_0", "f16"):
+        convert_checkpoint(folder, folder / f"{file_type}.gguf", Recipe(file_type))
+    return folder
+
+
+@pytest.fixture
+def model(
+    files: Path, file_type: FileType, isa: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> Qwen2VL:
+    monkeypatch.setenv("QWEN2VL_ISA", isa)
+    return Qwen2VL.from_gguf(files / f"{file_type}.gguf", n_threads=threads)
+
+
+def text(m: Qwen2VL, ids: NDArray[np.int32]) -> _native.Prompt:
+    return _native.Prompt(m._native, ids)
+
+
+@pytest.mark.parametrize(("file_type", "isa", "threads"), CASES)
+def test_a_prompt_may_be_cut_anywhere(model: Qwen2VL) -> None:
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, N_TEXT_TOKENS, 640).astype(np.int32)
+    ids[90:102] = IMAGE_PAD
+    picture = rng.standard_normal((12, SPEC.hidden_size)).astype(np.float32)
+    prompt = _native.Prompt(model._native, ids, [(90, (1, 6, 8), bytes(16))])
+    whole = _native.SequenceState(model._native, N_CTX).prefill_logits(prompt, [picture])
+    cut = _native.SequenceState(model._native, N_CTX)
+    rows = []
+    for end in (1, 3, 20, 84, 85, 120, 200, 263, 264, 500, 639):
+        head = ids[:end]
+        items = [(90, (1, 6, 8), bytes(16))] if end > 90 else []
+        cut.reuse(head_prompt := _native.Prompt(model._native, head, items))
+        rows.append(cut.prefill_logits(head_prompt, [picture] * len(items)))
+    cut.reuse(prompt)
+    rows.append(cut.prefill_logits(prompt, [None]))
+    np.testing.assert_array_equal(np.concatenate(rows), whole)
+
+
+@pytest.mark.parametrize(("file_type", "isa", "threads"), CASES)
+def test_a_decoded_token_may_stand_among_others(model: Qwen2VL) -> None:
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, N_TEXT_TOKENS, (48, 2)).tolist()
+
+    def states(n: int) -> list[_native.SequenceState]:
+        made = []
+        for i in range(n):
+            # The second is long enough that its attention is split.
+            prompt = np.random.default_rng(i).integers(0, N_TEXT_TOKENS, 1100 if i == 1 else 5 + 3 * i)
+            made.append(_native.SequenceState(model._native, N_CTX))
+            made[-1].prefill(text(model, prompt.astype(np.int32)), [])
+        return made
+
+    alone = states(48)
+    for state, drawn in zip(alone, tokens, strict=True):
+        for token in drawn:
+            state.accept(token)
+    for n in (2, 16, 48):
+        together = states(n)
+        for step in range(2):
+            _native.accept_together(together, [tokens[i][step] for i in range(n)])
+        for one, other in zip(alone, together, strict=False):
+            np.testing.assert_array_equal(other.logits, one.logits)
