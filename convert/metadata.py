@@ -114,6 +114,11 @@ def _sampling(folder: Path) -> list[Entry]:
     if settings.get("do_sample") is not True:
         settings = {"temperature": 0.0, "repetition_penalty": settings.get("repetition_penalty")}
     entries = []
+    top_k = settings.get("top_k")
+    if top_k is not None:
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 1 << 31:
+            raise FormatError(f"{path}: top_k: expected 0 (all) or more, found {quoted(top_k)}")
+        entries.append(Entry("general.sampling.top_k", top_k, T.INT32))
     for key, name in (
         ("top_p", "top_p"),
         ("min_p", "min_p"),
@@ -125,11 +130,6 @@ def _sampling(folder: Path) -> list[Entry]:
             if number is None:
                 raise FormatError(f"{path}: {key}: expected a number, found {quoted(settings[key])}")
             entries.append(Entry(f"general.sampling.{name}", number, T.FLOAT32))
-    top_k = settings.get("top_k")
-    if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 1 << 31:
-            raise FormatError(f"{path}: top_k: expected 0 (all) or more, found {quoted(top_k)}")
-        entries.append(Entry("general.sampling.top_k", top_k, T.INT32))
     try:
         Sampling.from_metadata(_as_read(entries), str(path)).sampler()
     except ValueError as error:
