@@ -189,11 +189,11 @@ void check_matmul_q8(DType type, int64_t rows, int64_t n, int64_t cols, const Ma
 }
 
 TEST_CASE("quantized matmul: every shape, the same bits on every instruction set") {
-  for (const DType type : {DType::Q8_0, DType::Q4_0, DType::Q6_K}) {
+  for (const DType type : quantized_dtypes()) {
     int turn = 0;
     for (const int64_t rows : kRowCounts) {
       for (const int64_t cols : {32, 96, 256, 288, 1280}) {
-        if (type == DType::Q6_K && cols % 256 != 0) continue;
+        if (cols % dtype_traits(type).block_elements != 0) continue;
         const int64_t n = std::vector<int64_t>{16, 40, 1, 64, 33, 31, 49}[turn % 7];
         const MatmulCase& c = kMatmulCases[turn++ % 4];
         CAPTURE(dtype_traits(type).name);
@@ -208,7 +208,7 @@ TEST_CASE("quantized matmul: every shape, the same bits on every instruction set
 
 TEST_CASE("quantized matmul writes its share of rows and panels alone") {
   const int64_t rows = 21, cols = 256, n = 90, stride = 96;
-  for (const DType type : {DType::Q8_0, DType::Q4_0, DType::Q6_K}) {
+  for (const DType type : quantized_dtypes()) {
     const TestMatrix w(type, n, cols, 4);
     QuantizedBuffer x(rows, cols);
     generic_kernels().quantize_rows(random_floats(rows, cols, 6).data(), cols, rows, x.rows, 0);
@@ -231,7 +231,7 @@ TEST_CASE("quantized matmul writes its share of rows and panels alone") {
 TEST_CASE("extreme weights and activations neither saturate nor misbehave") {
   const int64_t rows = 7, cols = 256, n = 16;
   AlignedBuffer scratch(matmul_scratch_bytes(cols));
-  for (const DType type : {DType::Q8_0, DType::Q4_0, DType::Q6_K}) {
+  for (const DType type : quantized_dtypes()) {
     // Byte patterns with the largest products, random ones, and (last) infinite and NaN scales.
     for (const int fill : {0x80, 0x7f, 0x00, 0xff, 0x88, -1}) {
       TestMatrix w(type, n, cols, 1);
