@@ -12,6 +12,9 @@ enum class DType : uint32_t {
   F32 = 0,
   F16 = 1,
   Q4_0 = 2,
+  Q4_1 = 3,
+  Q5_0 = 6,
+  Q5_1 = 7,
   Q8_0 = 8,
   Q6_K = 14,
   BF16 = 30,
@@ -71,6 +74,29 @@ struct Block;
 template <>
 struct Block<DType::Q4_0> {
   uint16_t d;
+  uint8_t qs[kBlock32 / 2];
+};
+
+/// x[i] = d * q[i] + m, q as Q4_0's.
+template <>
+struct Block<DType::Q4_1> {
+  uint16_t d, m;
+  uint8_t qs[kBlock32 / 2];
+};
+
+/// x[i] = d * (q[i] - 16), q in 0..31: the low bits as Q4_0's q, the high one of value i is bit i of qh.
+template <>
+struct Block<DType::Q5_0> {
+  uint16_t d;
+  uint8_t qh[kBlock32 / 8];
+  uint8_t qs[kBlock32 / 2];
+};
+
+/// x[i] = d * q[i] + m, q as Q5_0's.
+template <>
+struct Block<DType::Q5_1> {
+  uint16_t d, m;
+  uint8_t qh[kBlock32 / 8];
   uint8_t qs[kBlock32 / 2];
 };
 

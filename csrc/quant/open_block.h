@@ -30,6 +30,33 @@ inline void open_block(const Block<DType::Q4_0>& block, OpenBlock& out) {
   out.d = block.d;
 }
 
+/// Bit i of 32 to bit 4 of value i.
+inline void open_fifth_bits(const uint8_t (&qh)[kBlock32 / 8], uint8_t* q) {
+  for (int i = 0; i < kBlock32; ++i) q[i] |= static_cast<uint8_t>((qh[i / 8] >> i % 8 & 1) << 4);
+}
+
+/// An f16's negative.
+inline uint16_t negated(uint16_t half) { return half ^ 0x8000; }
+
+inline void open_block(const Block<DType::Q4_1>& block, OpenBlock& out) {
+  open_nibbles(block.qs, out.q);
+  out.d = block.d;
+  out.m = negated(block.m);
+}
+
+inline void open_block(const Block<DType::Q5_0>& block, OpenBlock& out) {
+  open_nibbles(block.qs, out.q);
+  open_fifth_bits(block.qh, out.q);
+  out.d = block.d;
+}
+
+inline void open_block(const Block<DType::Q5_1>& block, OpenBlock& out) {
+  open_nibbles(block.qs, out.q);
+  open_fifth_bits(block.qh, out.q);
+  out.d = block.d;
+  out.m = negated(block.m);
+}
+
 inline void open_block(const Block<DType::Q8_0>& block, OpenBlock& out) {
   std::memcpy(out.q, block.qs, sizeof block.qs);
   out.d = block.d;
