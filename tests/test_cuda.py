@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from demo import cases
 from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
 from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
 from qwen2vl_q.devices import cuda_plugin
-from qwen2vl_q.errors import DeviceError
+from qwen2vl_q.errors import DeviceError, UnsupportedError
 from shapes import SHAPES
 from test_demo_answers import FIRST_SEED, same
+from weight_types import with_weights
 
 FloatArray = NDArray[np.float32]
 
@@ -334,3 +336,10 @@ def test_answers_about_cards() -> None:
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(DeviceError, match="99"):
         Qwen2VL.from_gguf(DEMO_MODEL, device="cuda:99")
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_types_without_kernels_are_refused(precision: Literal["fast", "exact"], tmp_path: Path) -> None:
+    path = with_weights(make(tmp_path, WIDE, "f32"), tmp_path / "packed.gguf", "Q4_1", as_f32=False)
+    with pytest.raises(UnsupportedError, match="the CUDA backend has no kernel for tensors of type Q4_1"):
+        Qwen2VL.from_gguf(path, precision=precision, device="cuda")

@@ -17,6 +17,7 @@ Bytes = NDArray[np.uint8]
 
 BIT_EXACT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 TYPES = (*BIT_EXACT, "Q6_K")
+ONLY_READ = ("Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K")
 DATA = Path(__file__).parent / "data"
 
 
@@ -103,7 +104,7 @@ def test_float16_and_bfloat16_keep_infinities_and_nan() -> None:
         np.testing.assert_array_equal(_native.dequantize(_native.quantize(values, name), name)[0], expected)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", (*TYPES, *ONLY_READ))
 def test_dequantizes_any_blocks_as_gguf_does(name: str) -> None:
     rng = np.random.default_rng(11)
     block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
@@ -112,6 +113,13 @@ def test_dequantizes_any_blocks_as_gguf_does(name: str) -> None:
     np.testing.assert_array_equal(found, expected)
     numbers = ~np.isnan(expected)
     assert_same_bytes(found[numbers].view(np.uint8), expected[numbers].view(np.uint8))
+
+
+@pytest.mark.parametrize("name", ONLY_READ)
+def test_types_that_are_only_read(name: str) -> None:
+    assert _native.block_layout(name) == GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    with pytest.raises(ValueError, match=f"tensor type {name}: expected one that is written: F32, .*, Q6_K"):
+        _native.quantize(np.zeros((2, 256), np.float32), name)
 
 
 @pytest.mark.parametrize("name", TYPES)

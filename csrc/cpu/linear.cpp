@@ -6,6 +6,7 @@
 #include <span>
 
 #include "cpu/outliers.h"
+#include "quant/formats.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -221,7 +222,7 @@ void quantized_task(const KernelTable& kernels, const PanelMatrix& w, const Quan
   if (n == 0) return;
   float* columns = reinterpret_cast<float*>(scratch);  // [n][16]
   for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
-    dequantize_panel_columns(w, p, x.outliers.data(), n, columns);
+    kernels.unpack_columns(w, p, x.outliers.data(), n, columns);
     kernels.gemm_f32(
         x.outlier_values + task.row_begin * n, n, columns, n * kPanelRows, task.row_end - task.row_begin,
         std::min(kPanelRows, w.rows - p * kPanelRows), n,
@@ -242,27 +243,23 @@ void float_task(const KernelTable& kernels, const PanelMatrix& w, const Rows& x,
   const int64_t n_begin = task.panel_begin * kPanelRows;
   const int64_t n_end = std::min(task.panel_end * kPanelRows, w.rows);
   const uint8_t* data = w.panel(task.panel_begin);
-  switch (w.type) {
-    case DType::F32:
+  visit_dtype(w.type, [&]<DType T>() {
+    if constexpr (T == DType::F32) {
       kernels.gemm_f32(a, x.stride, reinterpret_cast<const float*>(data), w.panel_bytes / 4, rows,
                        n_end - n_begin, w.cols, output_at(task.panel_begin));
-      return;
-    case DType::F16:
-      kernels.gemm_f16(a, x.stride, reinterpret_cast<const uint16_t*>(data), w.panel_bytes / 2, rows,
-                       n_end - n_begin, w.cols, output_at(task.panel_begin));
-      return;
-    case DType::BF16:
-      kernels.gemm_bf16(a, x.stride, reinterpret_cast<const uint16_t*>(data), w.panel_bytes / 2, rows,
-                        n_end - n_begin, w.cols, output_at(task.panel_begin));
-      return;
-    default:  // quantized weights, float32 activations (exact)
+    } else if constexpr (T == DType::F16 || T == DType::BF16) {
+      const auto gemm = T == DType::F16 ? kernels.gemm_f16 : kernels.gemm_bf16;
+      gemm(a, x.stride, reinterpret_cast<const uint16_t*>(data), w.panel_bytes / 2, rows, n_end - n_begin,
+           w.cols, output_at(task.panel_begin));
+    } else {
       for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
         float* panel = reinterpret_cast<float*>(scratch);
         kernels.unpack_panel(w, p, panel);
         kernels.gemm_f32(a, x.stride, panel, w.cols * kPanelRows, rows,
                          std::min(kPanelRows, w.rows - p * kPanelRows), w.cols, output_at(p));
       }
-  }
+    }
+  });
 }
 
 /// A layer's input as its kernels want it, and the products with it. `fine`: of all parts.

@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include "base/half.h"
+#include "cpu/panel_decoder.h"
+#include "quant/open_block.h"
 
 namespace qwen2vl::cpu {
 namespace {
-
-constexpr int64_t kGroupBytes = kPanelRows * 4;  ///< four consecutive k of every row of the panel
 
 uint32_t load_u32(const uint8_t* p) {
   uint32_t word;
@@ -35,95 +34,52 @@ void pack_values(const uint8_t* matrix, int64_t row_stride, int64_t lanes, int64
   }
 }
 
-/// Q8_0 and Q4_0: the block's bytes are already in the panel's order, four at a time.
-template <typename Block>
-void pack_blocks32(const uint8_t* matrix, int64_t row_stride, int64_t lanes, int64_t cols,
-                   const PanelParts& parts, uint8_t* out) {
-  constexpr int64_t kGroups = sizeof(Block::qs) / 4;
-  for (int64_t b = 0; b < cols / kBlock32; ++b) {
+/// 32 integers of row r to block b of a panel's low and high bits.
+template <DType T>
+void pack_quants(const uint8_t* q, int64_t b, int64_t r, const PanelParts& parts, uint8_t* out) {
+  constexpr QuantFormat kFormat = traits_of(T).format;
+  constexpr int kVectors = kFormat.low_bits;  // of 64 bytes, for 128 nibbles or 64 bytes each
+  uint8_t* low = out + b * kVectors * kGroupBytes + r * 4;
+  for (int g = 0; g < kVectors; ++g) {
+    const uint32_t word = load_u32(q + 4 * g);
+    if constexpr (kFormat.low_bits == 8)
+      store_u32(low + g * kGroupBytes, word);
+    else
+      store_u32(low + g * kGroupBytes, (word & 0x0f0f0f0fu) | (load_u32(q + 16 + 4 * g) & 0x0f0f0f0fu) << 4);
+  }
+  if constexpr (constexpr int n = kFormat.high_bits; n > 0) {
+    constexpr uint32_t kMask = 0x01010101u * ((1u << n) - 1);
+    uint8_t* high = out + parts.high + b * n * kGroupBytes + r * 4;
+    for (int h = 0; h < n; ++h) {
+      uint32_t word = 0;
+      for (int f = 0; f < 8 / n; ++f) word |= (load_u32(q + 4 * (n * f + h)) >> 4 & kMask) << (n * f);
+      store_u32(high + h * kGroupBytes, word);
+    }
+  }
+}
+
+template <DType T>
+void pack_blocks(const uint8_t* matrix, int64_t row_stride, int64_t lanes, int64_t cols,
+                 const PanelParts& parts, uint8_t* out) {
+  constexpr DTypeTraits kTraits = traits_of(T);
+  constexpr QuantFormat kFormat = kTraits.format;
+  constexpr int64_t kBlocks32 = kTraits.block_elements / kBlock32,
+                    kParts = kTraits.block_elements / kFormat.part;
+  OpenBlock block;
+  for (int64_t i = 0; i < cols / kTraits.block_elements; ++i) {
     for (int64_t r = 0; r < lanes; ++r) {
-      Block block;
-      std::memcpy(&block, matrix + r * row_stride + b * sizeof(Block), sizeof(Block));
-      uint8_t* quants = out + b * kGroups * kGroupBytes + r * 4;
-      for (int64_t g = 0; g < kGroups; ++g) std::memcpy(quants + g * kGroupBytes, &block.qs[4 * g], 4);
-      std::memcpy(out + parts.scales + (b * kPanelRows + r) * 2, &block.d, 2);
-    }
-  }
-}
-
-/// Values 32 t .. 32 t + 31 of one half of a super-block (see BlockQ6_K).
-void pack_q6_block32(const uint8_t* ql, const uint8_t* qh, int t, uint8_t* low, uint8_t* high) {
-  const uint8_t* nibbles = ql + 32 * (t & 1);
-  const int shift = 4 * (t >> 1);
-  for (int g = 0; g < 4; ++g) {
-    const uint32_t first = (load_u32(nibbles + 4 * g) >> shift) & 0x0f0f0f0fu;
-    const uint32_t second = (load_u32(nibbles + 16 + 4 * g) >> shift) & 0x0f0f0f0fu;
-    store_u32(low + g * kGroupBytes, first | (second << 4));
-  }
-  for (int h = 0; h < 2; ++h) {
-    uint32_t word = 0;
-    for (int f = 0; f < 4; ++f)
-      word |= ((load_u32(qh + 4 * (2 * f + h)) >> (2 * t)) & 0x03030303u) << (2 * f);
-    store_u32(high + h * kGroupBytes, word);
-  }
-}
-
-void pack_q6(const uint8_t* matrix, int64_t row_stride, int64_t lanes, int64_t cols, const PanelParts& parts,
-             uint8_t* out) {
-  for (int64_t super = 0; super < cols / kBlock256; ++super) {
-    for (int64_t r = 0; r < lanes; ++r) {
-      BlockQ6_K block;
-      std::memcpy(&block, matrix + r * row_stride + super * sizeof(BlockQ6_K), sizeof block);
-      for (int s = 0; s < 8; ++s) {
-        const int64_t b = super * 8 + s;
-        pack_q6_block32(block.ql + 64 * (s / 4), block.qh + 32 * (s / 4), s % 4,
-                        out + b * 4 * kGroupBytes + r * 4, out + parts.high + b * 2 * kGroupBytes + r * 4);
-        for (int h = 0; h < 2; ++h) {
-          out[parts.scales + (b * 2 + h) * kPanelRows + r] = static_cast<uint8_t>(block.scales[2 * s + h]);
-        }
-      }
-      std::memcpy(out + parts.super + (super * kPanelRows + r) * 2, &block.d, 2);
-    }
-  }
-}
-
-float load_f16(const uint8_t* p) {
-  uint16_t half;
-  std::memcpy(&half, p, sizeof half);
-  return f16_to_f32(half);
-}
-
-/// The nibble of value i (0..31) of block b, lane r, of Q4_0's quants.
-int nibble(const uint8_t* quants, int64_t b, int i, int64_t r) {
-  const uint8_t byte = quants[(b * 4 + (i % 16) / 4) * kGroupBytes + r * 4 + i % 4];
-  return i < 16 ? byte & 0xf : byte >> 4;
-}
-
-void dequantize_q8_row(const uint8_t* panel, const PanelParts& parts, int64_t r, int64_t cols, float* out) {
-  for (int64_t k = 0; k < cols; ++k) {
-    const float scale = load_f16(panel + parts.scales + (k / kBlock32 * kPanelRows + r) * 2);
-    out[k] = scale * static_cast<float>(static_cast<int8_t>(panel[k / 4 * kGroupBytes + r * 4 + k % 4]));
-  }
-}
-
-void dequantize_q4_row(const uint8_t* panel, const PanelParts& parts, int64_t r, int64_t cols, float* out) {
-  for (int64_t b = 0; b < cols / kBlock32; ++b) {
-    const float scale = load_f16(panel + parts.scales + (b * kPanelRows + r) * 2);
-    for (int i = 0; i < kBlock32; ++i) {
-      out[b * kBlock32 + i] = scale * static_cast<float>(nibble(panel, b, i, r) - 8);
-    }
-  }
-}
-
-void dequantize_q6_row(const uint8_t* panel, const PanelParts& parts, int64_t r, int64_t cols, float* out) {
-  for (int64_t b = 0; b < cols / kBlock32; ++b) {
-    const float super = load_f16(panel + parts.super + (b / 8 * kPanelRows + r) * 2);
-    for (int i = 0; i < kBlock32; ++i) {
-      const int g = i / 4;
-      const int sub = static_cast<int8_t>(panel[parts.scales + (b * 2 + i / 16) * kPanelRows + r]);
-      const int high = panel[parts.high + (b * 2 + g % 2) * kGroupBytes + r * 4 + i % 4] >> (2 * (g / 2)) & 3;
-      const int q = nibble(panel, b, i, r) | high << 4;
-      out[b * kBlock32 + i] = super * static_cast<float>(sub) * static_cast<float>(q - 32);
+      open_block_at<T>(matrix + r * row_stride + i * kTraits.block_bytes, block);
+      for (int64_t b = 0; b < kBlocks32; ++b)
+        pack_quants<T>(block.q + b * kBlock32, i * kBlocks32 + b, r, parts, out);
+      const auto pack_scales = [&](int64_t values, int64_t block_values, uint16_t half, const int8_t* bytes) {
+        if constexpr (kFormat.scale_bits == 8)
+          for (int64_t p = 0; p < kParts; ++p)
+            out[values + (i * kParts + p) * kPanelRows + r] = static_cast<uint8_t>(bytes[p]);
+        std::memcpy(out + (kFormat.scale_bits == 8 ? block_values : values) + (i * kPanelRows + r) * 2, &half,
+                    2);
+      };
+      pack_scales(parts.scales, parts.block_scales, block.d, block.scales);
+      if constexpr (kFormat.has_minimum) pack_scales(parts.minima, parts.block_minima, block.m, block.minima);
     }
   }
 }
@@ -131,26 +87,20 @@ void dequantize_q6_row(const uint8_t* panel, const PanelParts& parts, int64_t r,
 }  // namespace
 
 PanelParts panel_parts(DType type, int64_t cols) {
+  const DTypeTraits& traits = dtype_traits(type);
+  const QuantFormat& format = traits.format;
   PanelParts parts;
-  switch (type) {
-    case DType::F32:
-      parts.bytes = cols * kPanelRows * 4;
-      break;
-    case DType::F16:
-    case DType::BF16:
-      parts.bytes = cols * kPanelRows * 2;
-      break;
-    case DType::Q8_0:
-    case DType::Q4_0:
-      parts.scales = cols * kPanelRows / (type == DType::Q8_0 ? 1 : 2);
-      parts.bytes = parts.scales + cols / kBlock32 * kPanelRows * 2;
-      break;
-    case DType::Q6_K:
-      parts.high = cols * kPanelRows / 2;
-      parts.scales = parts.high + cols * kPanelRows / 4;
-      parts.super = parts.scales + cols / 16 * kPanelRows;
-      parts.bytes = parts.super + cols / kBlock256 * kPanelRows * 2;
-      break;
+  if (format.bits() == 0) {
+    parts.bytes = cols * kPanelRows * traits.block_bytes;
+  } else {
+    const int64_t scales = cols / format.part * kPanelRows * format.scale_bits / 8;
+    const int64_t block_scales = format.scale_bits == 8 ? cols / kBlock256 * kPanelRows * 2 : 0;
+    parts.high = cols * kPanelRows * format.low_bits / 8;
+    parts.scales = parts.high + cols * kPanelRows * format.high_bits / 8;
+    parts.block_scales = parts.scales + scales;
+    parts.minima = parts.block_scales + block_scales;
+    parts.block_minima = parts.minima + (format.has_minimum ? scales : 0);
+    parts.bytes = parts.block_minima + (format.has_minimum ? block_scales : 0);
   }
   parts.bytes = (parts.bytes + 63) / 64 * 64;
   return parts;
@@ -162,71 +112,39 @@ void pack_panel(DType type, const uint8_t* matrix, int64_t rows, int64_t cols, i
   const int64_t lanes = std::min(kPanelRows, rows - panel * kPanelRows);
   const uint8_t* first = matrix + panel * kPanelRows * row_stride;
   if (lanes < kPanelRows) std::memset(out, 0, parts.bytes);
-  switch (type) {
-    case DType::F32:
-      return pack_values<uint32_t>(first, row_stride, lanes, cols, out);
-    case DType::F16:
-    case DType::BF16:
-      return pack_values<uint16_t>(first, row_stride, lanes, cols, out);
-    case DType::Q8_0:
-      return pack_blocks32<BlockQ8_0>(first, row_stride, lanes, cols, parts, out);
-    case DType::Q4_0:
-      return pack_blocks32<BlockQ4_0>(first, row_stride, lanes, cols, parts, out);
-    case DType::Q6_K:
-      return pack_q6(first, row_stride, lanes, cols, parts, out);
-  }
+  visit_dtype(type, [&]<DType T>() {
+    if constexpr (T == DType::F32)
+      pack_values<uint32_t>(first, row_stride, lanes, cols, out);
+    else if constexpr (T == DType::F16 || T == DType::BF16)
+      pack_values<uint16_t>(first, row_stride, lanes, cols, out);
+    else
+      pack_blocks<T>(first, row_stride, lanes, cols, parts, out);
+  });
 }
 
 void dequantize_panel_row(const PanelMatrix& matrix, int64_t row, float* out) {
-  const PanelParts parts = panel_parts(matrix.type, matrix.cols);
-  const uint8_t* panel = matrix.panel(row / kPanelRows);
-  const int64_t r = row % kPanelRows;
-  switch (matrix.type) {
-    case DType::F32:
+  const int64_t index = row / kPanelRows, r = row % kPanelRows;
+  const uint8_t* panel = matrix.panel(index);
+  visit_dtype(matrix.type, [&]<DType T>() {
+    const auto fill = [&](const auto& value) {
+      for (int64_t k = 0; k < matrix.cols; ++k) out[k] = value(k);
+    };
+    const auto half = [&](int64_t k) {
+      uint16_t bits;
+      std::memcpy(&bits, panel + (k * kPanelRows + r) * 2, sizeof bits);
+      return bits;
+    };
+    if constexpr (T == DType::F32) {
       for (int64_t k = 0; k < matrix.cols; ++k) std::memcpy(out + k, panel + (k * kPanelRows + r) * 4, 4);
-      return;
-    case DType::F16:
-      for (int64_t k = 0; k < matrix.cols; ++k) out[k] = load_f16(panel + (k * kPanelRows + r) * 2);
-      return;
-    case DType::BF16:
-      for (int64_t k = 0; k < matrix.cols; ++k) {
-        uint16_t half;
-        std::memcpy(&half, panel + (k * kPanelRows + r) * 2, sizeof half);
-        out[k] = bf16_to_f32(half);
-      }
-      return;
-    case DType::Q8_0:
-      return dequantize_q8_row(panel, parts, r, matrix.cols, out);
-    case DType::Q4_0:
-      return dequantize_q4_row(panel, parts, r, matrix.cols, out);
-    case DType::Q6_K:
-      return dequantize_q6_row(panel, parts, r, matrix.cols, out);
-  }
-}
-
-void dequantize_panel_columns(const PanelMatrix& matrix, int64_t panel, const int32_t* columns, int64_t n,
-                              float* out) {
-  const PanelParts parts = panel_parts(matrix.type, matrix.cols);
-  const uint8_t* p = matrix.panel(panel);
-  for (int64_t c = 0; c < n; ++c, out += kPanelRows) {
-    const int64_t k = columns[c], b = k / kBlock32;
-    const int i = static_cast<int>(k % kBlock32);
-    const int half = i / 16, g = i / 4;
-    for (int64_t r = 0; r < kPanelRows; ++r) {
-      if (matrix.type == DType::Q8_0) {
-        const auto q = static_cast<int8_t>(p[k / 4 * kGroupBytes + r * 4 + k % 4]);
-        out[r] = load_f16(p + parts.scales + (b * kPanelRows + r) * 2) * static_cast<float>(q);
-      } else if (matrix.type == DType::Q4_0) {
-        out[r] = load_f16(p + parts.scales + (b * kPanelRows + r) * 2) *
-                 static_cast<float>(nibble(p, b, i, r) - 8);
-      } else {
-        const auto sub = static_cast<int8_t>(p[parts.scales + (b * 2 + half) * kPanelRows + r]);
-        const int high = p[parts.high + (b * 2 + g % 2) * kGroupBytes + r * 4 + i % 4] >> (2 * (g / 2)) & 3;
-        out[r] = load_f16(p + parts.super + (b / 8 * kPanelRows + r) * 2) * static_cast<float>(sub) *
-                 static_cast<float>((nibble(p, b, i, r) | high << 4) - 32);
-      }
+    } else if constexpr (T == DType::F16) {
+      fill([&](int64_t k) { return f16_to_f32(half(k)); });
+    } else if constexpr (T == DType::BF16) {
+      fill([&](int64_t k) { return bf16_to_f32(half(k)); });
+    } else {
+      const PanelDecoder<T> decoder(matrix, index);
+      fill([&](int64_t k) { return decoder.value(k, r); });
     }
-  }
+  });
 }
 
 }  // namespace qwen2vl::cpu

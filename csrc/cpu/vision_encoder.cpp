@@ -84,7 +84,7 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, const VisionWeights& w,
   mlp_2_ = pack_linear("image merger", {&w.mlp_2}, ctx);
   // A seventieth of the tower's work, and no later layer averages its errors away.
   for (PackedLinear* merger : {&mlp_0_, &mlp_2_})
-    if (merger->parts[0].matrix.type == DType::Q8_0) merger->make_fine();
+    if (has_8_bits(merger->parts[0].matrix)) merger->make_fine();
 }
 
 int64_t VisionEncoder::weight_bytes() const {

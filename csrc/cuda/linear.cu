@@ -24,9 +24,10 @@ Format format_of(DType type) {
     case DType::F16:
     case DType::BF16:
       return Format::Bf16;
+    default:
+      throw UnsupportedError("the CUDA backend has no kernel for tensors of type " +
+                             std::string(dtype_traits(type).name));
   }
-  throw UnsupportedError("the CUDA backend has no kernel for tensors of type number " +
-                         std::to_string(static_cast<uint32_t>(type)));
 }
 
 DType type_of(const Feature& feature, DType otherwise) {
@@ -200,6 +201,7 @@ PackedLinear pack(Context& ctx, const char* name, const Pairs& pairs, PackingBuf
 
 StoredLinear store(Context& ctx, const char* name, const qwen2vl_linear& linear) {
   const qwen2vl_matrix& m = linear.weight;
+  format_of(static_cast<DType>(m.type));  // refuses what the kernels do not read
   StoredLinear out{name,    static_cast<DType>(m.type),
                    nullptr, row_bytes(static_cast<DType>(m.type), m.cols),
                    m.rows,  m.cols,

@@ -5,22 +5,23 @@
 #include <stdexcept>
 #include <string>
 
+#include "quant/formats.h"
+
 namespace qwen2vl {
 namespace {
 
-constexpr DTypeTraits kTraits[] = {
-    {DType::F32, "F32", 1, sizeof(float)},
-    {DType::F16, "F16", 1, sizeof(uint16_t)},
-    {DType::BF16, "BF16", 1, sizeof(uint16_t)},
-    {DType::Q4_0, "Q4_0", kBlock32, sizeof(BlockQ4_0)},
-    {DType::Q8_0, "Q8_0", kBlock32, sizeof(BlockQ8_0)},
-    {DType::Q6_K, "Q6_K", kBlock256, sizeof(BlockQ6_K)},
-};
-
 template <typename Predicate>
 const DTypeTraits* find(const Predicate& predicate) {
-  const auto* found = std::find_if(std::begin(kTraits), std::end(kTraits), predicate);
-  return found == std::end(kTraits) ? nullptr : found;
+  const auto* found = std::find_if(std::begin(kDTypes), std::end(kDTypes), predicate);
+  return found == std::end(kDTypes) ? nullptr : found;
+}
+
+template <typename Predicate>
+std::string names_of(const Predicate& predicate) {
+  std::string names;
+  for (const DTypeTraits& traits : kDTypes)
+    if (predicate(traits)) names += (names.empty() ? "" : ", ") + std::string(traits.name);
+  return names;
 }
 
 char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }
@@ -39,17 +40,24 @@ const DTypeTraits* find_dtype(std::string_view name) {
 }
 
 std::string dtype_names() {
-  std::string names;
-  for (const DTypeTraits& traits : kTraits) names += (names.empty() ? "" : ", ") + std::string(traits.name);
-  return names;
+  return names_of([](const DTypeTraits&) { return true; });
+}
+
+std::string written_dtype_names() {
+  return names_of([](const DTypeTraits& traits) { return traits.is_written; });
+}
+
+void refuse_dtype(DType type, const char* expected) {
+  const DTypeTraits* traits = find_dtype(static_cast<uint32_t>(type));
+  throw std::invalid_argument(
+      "tensor type " +
+      (traits != nullptr ? std::string(traits->name) : std::to_string(static_cast<uint32_t>(type))) +
+      ": expected " + expected);
 }
 
 const DTypeTraits& dtype_traits(DType type) {
   const DTypeTraits* traits = find_dtype(static_cast<uint32_t>(type));
-  if (traits == nullptr) {
-    throw std::invalid_argument("no tensor type has the number " +
-                                std::to_string(static_cast<uint32_t>(type)));
-  }
+  if (traits == nullptr) refuse_dtype(type, "a type of the list");
   return *traits;
 }
 

@@ -7,14 +7,31 @@
 
 namespace qwen2vl {
 
-/// Tensor element types, numbered as GGUF numbers them (ggml_type).
+/// Tensor element types, numbered as GGUF numbers them (ggml_type). quant/formats.h lists what they are.
 enum class DType : uint32_t {
   F32 = 0,
   F16 = 1,
   Q4_0 = 2,
+  Q4_1 = 3,
+  Q5_0 = 6,
+  Q5_1 = 7,
   Q8_0 = 8,
+  Q4_K = 12,
+  Q5_K = 13,
   Q6_K = 14,
   BF16 = 30,
+};
+
+/// What a quantized value is: x = scale * (q - offset) - minimum, with integers q of low_bits + high_bits.
+struct QuantFormat {
+  int low_bits = 0;   ///< 4: unsigned; 8: signed; 0: the type is not quantized
+  int high_bits = 0;  ///< stored apart from the low ones
+  int offset = 0;
+  int part = 32;             ///< values that share a scale (and a minimum): 32 or 16
+  int scale_bits = 16;       ///< of a part's scale. 16: an f16; 8: an integer, multiplied by the block's f16
+  bool has_minimum = false;  ///< stored as scales are; the offset is 0
+
+  constexpr int bits() const { return low_bits + high_bits; }
 };
 
 /// How a type is stored: `block_elements` consecutive values of a row take `block_bytes` bytes.
@@ -23,6 +40,8 @@ struct DTypeTraits {
   std::string_view name;  ///< as GGUF tools print it: "F32", "Q4_0", ...
   int64_t block_elements;
   int64_t block_bytes;
+  QuantFormat format = {};
+  bool is_written = true;  ///< whether quantize_rows has it
 };
 
 /// The traits of a GGUF type number, or nullptr for a type that this project does not read.
@@ -33,6 +52,8 @@ const DTypeTraits* find_dtype(std::string_view name);
 
 /// Every type's name, for messages: "F32, F16, ...".
 std::string dtype_names();
+/// Of those that are written.
+std::string written_dtype_names();
 
 const DTypeTraits& dtype_traits(DType type);
 
@@ -44,33 +65,80 @@ inline bool is_quantized(DType type) {
 /// Bytes of one row of `cols` values. Throws std::invalid_argument where the blocks do not divide the row.
 int64_t row_bytes(DType type, int64_t cols);
 
-inline constexpr int64_t kBlock32 = 32;    ///< values per Q4_0 and Q8_0 block
+inline constexpr int64_t kBlock32 = 32;    ///< values per block of the types without _K
 inline constexpr int64_t kBlock256 = 256;  ///< values per K-quant super-block
 
-/// x[i] = d * (q[i] - 8), q in 0..15. Low nibbles hold values 0..15, high nibbles values 16..31. d: f16.
-struct BlockQ4_0 {
+/// A quantized type's block as a file has it. All d and m are f16.
+template <DType>
+struct Block;
+
+/// x[i] = d * (q[i] - 8), q in 0..15. Low nibbles hold values 0..15, high nibbles values 16..31.
+template <>
+struct Block<DType::Q4_0> {
   uint16_t d;
   uint8_t qs[kBlock32 / 2];
 };
-static_assert(sizeof(BlockQ4_0) == 18);
 
-/// x[i] = d * q[i], q in -127..127 as written here (-128 is accepted). d: f16.
-struct BlockQ8_0 {
+/// x[i] = d * q[i] + m, q as Q4_0's.
+template <>
+struct Block<DType::Q4_1> {
+  uint16_t d, m;
+  uint8_t qs[kBlock32 / 2];
+};
+
+/// x[i] = d * (q[i] - 16), q in 0..31: the low bits as Q4_0's q, the high one of value i is bit i of qh.
+template <>
+struct Block<DType::Q5_0> {
+  uint16_t d;
+  uint8_t qh[kBlock32 / 8];
+  uint8_t qs[kBlock32 / 2];
+};
+
+/// x[i] = d * q[i] + m, q as Q5_0's.
+template <>
+struct Block<DType::Q5_1> {
+  uint16_t d, m;
+  uint8_t qh[kBlock32 / 8];
+  uint8_t qs[kBlock32 / 2];
+};
+
+/// x[i] = d * q[i], q in -127..127 as written here (-128 is accepted).
+template <>
+struct Block<DType::Q8_0> {
   uint16_t d;
   int8_t qs[kBlock32];
 };
-static_assert(sizeof(BlockQ8_0) == 34);
 
-/// x[i] = d * scales[i / 16] * (q[i] - 32), q in 0..63, d: f16. For each half (128 values) and l in 0..31:
+/// x[i] = d * scale[i / 32] * q[i] - m * minimum[i / 32], q in 0..15. qs[32 * j + l]: low nibble of value
+/// 64 * j + l, high nibble of value 64 * j + 32 + l. Scales and minima have 6 bits: those of the first four
+/// parts are the low bits of scales[0..4) and scales[4..8); of the others scales[8..12) has the low four bits
+/// (scale in the low nibble), and the two high bits stand above those of part p - 4.
+template <>
+struct Block<DType::Q4_K> {
+  uint16_t d, m;
+  uint8_t scales[12];
+  uint8_t qs[kBlock256 / 2];
+};
+
+/// The same with q in 0..31: bit p of qh[l] is the high bit of value 32 * p + l.
+template <>
+struct Block<DType::Q5_K> {
+  uint16_t d, m;
+  uint8_t scales[12];
+  uint8_t qh[kBlock256 / 8];
+  uint8_t qs[kBlock256 / 2];
+};
+
+/// x[i] = d * scales[i / 16] * (q[i] - 32), q in 0..63. For each half (128 values) and l in 0..31:
 /// ql[64 * half + l]      low nibble: low bits of value l,      high nibble: of value l + 64;
 /// ql[64 * half + 32 + l] low nibble: low bits of value l + 32, high nibble: of value l + 96;
 /// qh[32 * half + l]      bits 0-1, 2-3, 4-5, 6-7: high bits of values l, l + 32, l + 64, l + 96.
-struct BlockQ6_K {
+template <>
+struct Block<DType::Q6_K> {
   uint8_t ql[kBlock256 / 2];
   uint8_t qh[kBlock256 / 4];
   int8_t scales[kBlock256 / 16];
   uint16_t d;
 };
-static_assert(sizeof(BlockQ6_K) == 210);
 
 }  // namespace qwen2vl

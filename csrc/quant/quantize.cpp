@@ -8,6 +8,7 @@
 #include <string>
 
 #include "base/half.h"
+#include "quant/formats.h"
 #include "quant/quantize_q6_k.h"
 
 namespace qwen2vl {
@@ -45,7 +46,7 @@ float inverse(float d) {
   return std::isinf(id) ? 0 : id;
 }
 
-void quantize_block(const float* x, int32_t magnitude, BlockQ4_0* out) {
+void quantize_block(const float* x, int32_t magnitude, Block<DType::Q4_0>* out) {
   const float d = first_extreme(x, magnitude) / -8;
   const float id = inverse(d);
   out->d = f32_to_f16(d);
@@ -61,7 +62,7 @@ void quantize_block(const float* x, int32_t magnitude, BlockQ4_0* out) {
   }
 }
 
-void quantize_block(const float* x, int32_t magnitude, BlockQ8_0* out) {
+void quantize_block(const float* x, int32_t magnitude, Block<DType::Q8_0>* out) {
   const float d = std::bit_cast<float>(magnitude) / 127;
   const float id = inverse(d);
   out->d = f32_to_f16(d);
@@ -74,7 +75,7 @@ void quantize_block(const float* x, int32_t magnitude, BlockQ8_0* out) {
   }
 }
 
-void quantize_block(const float* x, int32_t, BlockQ6_K* out) { quantize_q6_k(x, out); }
+void quantize_block(const float* x, int32_t, Block<DType::Q6_K>* out) { quantize_q6_k(x, out); }
 
 [[noreturn]] void refuse_not_finite(DType type, const float* begin, const float* block, int64_t cols) {
   const float* value = std::find_if_not(block, block + cols, [](float v) { return std::isfinite(v); });
@@ -83,13 +84,14 @@ void quantize_block(const float* x, int32_t, BlockQ6_K* out) { quantize_q6_k(x, 
                               std::to_string(*value));
 }
 
-template <typename Block, int64_t kElements>
-void quantize_blocks(DType type, const float* values, int64_t rows, int64_t cols, uint8_t* out) {
+template <DType T>
+void quantize_blocks(const float* values, int64_t rows, int64_t cols, uint8_t* out) {
+  constexpr int64_t kElements = traits_of(T).block_elements;
   const float* end = values + rows * cols;
-  for (const float* x = values; x != end; x += kElements, out += sizeof(Block)) {
+  for (const float* x = values; x != end; x += kElements, out += sizeof(Block<T>)) {
     const int32_t magnitude = max_magnitude<kElements>(x);
-    if (magnitude >= kInfinity) refuse_not_finite(type, values, x, cols);
-    Block block;  // `out` need not be aligned
+    if (magnitude >= kInfinity) refuse_not_finite(T, values, x, cols);
+    Block<T> block;  // `out` need not be aligned
     quantize_block(x, magnitude, &block);
     std::memcpy(out, &block, sizeof block);
   }
@@ -106,26 +108,18 @@ void convert(uint16_t (*narrow)(float), const float* values, int64_t n, uint8_t*
 
 void quantize_rows(DType type, const float* values, int64_t rows, int64_t cols, uint8_t* out) {
   const int64_t bytes = rows * row_bytes(type, cols);
-  switch (type) {
-    case DType::F32:
+  visit_dtype(type, [&]<DType T>() {
+    if constexpr (!traits_of(T).is_written)
+      refuse_dtype(T, ("one that is written: " + written_dtype_names()).c_str());
+    else if constexpr (T == DType::F32)
       std::memcpy(out, values, static_cast<size_t>(bytes));
-      break;
-    case DType::F16:
+    else if constexpr (T == DType::F16)
       convert(f32_to_f16, values, rows * cols, out);
-      break;
-    case DType::BF16:
+    else if constexpr (T == DType::BF16)
       convert(f32_to_bf16, values, rows * cols, out);
-      break;
-    case DType::Q4_0:
-      quantize_blocks<BlockQ4_0, kBlock32>(type, values, rows, cols, out);
-      break;
-    case DType::Q8_0:
-      quantize_blocks<BlockQ8_0, kBlock32>(type, values, rows, cols, out);
-      break;
-    case DType::Q6_K:
-      quantize_blocks<BlockQ6_K, kBlock256>(type, values, rows, cols, out);
-      break;
-  }
+    else
+      quantize_blocks<T>(values, rows, cols, out);
+  });
 }
 
 }  // namespace qwen2vl

@@ -96,7 +96,7 @@ int choose_sub_scale(const float* x, float scale, float d) {
   return best;
 }
 
-void pack(const std::array<uint8_t, kBlock256>& q, BlockQ6_K* out) {
+void pack(const std::array<uint8_t, kBlock256>& q, Block<DType::Q6_K>* out) {
   for (int half = 0; half < 2; ++half) {
     const uint8_t* from = q.data() + half * 128;
     for (int l = 0; l < 32; ++l) {
@@ -110,7 +110,7 @@ void pack(const std::array<uint8_t, kBlock256>& q, BlockQ6_K* out) {
 
 }  // namespace
 
-void quantize_q6_k(const float* values, BlockQ6_K* out) {
+void quantize_q6_k(const float* values, Block<DType::Q6_K>* out) {
   std::array<float, kBlock256> x;
   for (int i = 0; i < kBlock256; ++i) x[i] = std::min(std::max(values[i], -kLargest), kLargest);
 

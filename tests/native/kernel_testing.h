@@ -11,6 +11,7 @@
 
 #include "base/aligned_buffer.h"
 #include "cpu/kernels/kernel_table.h"
+#include "quant/formats.h"
 #include "quant/quantize.h"
 
 namespace qwen2vl::cpu {
@@ -77,6 +78,18 @@ std::string worst_mismatch(int64_t n, const Actual& actual, const Expected& expe
   return worst_mismatch(n, actual, expected, [](int64_t) { return 0.0; });
 }
 
+/// Every type of the list, and the quantized ones.
+inline std::vector<DType> dtypes() {
+  std::vector<DType> types;
+  for (const DTypeTraits& traits : kDTypes) types.push_back(traits.type);
+  return types;
+}
+inline std::vector<DType> quantized_dtypes() {
+  std::vector<DType> types = dtypes();
+  std::erase_if(types, [](DType type) { return !is_quantized(type); });
+  return types;
+}
+
 /// A random matrix in GGUF's row-major blocks, packed in panels.
 struct TestMatrix {
   std::vector<uint8_t> blocks;
@@ -84,8 +97,24 @@ struct TestMatrix {
   PanelMatrix panels;
 
   TestMatrix(DType type, int64_t rows, int64_t cols, uint32_t seed) : blocks(rows * row_bytes(type, cols)) {
-    quantize_rows(type, random_floats(rows, cols, seed).data(), rows, cols, blocks.data());
+    if (dtype_traits(type).is_written)
+      quantize_rows(type, random_floats(rows, cols, seed).data(), rows, cols, blocks.data());
+    else
+      fill_blocks(dtype_traits(type), seed);
     pack(type, rows, cols);
+  }
+
+  /// Random integers with d (and m), which these blocks begin with, such that values lie on both sides of 0.
+  void fill_blocks(const DTypeTraits& traits, uint32_t seed) {
+    std::mt19937 engine(seed);
+    for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(engine());
+    const bool is_subtracted = traits.format.scale_bits == 8;  // else it is added
+    for (size_t at = 0; at < blocks.size(); at += traits.block_bytes) {
+      const auto d = static_cast<uint16_t>(0x2a00 + engine() % 512);  // 0.05 .. 0.08
+      const auto m = static_cast<uint16_t>((is_subtracted ? 0x3800 : 0xb800) + engine() % 512);
+      std::memcpy(&blocks[at], &d, sizeof d);
+      if (traits.format.has_minimum) std::memcpy(&blocks[at + 2], &m, sizeof m);
+    }
   }
 
   void pack(DType type, int64_t rows, int64_t cols) {

@@ -10,6 +10,7 @@
 #include "gguf/reader.h"
 #include "gguf/types.h"
 #include "quant/block_types.h"
+#include "quant/formats.h"
 #include "quant/quantize.h"
 #include "temporary_folder.h"
 
@@ -138,7 +139,7 @@ TEST_CASE("no file cut short or with bytes changed does harm") {  // run under t
 }
 
 TEST_CASE("the types that are computed with are stored as GGUF says") {
-  int computed = 0;
+  size_t computed = 0;
   for (uint32_t number = 0; number < 64; ++number) {
     const DTypeTraits* traits = find_dtype(number);
     if (traits == nullptr) continue;
@@ -150,10 +151,10 @@ TEST_CASE("the types that are computed with are stored as GGUF says") {
     CHECK(stored->block_bytes == traits->block_bytes);
     CHECK(find_dtype(stored->name) == traits);
   }
-  CHECK(computed == 6);
+  CHECK(computed == std::size(kDTypes));
   CHECK(find_dtype("q4_0") == &dtype_traits(DType::Q4_0));
   CHECK(find_dtype("Q4") == nullptr);
-  CHECK(find_dtype(3u) == nullptr);
+  CHECK(find_dtype(4u) == nullptr);
   CHECK_THROWS_AS(row_bytes(DType::Q6_K, 128), std::invalid_argument);
   CHECK_THROWS_AS(row_bytes(DType::Q8_0, -32), std::invalid_argument);
 }

@@ -83,11 +83,11 @@ TEST_CASE("activations quantize per group of 256 columns, the same bits on every
 }
 
 TEST_CASE("grouped matmul: every shape, the same bits on every instruction set") {
-  for (const DType type : {DType::Q8_0, DType::Q4_0, DType::Q6_K}) {
+  for (const DType type : quantized_dtypes()) {
     int turn = 0;
     for (const int64_t rows : {1, 2, 5, 6, 7, 11, 12, 13, 25, 61}) {
       for (const int64_t cols : {32, 96, 256, 288, 1280}) {
-        if (type == DType::Q6_K && cols % 256 != 0) continue;
+        if (cols % dtype_traits(type).block_elements != 0) continue;
         const int64_t n = std::vector<int64_t>{16, 40, 1, 64, 130, 70, 49}[turn % 7];
         const Store store = turn % 2 ? Store::Overwrite : Store::Accumulate;
         const bool with_bias = turn++ / 2 % 2;
@@ -113,7 +113,7 @@ TEST_CASE("grouped matmul: every shape, the same bits on every instruction set")
 
 TEST_CASE("grouped matmul is near what the file's weights give") {
   const int64_t rows = 40, n = 64;
-  for (const DType type : {DType::Q8_0, DType::Q4_0, DType::Q6_K}) {
+  for (const DType type : quantized_dtypes()) {
     for (const int64_t cols : {256, 1536}) {
       CAPTURE(dtype_traits(type).name);
       CAPTURE(cols);
@@ -156,7 +156,7 @@ TEST_CASE("grouped matmul writes its share of rows and panels alone") {
 
 TEST_CASE("grouped matmul of extreme and damaged weights: the same bits, no overflow, NaN where a scale is") {
   const int64_t rows = 7, cols = 256, n = 16;
-  for (const DType type : {DType::Q8_0, DType::Q4_0, DType::Q6_K}) {
+  for (const DType type : quantized_dtypes()) {
     for (const int fill : {0x80, 0x7f, 0x00, 0xff, 0x88, -1}) {
       TestMatrix w(type, n, cols, 1);
       std::mt19937 engine(2);

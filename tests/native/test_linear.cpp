@@ -65,7 +65,7 @@ double loss(const KernelTable& kernels, Precision precision, DType type, bool fi
 TEST_CASE("a layer is as near to the file's weights as its precision says") {
   for (const KernelTable* kernels : supported_kernels()) {
     CAPTURE(kernels->isa);
-    for (const DType type : {DType::F32, DType::F16, DType::Q8_0, DType::Q4_0, DType::Q6_K}) {
+    for (const DType type : dtypes()) {
       CAPTURE(dtype_traits(type).name);
       for (const int64_t rows : {1, 2, 17, 61}) {
         CAPTURE(rows);

@@ -5,12 +5,10 @@
 namespace qwen2vl::cpu {
 namespace {
 
-constexpr DType kTypes[] = {DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q6_K};
-
 int64_t multiple_of(DType type) { return dtype_traits(type).block_elements; }
 
 TEST_CASE("a packed row dequantizes to the same bits as the row of the file") {
-  for (const DType type : kTypes) {
+  for (const DType type : dtypes()) {
     for (const int64_t cols : {256, 512, 1536}) {
       for (const int64_t rows : {1, 15, 16, 17, 40}) {
         const TestMatrix matrix(type, rows, cols, static_cast<uint32_t>(rows + cols));
@@ -28,7 +26,7 @@ TEST_CASE("a packed row dequantizes to the same bits as the row of the file") {
 }
 
 TEST_CASE("rows that fill up the last panel are zero") {
-  for (const DType type : kTypes) {
+  for (const DType type : dtypes()) {
     const int64_t cols = 2 * multiple_of(type) + (multiple_of(type) == 1 ? 5 : 0);
     const TestMatrix matrix(type, 19, cols, 3);
     Floats row(cols, 1.0f);
@@ -52,12 +50,12 @@ TEST_CASE("the parts of a panel follow each other and a panel is a multiple of 6
   const PanelParts q6 = panel_parts(DType::Q6_K, 512);
   CHECK_EQ(q6.high, 512 * 8);
   CHECK_EQ(q6.scales, 512 * 12);
-  CHECK_EQ(q6.super, 512 * 13);
+  CHECK_EQ(q6.block_scales, 512 * 13);
   CHECK_EQ(q6.bytes, 512 * 13 + 64);
 }
 
 TEST_CASE("packing writes one panel and not a byte more") {
-  for (const DType type : kTypes) {
+  for (const DType type : dtypes()) {
     const int64_t cols = 3 * multiple_of(type), bytes = panel_parts(type, cols).bytes;
     const TestMatrix matrix(type, 20, cols, 5);
     for (const int64_t panel : {0, 1}) {
@@ -78,7 +76,7 @@ TEST_CASE("a row that blocks do not divide is refused") {
 }
 
 TEST_CASE("every kernel set unpacks a panel to the values of the file") {
-  for (const DType type : kTypes) {
+  for (const DType type : dtypes()) {
     const int64_t rows = 20, cols = 1280;
     const TestMatrix matrix(type, rows, cols, 9);
     const Floats expected = matrix.dequantized();
@@ -95,6 +93,29 @@ TEST_CASE("every kernel set unpacks a panel to the values of the file") {
           }
         }
         CHECK_EQ(worst_mismatch(cols * kPanelRows, scratch.as<float>(), interleaved), "");
+      }
+    }
+  }
+}
+
+TEST_CASE("every kernel set unpacks single columns to the values of the file") {
+  for (const DType type : quantized_dtypes()) {
+    const int64_t rows = 20, cols = 512;
+    const TestMatrix matrix(type, rows, cols, 10);
+    const Floats expected = matrix.dequantized();
+    const std::vector<int32_t> columns{0, 3, 15, 16, 30, 31, 100, 255, 256, 290, 511};
+    const auto n = static_cast<int64_t>(columns.size());
+    for (const KernelTable* kernels : supported_kernels()) {
+      CAPTURE(kernels->isa);
+      CAPTURE(dtype_traits(type).name);
+      for (const int64_t panel : {0, 1}) {
+        Floats actual(n * kPanelRows), interleaved(n * kPanelRows, 0.0f);
+        kernels->unpack_columns(matrix.panels, panel, columns.data(), n, actual.data());
+        for (int64_t i = 0; i < n * kPanelRows; ++i) {
+          const int64_t r = panel * kPanelRows + i % kPanelRows;
+          if (r < rows) interleaved[i] = expected[r * cols + columns[i / kPanelRows]];
+        }
+        CHECK_EQ(worst_mismatch(n * kPanelRows, actual, interleaved), "");
       }
     }
   }

@@ -12,7 +12,7 @@ namespace generic {
 void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);
 void add_grouped_matmul(KernelTable& table);
-void add_gemm(KernelTable& table);  ///< unpack_panel and gemm_*
+void add_gemm(KernelTable& table);  ///< unpack_* and gemm_*
 void add_bf16_dot(KernelTable& table);
 void add_pair_panel(KernelTable& table);
 void add_rows(KernelTable& table);  ///< everything from rms_norm on

@@ -18,7 +18,7 @@ struct QuantizedRows {
   int8_t* values = nullptr;          ///< [rows][cols], 64-byte aligned
   float* scales = nullptr;           ///< [rows][cols / 32]
   int32_t* corrections32 = nullptr;  ///< [rows][cols / 32]: -128 * sum of the block's values
-  int32_t* corrections16 = nullptr;  ///< [rows][cols / 16]: the same per half block (for Q6_K sub-blocks)
+  int32_t* corrections16 = nullptr;  ///< [rows][cols / 16]: the same per half block (for parts of 16)
 };
 
 /// Columns that share a scale in GroupedRows.
@@ -80,8 +80,8 @@ struct KernelTable {
                         int64_t row_begin);
 
   /// out[m][n] for m in [row_begin, row_end) and n of panels [panel_begin, panel_end), with int8 activations.
-  /// w.type: Q8_0, Q4_0, Q6_K. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's
-  /// thread's own (only the plain kernels use it). Only columns below w.rows are written.
+  /// `w` is quantized. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's thread's own
+  /// (only the plain kernels use it). Only columns below w.rows are written.
   void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
                     int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
 
@@ -93,10 +93,13 @@ struct KernelTable {
   void (*quantize_groups)(const float* x, int64_t x_stride, int64_t rows, const GroupedRows& out,
                           int64_t row_begin);
   /// As matmul_q8, with the weights requantized on the way: a group of 256 columns of a row gets one scale,
-  ///   largest |scale| in it * 128 / 127 / 2^s,   s = 0 (Q8_0), 4 (Q4_0), 2 (Q6_K),
+  ///   largest |scale| in it * 128 / 127 / 2^s,   s = 8 - the format's bits,
   /// and the values (q * 2^s * m + 2^14) >> 15 with m = round(scale * kGroupMultiplier / largest), where
-  /// x = scale * q. Products within a group are then exact integers and only groups cost float arithmetic;
-  /// they are added as fma(sum, w_scale * x_scale, total), in order: the same bits on every set.
+  /// x = scale * q. Where the format has minima (x = scale * q - minimum), largest is that of |minimum| and
+  /// |scale * (2^bits - 1) - minimum|, the scale largest / 127 and the values (q * m + 2^7 - n) >> 8 with m
+  /// and n round(127 * 256 / largest * scale or minimum). Products within a group are then exact integers and
+  /// only groups cost float arithmetic; they are added as fma(sum, w_scale * x_scale, total), in order: the
+  /// same bits on every set.
   /// `scratch`: matmul_scratch_bytes. row_end - row_begin is at most kMaxGroupedRows.
   void (*matmul_groups)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
                         int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
@@ -105,6 +108,8 @@ struct KernelTable {
 
   /// Panel `panel` of any matrix as float32 [cols][16] (64-byte aligned).
   void (*unpack_panel)(const PanelMatrix& w, int64_t panel, float* out);
+  /// Columns `columns[0..n)` of panel `panel` of a quantized matrix as float32 [n][16].
+  void (*unpack_columns)(const PanelMatrix& w, int64_t panel, const int32_t* columns, int64_t n, float* out);
 
   /// out[m][n] (m < rows, n < n_cols) = sum over k of a[m * a_stride + k] * b[n / 16][k][n % 16], with panels
   /// `b` of `panel_stride` elements each (at least 16 * depth) in float32, f16 or bf16. float32 FMA, the k in

@@ -30,12 +30,9 @@ CHIP_DEVICE int stored_value(DType type, const uint8_t* row, int64_t k) {
       return static_cast<int8_t>(row[k / 32 * 34 + 2 + k % 32]);
     case DType::Q6_K:
       return q6_k_value(row + k / 256 * 210, static_cast<int>(k % 256));
-    case DType::F32:
-    case DType::F16:
-    case DType::BF16:
-      break;
+    default:  // the host refuses other types (format_of)
+      return 0;
   }
-  return 0;
 }
 
 /// Value k of a row.
@@ -56,8 +53,9 @@ CHIP_DEVICE float row_value(DType type, const uint8_t* row, int64_t k) {
       const float scale = static_cast<float>(static_cast<int8_t>(block[192 + k % 256 / 16]));
       return f16_at(block + 208) * scale * static_cast<float>(stored_value(type, row, k) - 32);
     }
+    default:
+      return 0;
   }
-  return 0;
 }
 
 }  // namespace qwen2vl::cuda

@@ -8,6 +8,7 @@
 namespace qwen2vl::cpu::avx2 {
 void add_gemm(KernelTable& table) {
   table.unpack_panel = unpack_panel;
+  table.unpack_columns = unpack_columns;
   set_gemm_kernels(table);
 }
 }  // namespace qwen2vl::cpu::avx2

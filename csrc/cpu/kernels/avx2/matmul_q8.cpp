@@ -1,7 +1,10 @@
 #include <string.h>
 
+#include <bit>
+
 #include "cpu/kernels/avx2/simd.h"
 #include "cpu/kernels/isa_kernels.h"
+#include "quant/formats.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -17,124 +20,56 @@ inline __m256i broadcast_group(const int8_t* x) {
   return _mm256_set1_epi32(group);
 }
 
+/// Sums of pairs of 16-bit lanes.
+inline __m256i add_pairs(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1)); }
+
+/// A part's products of weights of at most this size, pair by pair, add up to at most:
+constexpr int largest_sum(const QuantFormat& format, int size) { return format.part / 4 * 2 * size * 127; }
+
+/// maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits, saturating. Weights whose parts add
+/// up in 16 bits are taken as they are stored. Of others half their range is taken off, and they go in as |w|
+/// with w's sign on the activation; where not even those add up, each pair is widened first.
+template <DType T>
+struct Dot {
+  static constexpr QuantFormat kFormat = traits_of(T).format;
+  static constexpr int kHalf = 1 << (kFormat.bits() - 1);
+  static constexpr bool kUnsigned = largest_sum(kFormat, 2 * kHalf - 1) <= INT16_MAX;
+  static constexpr bool kWidened = largest_sum(kFormat, kHalf) > INT16_MAX;
+  /// What the weights here are too large by.
+  static constexpr int kExcess = kUnsigned             ? kFormat.offset
+                                 : kFormat.bits() == 8 ? 0
+                                                       : kFormat.offset - kHalf;
+
+  struct Weights {
+    __m256i magnitude, value;
+  };
+  using Acc = __m256i;
+
+  static Weights weights(__m256i q) {
+    if constexpr (kUnsigned) return {q, q};
+    const __m256i w = kFormat.bits() == 8 ? q : _mm256_sub_epi8(q, _mm256_set1_epi8(kHalf));
+    return {_mm256_abs_epi8(w), w};
+  }
+  static Acc start(const int32_t*) { return _mm256_setzero_si256(); }
+  static Acc step(Acc acc, const Weights& w, __m256i x) {
+    if constexpr (!kUnsigned) x = _mm256_sign_epi8(x, w.value);
+    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x);
+    return chained(kWidened ? _mm256_add_epi32(acc, add_pairs(pairs)) : _mm256_add_epi16(acc, pairs));
+  }
+  static Vec finish(Acc acc, const int32_t* correction) {
+    const __m256i sums = kWidened ? acc : add_pairs(acc);
+    if constexpr (kExcess == 0) return to_float(sums);
+    constexpr int kShift = 7 - std::countr_zero(static_cast<unsigned>(kExcess));
+    const __m256i excess = _mm256_srai_epi32(_mm256_set1_epi32(*correction), kShift);
+    return to_float(kExcess > 0 ? _mm256_add_epi32(sums, excess) : _mm256_sub_epi32(sums, excess));
+  }
+};
+
 }  // namespace
 }  // namespace qwen2vl::cpu
 
 #include "cpu/kernels/simd/matmul_q8.h"
 
-namespace qwen2vl::cpu {
-namespace {
-
-inline __m256i load_group(const uint8_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
-
-/// Sums of pairs of 16-bit lanes.
-inline __m256i add_pairs(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1)); }
-
-/// maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits, saturating. Signed weights go in as
-/// |w|, with w's sign on the activation: a pair is at most 2 * |w| * 127.
-struct SignedWeights {
-  __m256i magnitude, value;
-};
-inline SignedWeights signed_weights(__m256i w) { return {_mm256_abs_epi8(w), w}; }
-inline __m256i multiply(const SignedWeights& w, __m256i x) {
-  return _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
-}
-
-/// Where vector v of a tile's panels begins, for parts with `bytes` per row.
-inline int64_t vector_offset(int64_t panel_bytes, int v, int bytes) {
-  return v / kVectorsPerPanel * panel_bytes + v % kVectorsPerPanel * kLanes * bytes;
-}
-
-/// Q8_0 and Q4_0: a scale per block.
-struct BlockScales {
-  static constexpr int kScales = 1;
-  using Acc = __m256i;
-  const uint8_t* quants;
-  const uint8_t* scales;
-  int64_t panel_bytes;
-
-  BlockScales(const uint8_t* panel, const PanelMatrix& w)
-      : quants(panel), scales(panel + panel_parts(w.type, w.cols).scales), panel_bytes(w.panel_bytes) {}
-  Vec scale(int64_t b, int, int v) const {
-    const uint8_t* p = scales + vector_offset(panel_bytes, v, 2) + b * kPanelRows * 2;
-    return load_f16(reinterpret_cast<const uint16_t*>(p));
-  }
-  static Acc start(const int32_t*) { return _mm256_setzero_si256(); }
-};
-
-/// |q| <= 128: a pair is at most 32,512, so each is widened before it is added.
-struct CodecQ8 : BlockScales {
-  using BlockScales::BlockScales;
-  using Weights = SignedWeights;
-  Weights load(int64_t b, int g, int v) const {
-    return signed_weights(load_group(quants + vector_offset(panel_bytes, v, 4) + (b * 8 + g) * kGroupBytes));
-  }
-  static Acc step(Acc acc, const Weights& w, __m256i x) {
-    return chained(_mm256_add_epi32(acc, add_pairs(multiply(w, x))));
-  }
-  static Vec finish(Acc acc, const int32_t*) { return to_float(acc); }
-};
-
-/// Unsigned nibbles: a block's 8 groups add up in 16 bits (8 * 2 * 15 * 127 = 30,480). Offset 8 = 128 >> 4.
-struct CodecQ4 : BlockScales {
-  using BlockScales::BlockScales;
-  using Weights = __m256i;
-  Weights load(int64_t b, int g, int v) const {
-    const __m256i q = load_group(quants + vector_offset(panel_bytes, v, 4) + (b * 4 + g % 4) * kGroupBytes);
-    return _mm256_and_si256(g < 4 ? q : _mm256_srli_epi16(q, 4), _mm256_set1_epi8(0xf));
-  }
-  static Acc step(Acc acc, Weights w, __m256i x) {
-    return chained(_mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)));
-  }
-  static Vec finish(Acc acc, const int32_t* correction) {
-    return to_float(_mm256_add_epi32(add_pairs(acc), _mm256_srai_epi32(_mm256_set1_epi32(*correction), 4)));
-  }
-};
-
-/// -32..31, signed: a half block's 4 groups add up in 16 bits (4 * 2 * 32 * 127 = 32,512).
-struct CodecQ6 {
-  static constexpr int kScales = 2;
-  using Acc = __m256i;
-  using Weights = SignedWeights;
-  const uint8_t* quants;
-  const uint8_t* high;
-  const uint8_t* subs;
-  const uint8_t* supers;
-  int64_t panel_bytes;
-
-  CodecQ6(const uint8_t* panel, const PanelMatrix& w) : quants(panel), panel_bytes(w.panel_bytes) {
-    const PanelParts parts = panel_parts(w.type, w.cols);
-    high = panel + parts.high;
-    subs = panel + parts.scales;
-    supers = panel + parts.super;
-  }
-  Weights load(int64_t b, int g, int v) const {
-    const int64_t at = vector_offset(panel_bytes, v, 4);
-    const __m256i low = load_group(quants + at + (b * 4 + g % 4) * kGroupBytes);
-    __m256i bits = load_group(high + at + (b * 2 + g % 2) * kGroupBytes);
-    const int f = g / 2;  // bits 2 f and 2 f + 1, wanted at 4 and 5
-    bits = f < 2 ? _mm256_slli_epi16(bits, 4 - 2 * f) : _mm256_srli_epi16(bits, 2 * f - 4);
-    const __m256i nibble = _mm256_and_si256(g < 4 ? low : _mm256_srli_epi16(low, 4), _mm256_set1_epi8(0xf));
-    const __m256i q = _mm256_or_si256(nibble, _mm256_and_si256(bits, _mm256_set1_epi8(0x30)));
-    return signed_weights(_mm256_sub_epi8(q, _mm256_set1_epi8(32)));
-  }
-  Vec scale(int64_t b, int s, int v) const {
-    const uint8_t* super = supers + vector_offset(panel_bytes, v, 2) + b / 8 * kPanelRows * 2;
-    const uint8_t* sub = subs + vector_offset(panel_bytes, v, 1) + (b * 2 + s) * kPanelRows;
-    return mul(load_f16(reinterpret_cast<const uint16_t*>(super)), to_float(load_int8(sub)));
-  }
-  static Acc start(const int32_t*) { return _mm256_setzero_si256(); }
-  static Acc step(Acc acc, const Weights& w, __m256i x) {
-    return chained(_mm256_add_epi16(acc, multiply(w, x)));
-  }
-  static Vec finish(Acc acc, const int32_t*) { return to_float(add_pairs(acc)); }
-};
-
-}  // namespace
-
-namespace avx2 {
-void add_matmul_q8(KernelTable& table) { set_q8_kernel<CodecQ8, CodecQ4, CodecQ6>(table); }
-}  // namespace avx2
-}  // namespace qwen2vl::cpu
+namespace qwen2vl::cpu::avx2 {
+void add_matmul_q8(KernelTable& table) { table.matmul_q8 = matmul_q8; }
+}  // namespace qwen2vl::cpu::avx2

@@ -85,6 +85,10 @@ inline IntVec sub(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
 inline IntVec bit_and(IntVec a, IntVec b) { return _mm256_and_si256(a, b); }
 inline IntVec bit_or(IntVec a, IntVec b) { return _mm256_or_si256(a, b); }
 inline IntVec bit_xor(IntVec a, IntVec b) { return _mm256_xor_si256(a, b); }
+/// (a & a_mask) | (b & b_mask), where no bit is in both masks.
+inline IntVec merge_bits(IntVec a, IntVec a_mask, IntVec b, IntVec b_mask) {
+  return _mm256_or_si256(_mm256_and_si256(a, a_mask), _mm256_and_si256(b, b_mask));
+}
 inline IntVec shift_left(IntVec a, int n) { return _mm256_slli_epi32(a, n); }
 inline IntVec shift_right(IntVec a, int n) { return _mm256_srli_epi32(a, n); }
 inline IntVec shift_right_signed(IntVec a, int n) { return _mm256_srai_epi32(a, n); }

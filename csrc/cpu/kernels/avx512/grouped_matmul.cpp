@@ -1,9 +1,9 @@
 #include <math.h>
 #include <string.h>
 
-// clang-format off: tile.h is written in the names of simd.h
+// clang-format off: it is written in the names of simd.h
 #include "cpu/kernels/avx512/simd.h"
-#include "cpu/kernels/simd/tile.h"
+#include "cpu/kernels/simd/vector_decoder.h"
 // clang-format on
 #include "cpu/kernels/isa_kernels.h"
 
@@ -59,81 +59,7 @@ void quantize_groups(const float* x, int64_t x_stride, int64_t rows, const Group
 }
 
 // --- weights
-// -------------------------------------------------------------------------------------------------- A source
-// reads one weight type from the packed panel:
-//   kParts        parts with a scale of their own per block of 32
-//   kUnit         what the rows' common scale is multiplied by: the quants are shifted up to fill 8 bits
-//   Source(w, panel)
-//   scale(b, s)   scales of the s-th part of block b
-//   load(b, g)    the quants of group g (0..7: four k of 16 rows) of block b, as signed bytes
-//   ahead(b, g)   where that is in the next group of columns, to fetch it
-
-struct SourceQ8 {
-  static constexpr int kParts = 1;
-  static constexpr float kUnit = 128.0f / 127;
-  const uint8_t* quants;
-  const uint8_t* scales;
-
-  SourceQ8(const PanelMatrix& w, int64_t panel)
-      : quants(w.panel(panel)), scales(quants + panel_parts(w.type, w.cols).scales) {}
-  Vec scale(int64_t b, int) const {
-    return load_f16(reinterpret_cast<const uint16_t*>(scales) + b * kPanelRows);
-  }
-  const uint8_t* at(int64_t b, int g) const { return quants + (b * 8 + g) * kGroupBytes; }
-  __m512i load(int64_t b, int g) const { return _mm512_loadu_si512(at(b, g)); }
-};
-
-/// A nibble q of x = scale * (q - 8), as 16 (q - 8).
-inline __m512i shifted_nibbles(__m512i packed, bool high) {
-  const __m512i top = _mm512_and_si512(high ? packed : _mm512_slli_epi16(packed, 4), _mm512_set1_epi8(-16));
-  return _mm512_xor_si512(top, _mm512_set1_epi8(-128));
-}
-
-struct SourceQ4 {
-  static constexpr int kParts = 1;
-  static constexpr float kUnit = 128.0f / 127 / 16;
-  const uint8_t* quants;
-  const uint8_t* scales;
-
-  SourceQ4(const PanelMatrix& w, int64_t panel)
-      : quants(w.panel(panel)), scales(quants + panel_parts(w.type, w.cols).scales) {}
-  Vec scale(int64_t b, int) const {
-    return load_f16(reinterpret_cast<const uint16_t*>(scales) + b * kPanelRows);
-  }
-  const uint8_t* at(int64_t b, int g) const { return quants + (b * 4 + g % 4) * kGroupBytes; }
-  __m512i load(int64_t b, int g) const { return shifted_nibbles(_mm512_loadu_si512(at(b, g)), g >= 4); }
-};
-
-struct SourceQ6 {
-  static constexpr int kParts = 2;
-  static constexpr float kUnit = 128.0f / 127 / 4;
-  const uint8_t* quants;
-  const uint8_t* high;
-  const uint8_t* subs;
-  const uint8_t* supers;
-
-  SourceQ6(const PanelMatrix& w, int64_t panel) : quants(w.panel(panel)) {
-    const PanelParts parts = panel_parts(w.type, w.cols);
-    high = quants + parts.high;
-    subs = quants + parts.scales;
-    supers = quants + parts.super;
-  }
-  Vec scale(int64_t b, int s) const {
-    const Vec super = load_f16(reinterpret_cast<const uint16_t*>(supers) + b / 8 * kPanelRows);
-    return mul(super, to_float(load_int8(subs + (b * 2 + s) * kPanelRows)));
-  }
-  const uint8_t* at(int64_t b, int g) const { return quants + (b * 4 + g % 4) * kGroupBytes; }
-  __m512i load(int64_t b, int g) const {  // 4 (q - 32): six bits from bit 2 on
-    const __m512i low = _mm512_loadu_si512(at(b, g));
-    __m512i bits = _mm512_loadu_si512(high + (b * 2 + g % 2) * kGroupBytes);
-    const int f = g / 2;  // bits 2 f and 2 f + 1, wanted at 6 and 7
-    bits = _mm512_slli_epi16(bits, static_cast<unsigned>(6 - 2 * f));
-    const __m512i nibble = g < 4 ? _mm512_slli_epi16(low, 2) : _mm512_srli_epi16(low, 2);
-    const __m512i both = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x3c), nibble, bits, 0xca);
-    const __m512i q = _mm512_and_si512(both, _mm512_set1_epi8(-4));
-    return _mm512_xor_si512(q, _mm512_set1_epi8(-128));
-  }
-};
+// --------------------------------------------------------------------------------------------------
 
 /// bytes * multipliers / 2^15, rounded, plus 128. multipliers: the same 16-bit number twice a lane.
 inline __m512i requantize(__m512i bytes, __m512i multipliers) {
@@ -143,41 +69,77 @@ inline __m512i requantize(__m512i bytes, __m512i multipliers) {
   return _mm512_xor_si512(both, _mm512_set1_epi8(-128));
 }
 
+/// q * multipliers - minima (with what rounds in it) in 16 bits, the upper half of it, plus 128. q: unsigned
+/// bytes; the others: the same 16-bit number twice a lane.
+inline __m512i requantize(__m512i q, __m512i multipliers, __m512i minima) {
+  const auto product = [&](__m512i wide) {
+    return _mm512_sub_epi16(_mm512_mullo_epi16(wide, multipliers), minima);
+  };
+  const __m512i even = _mm512_srli_epi16(product(_mm512_and_si512(q, _mm512_set1_epi16(0xff))), 8);
+  const __m512i odd = product(_mm512_srli_epi16(q, 8));
+  return _mm512_xor_si512(_mm512_mask_mov_epi8(even, 0xaaaaaaaaaaaaaaaau, odd), _mm512_set1_epi8(-128));
+}
+
+inline Vec magnitude(Vec x) { return _mm512_and_ps(x, as_float(set1_int(0x7fffffff))); }
+
+/// The number of every lane in both its halves.
+inline __m512i twice(__m512i x) { return _mm512_mask_mov_epi16(x, 0xaaaaaaaau, _mm512_slli_epi32(x, 16)); }
+
 /// `blocks` blocks of a panel from block `begin` on, as unsigned bytes with the offset 128, to
-/// out [blocks * 8][16 rows][4], and their rows' common scales.
-template <typename Source>
+/// out [blocks * 8][16 rows][4], and their rows' common scales. The rules stand at
+/// KernelTable::matmul_groups.
+template <DType T>
 void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_t blocks, uint8_t* out,
                       float* out_scales) {
-  constexpr int kParts = Source::kParts, kGroups = 8 / kParts;
-  const Source source(w, panel);
-  const Vec magnitude = as_float(set1_int(0x7fffffff));
-  Vec scales[kGroupColumns / kBlock32 * kParts];
+  constexpr QuantFormat kFormat = traits_of(T).format;
+  constexpr bool kMinimum = kFormat.has_minimum;
+  constexpr int kParts = VectorDecoder<T>::kParts, kGroups = 8 / kParts, kShift = 8 - kFormat.bits();
+  constexpr float kUnit = kMinimum ? 1.0f / 127 : 128.0f / 127 / (1 << kShift);
+  static_assert(kMinimum || kFormat.offset == (kFormat.bits() == 8 ? 0 : 1 << (kFormat.bits() - 1)));
+  const VectorDecoder<T> decoder(w, panel);
+  Vec scales[kGroupBlocks * kParts], minima[kMinimum ? kGroupBlocks : 1];
   Vec maximum = set1(0.0f);
   __mmask16 finite = 0xffff;
+  const auto note = [&](Vec x) {
+    finite &= _mm512_cmp_ps_mask(magnitude(x), set1(INFINITY), _CMP_LT_OQ);
+    maximum = max(magnitude(x), maximum);
+  };
   for (int64_t b = 0; b < blocks; ++b) {
     QWEN2VL_UNROLL
     for (int s = 0; s < kParts; ++s) {
-      const Vec scale = source.scale(begin + b, s);
-      scales[b * kParts + s] = scale;
-      const Vec size = _mm512_and_ps(scale, magnitude);
-      finite &= _mm512_cmp_ps_mask(size, set1(INFINITY), _CMP_LT_OQ);
-      maximum = max(size, maximum);
+      const Vec scale = scales[b * kParts + s] = decoder.scale(begin + b, s, 0);
+      if constexpr (kMinimum) {
+        minima[b] = decoder.minimum(begin + b, 0);
+        note(minima[b]);
+        note(sub(mul(scale, set1((1 << kFormat.bits()) - 1)), minima[b]));
+      } else {
+        note(scale);
+      }
     }
   }
   const __mmask16 usable = finite & _mm512_cmp_ps_mask(maximum, set1(0.0f), _CMP_GT_OQ);
-  const Vec inverse = _mm512_maskz_div_ps(usable, set1(kGroupMultiplier), maximum);
-  store(out_scales, _mm512_mask_mul_ps(set1(NAN), finite, maximum, set1(Source::kUnit)));
+  const Vec inverse = _mm512_maskz_div_ps(usable, set1(kMinimum ? 127 * 256 : kGroupMultiplier), maximum);
+  store(out_scales, _mm512_mask_mul_ps(set1(NAN), finite, maximum, set1(kUnit)));
+  const auto multiplier = [&](Vec x) { return _mm512_maskz_cvtps_epi32(usable, mul(x, inverse)); };
   for (int64_t b = 0; b < blocks; ++b) {
+    __m512i minimum = _mm512_setzero_si512();
+    if constexpr (kMinimum) minimum = twice(sub(multiplier(minima[b]), set1_int(1 << 7)));
     QWEN2VL_UNROLL
     for (int s = 0; s < kParts; ++s) {
-      const __m512i low = _mm512_maskz_cvtps_epi32(usable, mul(scales[b * kParts + s], inverse));
-      const __m512i multipliers = _mm512_mask_mov_epi16(low, 0xaaaaaaaau, _mm512_slli_epi32(low, 16));
+      const __m512i scale = twice(multiplier(scales[b * kParts + s]));
       QWEN2VL_UNROLL
       for (int g = 0; g < kGroups; ++g) {
         const int group = s * kGroups + g;
-        prefetch(source.at(begin + blocks + b, group));
-        _mm512_store_si512(out + (b * 8 + group) * kGroupBytes,
-                           requantize(source.load(begin + b, group), multipliers));
+        prefetch(decoder.group(begin + blocks + b, group, 0));
+        __m512i bytes;
+        if constexpr (kMinimum) {
+          bytes = requantize(decoder.quants(begin + b, group, 0), scale, minimum);
+        } else {
+          bytes = decoder.template quants<kShift>(begin + b, group, 0);
+          if constexpr (kFormat.bits() < 8) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+          bytes = requantize(bytes, scale);
+        }
+        _mm512_store_si512(out + (b * 8 + group) * kGroupBytes, bytes);
       }
     }
   }
@@ -288,7 +250,7 @@ struct Task {
 };
 
 /// All rows with P panels from `panel`.
-template <typename Source, int P>
+template <DType T, int P>
 void multiply_panels(const Task& t, int64_t panel) {
   const GroupedRows& x = t.x;
   const int64_t rows = t.row_end - t.row_begin;
@@ -298,35 +260,25 @@ void multiply_panels(const Task& t, int64_t panel) {
   for (int64_t g = 0; g < x.groups(); ++g) {
     const int64_t columns = x.columns(g), at = g * x.rows + t.row_begin;
     for (int p = 0; p < P; ++p)
-      requantize_panel<Source>(t.w, panel + p, g * kGroupBlocks, columns / kBlock32,
-                               weights + p * kPanelRows * kGroupColumns, scales + p * kPanelRows);
+      requantize_panel<T>(t.w, panel + p, g * kGroupBlocks, columns / kBlock32,
+                          weights + p * kPanelRows * kGroupColumns, scales + p * kPanelRows);
     multiply_rows<P>(
         rows, {x.values + at * kGroupColumns, x.scales + at, x.corrections + at, weights, scales, columns,
                sums, g == 0, g + 1 == x.groups(), t.out, t.row_begin, panel * kPanelRows, t.w.rows});
   }
 }
 
-template <typename Source>
+template <DType T>
 void multiply(const Task& t, int64_t panel_begin, int64_t panel_end) {
   int64_t panel = panel_begin;
-  for (; panel + kTilePanels <= panel_end; panel += kTilePanels)
-    multiply_panels<Source, kTilePanels>(t, panel);
-  for (; panel < panel_end; ++panel) multiply_panels<Source, 1>(t, panel);
+  for (; panel + kTilePanels <= panel_end; panel += kTilePanels) multiply_panels<T, kTilePanels>(t, panel);
+  for (; panel < panel_end; ++panel) multiply_panels<T, 1>(t, panel);
 }
 
 void matmul_groups(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
                    int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch) {
   const Task t{w, x, row_begin, row_end, out, scratch};
-  switch (w.type) {
-    case DType::Q8_0:
-      return multiply<SourceQ8>(t, panel_begin, panel_end);
-    case DType::Q4_0:
-      return multiply<SourceQ4>(t, panel_begin, panel_end);
-    case DType::Q6_K:
-      return multiply<SourceQ6>(t, panel_begin, panel_end);
-    default:  // float types have no int8 matmul
-      return;
-  }
+  visit_quantized(w.type, [&]<DType T>() { multiply<T>(t, panel_begin, panel_end); });
 }
 
 }  // namespace

@@ -82,6 +82,10 @@ inline IntVec sub(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
 inline IntVec bit_and(IntVec a, IntVec b) { return _mm512_and_si512(a, b); }
 inline IntVec bit_or(IntVec a, IntVec b) { return _mm512_or_si512(a, b); }
 inline IntVec bit_xor(IntVec a, IntVec b) { return _mm512_xor_si512(a, b); }
+/// (a & a_mask) | (b & b_mask), where no bit is in both masks.
+inline IntVec merge_bits(IntVec a, IntVec a_mask, IntVec b, IntVec b_mask) {
+  return _mm512_and_si512(_mm512_ternarylogic_epi32(a_mask, a, b, 0xca), _mm512_or_si512(a_mask, b_mask));
+}
 inline IntVec shift_left(IntVec a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
 inline IntVec shift_right(IntVec a, int n) { return _mm512_srli_epi32(a, static_cast<unsigned>(n)); }
 inline IntVec shift_right_signed(IntVec a, int n) { return _mm512_srai_epi32(a, static_cast<unsigned>(n)); }

@@ -2,8 +2,8 @@
 #include <cstring>
 
 #include "base/half.h"
-#include "cpu/kernels/generic/decode_block.h"
 #include "cpu/kernels/isa_kernels.h"
+#include "cpu/panel_decoder.h"
 
 namespace qwen2vl::cpu::generic {
 namespace {
@@ -42,32 +42,35 @@ void gemm_f16_ahead(const float* a, int64_t a_stride, const uint16_t* b, int64_t
 void unpack_panel(const PanelMatrix& w, int64_t index, float* out) {
   const uint8_t* panel = w.panel(index);
   const int64_t n = w.cols * kPanelRows;
-  if (w.type == DType::F32) {
-    std::memcpy(out, panel, n * sizeof(float));
-  } else if (w.type == DType::F16 || w.type == DType::BF16) {
-    for (int64_t i = 0; i < n; ++i) {
-      uint16_t half;
-      std::memcpy(&half, panel + 2 * i, sizeof half);
-      out[i] = w.type == DType::F16 ? f16(half) : bf16(half);
-    }
-  } else {
-    const PanelParts parts = panel_parts(w.type, w.cols);
-    int16_t values[kBlock32 * kPanelRows];
-    float scales[2 * kPanelRows];
-    for (int64_t b = 0; b < w.cols / kBlock32; ++b) {
-      decode_block(w, parts, panel, b, {values, scales});
-      for (int64_t i = 0; i < kBlock32 * kPanelRows; ++i) {
-        const int64_t half = i / (16 * kPanelRows);
-        out[b * kBlock32 * kPanelRows + i] = scales[half * kPanelRows + i % kPanelRows] * values[i];
+  visit_dtype(w.type, [&]<DType T>() {
+    if constexpr (T == DType::F32) {
+      std::memcpy(out, panel, n * sizeof(float));
+    } else if constexpr (T == DType::F16 || T == DType::BF16) {
+      for (int64_t i = 0; i < n; ++i) {
+        uint16_t half;
+        std::memcpy(&half, panel + 2 * i, sizeof half);
+        out[i] = T == DType::F16 ? f16(half) : bf16(half);
       }
+    } else {
+      const PanelDecoder<T> decoder(w, index);
+      for (int64_t i = 0; i < n; ++i) out[i] = decoder.value(i / kPanelRows, i % kPanelRows);
     }
-  }
+  });
+}
+
+void unpack_columns(const PanelMatrix& w, int64_t panel, const int32_t* columns, int64_t n, float* out) {
+  visit_quantized(w.type, [&]<DType T>() {
+    const PanelDecoder<T> decoder(w, panel);
+    for (int64_t i = 0; i < n * kPanelRows; ++i)
+      out[i] = decoder.value(columns[i / kPanelRows], i % kPanelRows);
+  });
 }
 
 }  // namespace
 
 void add_gemm(KernelTable& table) {
   table.unpack_panel = unpack_panel;
+  table.unpack_columns = unpack_columns;
   table.gemm_f32 = gemm<float, to_float>;
   table.gemm_f16 = gemm<uint16_t, f16>;
   table.gemm_f16_ahead = gemm_f16_ahead;

@@ -2,8 +2,8 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/kernels/generic/decode_block.h"
 #include "cpu/kernels/isa_kernels.h"
+#include "cpu/panel_decoder.h"
 
 namespace qwen2vl::cpu::generic {
 namespace {
@@ -48,31 +48,35 @@ struct RequantizedGroup {
 };
 
 /// The rules stand at KernelTable::matmul_groups.
-void requantize(const PanelMatrix& w, int64_t panel, int64_t group, int64_t columns, RequantizedGroup& out) {
-  constexpr int64_t kMaxParts = kGroupColumns / 16;
-  int16_t values[kGroupColumns * kPanelRows];
-  float scales[kMaxParts * kPanelRows];
-  const PanelParts parts = panel_parts(w.type, w.cols);
-  for (int64_t b = 0; b < columns / kBlock32; ++b)
-    decode_block(w, parts, w.panel(panel), group * kGroupBlocks + b,
-                 {values + b * kBlock32 * kPanelRows, scales + b * 2 * kPanelRows});
-  const int shift = w.type == DType::Q8_0 ? 0 : w.type == DType::Q4_0 ? 4 : 2;
+template <DType T>
+void requantize(const PanelDecoder<T>& decoder, int64_t group, int64_t columns, RequantizedGroup& out) {
+  constexpr QuantFormat kFormat = PanelDecoder<T>::kFormat;
+  constexpr int kShift = 8 - kFormat.bits(), kLargest = (1 << kFormat.bits()) - 1;
+  const int64_t begin = group * kGroupColumns;
   for (int64_t r = 0; r < kPanelRows; ++r) {
     float maximum = 0;
     bool finite = true;
-    for (int64_t p = 0; p < columns / 16; ++p) {
-      finite = finite && std::isfinite(scales[p * kPanelRows + r]);
-      maximum = std::max(maximum, std::fabs(scales[p * kPanelRows + r]));
+    for (int64_t k = begin; k < begin + columns; k += kFormat.part) {
+      const float scale = decoder.scale(k, r), minimum = decoder.minimum(k, r);
+      const float size = kFormat.has_minimum
+                             ? std::max(std::fabs(minimum), std::fabs(scale * kLargest - minimum))
+                             : std::fabs(scale);
+      finite = finite && std::isfinite(scale) && std::isfinite(minimum);
+      maximum = std::max(maximum, size);
     }
     const bool zeros = !finite || maximum == 0;
-    const float inverse = zeros ? 0 : kGroupMultiplier / maximum;
-    const float unit = 128.0f / 127 / static_cast<float>(1 << shift);
-    out.scales[r] = finite ? maximum * unit : std::numeric_limits<float>::quiet_NaN();
+    constexpr float kUnit = kFormat.has_minimum ? 1.0f / 127 : 128.0f / 127 / (1 << kShift);
+    out.scales[r] = finite ? maximum * kUnit : std::numeric_limits<float>::quiet_NaN();
+    const float inverse = zeros ? 0 : (kFormat.has_minimum ? 127 * 256 : kGroupMultiplier) / maximum;
+    const auto multiplier = [&](float x) {
+      return zeros ? 0 : static_cast<int32_t>(std::nearbyint(x * inverse));
+    };
     for (int64_t k = 0; k < columns; ++k) {
-      const float scale = scales[k / 16 * kPanelRows + r];
-      const int32_t multiplier = zeros ? 0 : static_cast<int32_t>(std::nearbyint(scale * inverse));
-      const int32_t value = values[k * kPanelRows + r] * (1 << shift);
-      out.values[k][r] = (value * multiplier + (1 << 14)) >> 15;
+      const int32_t q = decoder.quant(begin + k, r), scale = multiplier(decoder.scale(begin + k, r));
+      if constexpr (kFormat.has_minimum)
+        out.values[k][r] = (q * scale + (1 << 7) - multiplier(decoder.minimum(begin + k, r))) >> 8;
+      else
+        out.values[k][r] = (q * (1 << kShift) * scale + (1 << 14)) >> 15;
     }
   }
 }
@@ -81,10 +85,14 @@ void matmul_groups(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end,
                    int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch) {
   auto* sums = reinterpret_cast<float*>(scratch);  // [rows][16]
   RequantizedGroup weights;
+  const auto requantize_group = [&](int64_t panel, int64_t group) {
+    visit_quantized(
+        w.type, [&]<DType T>() { requantize(PanelDecoder<T>(w, panel), group, x.columns(group), weights); });
+  };
   for (int64_t p = panel_begin; p < panel_end; ++p) {
     std::fill_n(sums, (row_end - row_begin) * kPanelRows, 0.0f);
     for (int64_t g = 0; g < x.groups(); ++g) {
-      requantize(w, p, g, x.columns(g), weights);
+      requantize_group(p, g);
       for (int64_t m = row_begin; m < row_end; ++m) {
         const int8_t* values = x.values + (g * x.rows + m) * kGroupColumns;
         const float x_scale = x.scales[g * x.rows + m];

@@ -1,57 +1,86 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/kernels/generic/decode_block.h"
 #include "cpu/kernels/isa_kernels.h"
+#include "cpu/panel_decoder.h"
 
 namespace qwen2vl::cpu::generic {
 namespace {
 
-/// A whole panel: values [cols][16] and scales [cols / 16][16] (see DecodedBlock).
+/// A whole panel: values [cols][16], scales [cols / part][16] and minima [cols / 32][16].
 struct DecodedPanel {
   int16_t* values;
   float* scales;
+  float* minima;
 };
 
-/// The order of the sums is simd/matmul_q8.h's: exact integers within a scale, then one fused multiply-add.
-void dot_row(const DecodedPanel& panel, int64_t part, const int8_t* x, const float* x_scales, int64_t cols,
-             float (&sums)[kPanelRows]) {
-  std::fill(sums, sums + kPanelRows, 0.0f);
-  for (int64_t begin = 0; begin < cols; begin += part) {
-    int32_t dots[kPanelRows] = {};
-    for (int64_t k = begin; k < begin + part; ++k) {
-      const int16_t* values = panel.values + k * kPanelRows;
-      for (int64_t r = 0; r < kPanelRows; ++r) dots[r] += values[r] * x[k];
-    }
+template <DType T>
+void decode(const PanelDecoder<T>& decoder, int64_t cols, const DecodedPanel& out) {
+  constexpr QuantFormat kFormat = PanelDecoder<T>::kFormat;
+  for (int64_t k = 0; k < cols; ++k) {
     for (int64_t r = 0; r < kPanelRows; ++r) {
-      const float scale = panel.scales[begin / 16 * kPanelRows + r] * x_scales[begin / kBlock32];
+      out.values[k * kPanelRows + r] = static_cast<int16_t>(decoder.quant(k, r));
+      if (k % kFormat.part == 0) out.scales[k / kFormat.part * kPanelRows + r] = decoder.scale(k, r);
+      if (kFormat.has_minimum && k % kBlock32 == 0)
+        out.minima[k / kBlock32 * kPanelRows + r] = decoder.minimum(k, r);
+    }
+  }
+}
+
+/// One row's activations.
+struct QuantizedRow {
+  const int8_t* values;
+  const float* scales;
+  const int32_t* corrections;  ///< per block of 32
+};
+
+/// The order of the sums is simd/matmul_q8.h's: exact integers within a scale, then one fused multiply-add,
+/// and after a block one of its minimum.
+template <DType T>
+void dot_row(const DecodedPanel& panel, const QuantizedRow& x, int64_t cols, float (&sums)[kPanelRows]) {
+  constexpr QuantFormat kFormat = traits_of(T).format;
+  std::fill(sums, sums + kPanelRows, 0.0f);
+  for (int64_t begin = 0; begin < cols; begin += kFormat.part) {
+    int32_t dots[kPanelRows] = {};
+    for (int64_t k = begin; k < begin + kFormat.part; ++k) {
+      const int16_t* values = panel.values + k * kPanelRows;
+      for (int64_t r = 0; r < kPanelRows; ++r) dots[r] += values[r] * x.values[k];
+    }
+    const int64_t block = begin / kBlock32;
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      const float scale = panel.scales[begin / kFormat.part * kPanelRows + r] * x.scales[block];
       sums[r] = std::fma(static_cast<float>(dots[r]), scale, sums[r]);
+    }
+    if constexpr (kFormat.has_minimum) {
+      const float minus_sum = static_cast<float>(x.corrections[block]) / 128 * x.scales[block];
+      for (int64_t r = 0; r < kPanelRows; ++r)
+        sums[r] = std::fma(panel.minima[block * kPanelRows + r], minus_sum, sums[r]);
     }
   }
 }
 
 void matmul_q8(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
                int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch) {
-  const int64_t cols = w.cols, part = w.type == DType::Q6_K ? 16 : kBlock32;
-  const PanelParts parts = panel_parts(w.type, cols);
+  const int64_t cols = w.cols, blocks = cols / kBlock32;
   auto* values = reinterpret_cast<int16_t*>(scratch);
-  const DecodedPanel decoded{values, reinterpret_cast<float*>(values + cols * kPanelRows)};
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    for (int64_t b = 0; b < cols / kBlock32; ++b) {
-      decode_block(w, parts, w.panel(p), b,
-                   {decoded.values + b * kBlock32 * kPanelRows, decoded.scales + b * 2 * kPanelRows});
-    }
-    const int64_t n = p * kPanelRows, lanes = std::min(kPanelRows, w.rows - n);
-    for (int64_t m = row_begin; m < row_end; ++m) {
-      float sums[kPanelRows];
-      dot_row(decoded, part, x.values + m * cols, x.scales + m * (cols / kBlock32), cols, sums);
-      float* row = out.data + m * out.stride + n;
-      for (int64_t r = 0; r < lanes; ++r) {
-        const float sum = out.bias == nullptr ? sums[r] : sums[r] + out.bias[n + r];
-        row[r] = out.store == Store::Accumulate ? row[r] + sum : sum;
+  auto* scales = reinterpret_cast<float*>(values + cols * kPanelRows);
+  const DecodedPanel decoded{values, scales, scales + 2 * blocks * kPanelRows};
+  visit_quantized(w.type, [&]<DType T>() {
+    for (int64_t p = panel_begin; p < panel_end; ++p) {
+      decode(PanelDecoder<T>(w, p), cols, decoded);
+      const int64_t n = p * kPanelRows, lanes = std::min(kPanelRows, w.rows - n);
+      for (int64_t m = row_begin; m < row_end; ++m) {
+        float sums[kPanelRows];
+        dot_row<T>(decoded, {x.values + m * cols, x.scales + m * blocks, x.corrections32 + m * blocks}, cols,
+                   sums);
+        float* row = out.data + m * out.stride + n;
+        for (int64_t r = 0; r < lanes; ++r) {
+          const float sum = out.bias == nullptr ? sums[r] : sums[r] + out.bias[n + r];
+          row[r] = out.store == Store::Accumulate ? row[r] + sum : sum;
+        }
       }
     }
-  }
+  });
 }
 
 }  // namespace

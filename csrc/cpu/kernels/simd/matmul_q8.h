@@ -1,24 +1,24 @@
 #pragma once
 
-// Quantized matmul over panels, written once over an instruction set's weight codecs.
+// Quantized matmul over panels, written once over an instruction set's products.
 //
-// A codec reads one weight type straight from the packed panel, at every use: the vector pipes that unpack
-// are not those of the dot products, and the packed panel is half of what caches would have to hold.
-//   kScales            scales per block of 32
+// Weights are decoded straight from the packed panel, at every use: the vector pipes that unpack are not
+// those of the dot products, and the packed panel is half of what caches would have to hold. Of the
+// instruction set is wanted, before this file, a template
+//   Dot<T>             over the QuantFormat of T:
 //   Weights            one vector of 4 consecutive k (a group) of kLanes rows, ready for `step`
-//   Acc                kLanes integer sums
-//   Codec(panel, w)    the panel and those after it
-//   load(b, g, v)      the Weights of group g (0..7) of block b; v counts vectors from the first panel on
-//   scale(b, s, v)     the rows' scales for the block's s-th part
+//   Acc                kLanes integer sums of a part
+//   weights(q)         the Weights of VectorDecoder<T>::quants
 //   start(correction)  the Acc that sums start from; correction = -128 * sum of the part's activations
 //   step(acc, w, x)    adds the products of a group; x: four int8 activations, in every lane
 //   finish(acc, correction)  the sums as float
 //
 // The integer sums are exact and each part is added as fma(sum, w_scale * x_scale, total), the parts in
-// order: every instruction set and every tile shape gives the same bits, so a row's result does not depend
-// on how many rows are computed with it.
+// order, and after a block its minimum as fma(minimum, -sum of activations * x_scale, total): every
+// instruction set and every tile shape gives the same bits, so a row's result does not depend on how many
+// rows are computed with it.
 
-#include "cpu/kernels/simd/tile.h"
+#include "cpu/kernels/simd/vector_decoder.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -37,15 +37,15 @@ struct Ahead {
 };
 
 /// R rows from m, P panels from `panel`.
-template <typename Codec, int R, int P>
+template <DType T, int R, int P>
 void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
-  constexpr int V = P * kVectorsPerPanel, S = Codec::kScales, kGroups = 8 / S;
+  using Decoder = VectorDecoder<T>;
+  constexpr int V = P * kVectorsPerPanel, S = Decoder::kParts, kGroups = 8 / S;
   const int64_t cols = t.w.cols, blocks = cols / kBlock32;
   const int8_t* x = t.x.values + m * cols;
   const float* x_scales = t.x.scales + m * blocks;
   const int32_t* corrections = (S == 1 ? t.x.corrections32 : t.x.corrections16) + m * blocks * S;
-  const uint8_t* first_panel = t.w.data + panel * t.w.panel_bytes;
-  const Codec codec(first_panel, t.w);
+  const Decoder decoder(t.w, panel);
 
   Vec sums[R][V];
   QWEN2VL_UNROLL
@@ -64,36 +64,48 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
     }
     QWEN2VL_UNROLL
     for (int s = 0; s < S; ++s) {
-      typename Codec::Acc acc[R][V];
+      typename Dot<T>::Acc acc[R][V];
       QWEN2VL_UNROLL
       for (int r = 0; r < R; ++r) {
-        const typename Codec::Acc start = Codec::start(corrections + r * blocks * S + b * S + s);
+        const typename Dot<T>::Acc start = Dot<T>::start(corrections + r * blocks * S + b * S + s);
         QWEN2VL_UNROLL
         for (int v = 0; v < V; ++v) acc[r][v] = start;
       }
       QWEN2VL_UNROLL
       for (int g = 0; g < kGroups; ++g) {
-        typename Codec::Weights weights[V];
+        typename Dot<T>::Weights weights[V];
         QWEN2VL_UNROLL
-        for (int v = 0; v < V; ++v) weights[v] = codec.load(b, s * kGroups + g, v);
+        for (int v = 0; v < V; ++v) weights[v] = Dot<T>::weights(decoder.quants(b, s * kGroups + g, v));
         QWEN2VL_UNROLL
         for (int r = 0; r < R; ++r) {
           const IntVec group = broadcast_group(x + r * cols + b * kBlock32 + 4 * (s * kGroups + g));
           QWEN2VL_UNROLL
-          for (int v = 0; v < V; ++v) acc[r][v] = Codec::step(acc[r][v], weights[v], group);
+          for (int v = 0; v < V; ++v) acc[r][v] = Dot<T>::step(acc[r][v], weights[v], group);
         }
       }
       Vec scales[V];
       QWEN2VL_UNROLL
-      for (int v = 0; v < V; ++v) scales[v] = codec.scale(b, s, v);
+      for (int v = 0; v < V; ++v) scales[v] = decoder.scale(b, s, v);
       QWEN2VL_UNROLL
       for (int r = 0; r < R; ++r) {
         const Vec x_scale = set1(x_scales[r * blocks + b]);
         QWEN2VL_UNROLL
         for (int v = 0; v < V; ++v) {
-          const Vec part = Codec::finish(acc[r][v], corrections + r * blocks * S + b * S + s);
+          const Vec part = Dot<T>::finish(acc[r][v], corrections + r * blocks * S + b * S + s);
           sums[r][v] = fma(part, mul(scales[v], x_scale), sums[r][v]);
         }
+      }
+    }
+    if constexpr (Decoder::kFormat.has_minimum) {
+      Vec minima[V];
+      QWEN2VL_UNROLL
+      for (int v = 0; v < V; ++v) minima[v] = decoder.minimum(b, v);
+      QWEN2VL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const float minus_sum = static_cast<float>(corrections[r * blocks + b]) / 128;
+        const Vec factor = set1(minus_sum * x_scales[r * blocks + b]);
+        QWEN2VL_UNROLL
+        for (int v = 0; v < V; ++v) sums[r][v] = fma(minima[v], factor, sums[r][v]);
       }
     }
   }
@@ -101,14 +113,14 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
   for (int r = 0; r < R; ++r) store_sums(t.out, m + r, panel * kPanelRows, t.w.rows, sums[r]);
 }
 
-template <typename Codec, int R, int P>
+template <DType T, int R, int P>
 void q8_tile_of(int64_t rows, const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
-  if (rows == R) return q8_tile<Codec, R, P>(t, m, panel, ahead);
-  if constexpr (R > 1) q8_tile_of<Codec, R - 1, P>(rows, t, m, panel, ahead);
+  if (rows == R) return q8_tile<T, R, P>(t, m, panel, ahead);
+  if constexpr (R > 1) q8_tile_of<T, R - 1, P>(rows, t, m, panel, ahead);
 }
 
 /// All rows with P panels; `next_panels` follow.
-template <typename Codec, int P>
+template <DType T, int P>
 void q8_rows(const Q8Problem& t, int64_t row_begin, int64_t row_end, int64_t panel, int64_t next_panels) {
   constexpr int kRows = max_q8_tile_rows(P);
   const int64_t tiles = (row_end - row_begin + kRows - 1) / kRows;
@@ -116,12 +128,12 @@ void q8_rows(const Q8Problem& t, int64_t row_begin, int64_t row_end, int64_t pan
               (next_panels * t.w.panel_bytes / 64 + tiles - 1) / (tiles > 0 ? tiles : 1)};
   for (int64_t m = row_begin; m < row_end; ahead.begin += ahead.lines * 64) {
     const int64_t part = even_part(row_end, m, kRows);
-    q8_tile_of<Codec, kRows, P>(part, t, m, panel, ahead);
+    q8_tile_of<T, kRows, P>(part, t, m, panel, ahead);
     m += part;
   }
 }
 
-template <typename Codec>
+template <DType T>
 void q8_panels(const Q8Problem& t, int64_t panel_begin, int64_t panel_end, int64_t row_begin,
                int64_t row_end) {
   const int64_t panels = t.w.panel_count();  // those after panel_end are likely next
@@ -129,33 +141,17 @@ void q8_panels(const Q8Problem& t, int64_t panel_begin, int64_t panel_end, int64
   if (row_end - row_begin > max_q8_tile_rows(1)) {
     for (; panel + kQ8TilePanels <= panel_end; panel += kQ8TilePanels) {
       const int64_t left = panels - panel - kQ8TilePanels;
-      q8_rows<Codec, kQ8TilePanels>(t, row_begin, row_end, panel,
-                                    left < kQ8TilePanels ? left : kQ8TilePanels);
+      q8_rows<T, kQ8TilePanels>(t, row_begin, row_end, panel, left < kQ8TilePanels ? left : kQ8TilePanels);
     }
   }
   // Few rows: memory is the limit, and one panel at a time is one stream.
-  for (; panel < panel_end; ++panel) q8_rows<Codec, 1>(t, row_begin, row_end, panel, panel + 1 < panels);
+  for (; panel < panel_end; ++panel) q8_rows<T, 1>(t, row_begin, row_end, panel, panel + 1 < panels);
 }
 
-template <typename CodecQ8, typename CodecQ4, typename CodecQ6>
-void matmul_q8(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
-               int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte*) {
+inline void matmul_q8(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
+                      int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte*) {
   const Q8Problem t{w, x, out};
-  switch (w.type) {
-    case DType::Q8_0:
-      return q8_panels<CodecQ8>(t, panel_begin, panel_end, row_begin, row_end);
-    case DType::Q4_0:
-      return q8_panels<CodecQ4>(t, panel_begin, panel_end, row_begin, row_end);
-    case DType::Q6_K:
-      return q8_panels<CodecQ6>(t, panel_begin, panel_end, row_begin, row_end);
-    default:  // float types have no int8 matmul
-      return;
-  }
-}
-
-template <typename CodecQ8, typename CodecQ4, typename CodecQ6>
-void set_q8_kernel(KernelTable& table) {
-  table.matmul_q8 = matmul_q8<CodecQ8, CodecQ4, CodecQ6>;
+  visit_quantized(w.type, [&]<DType T>() { q8_panels<T>(t, panel_begin, panel_end, row_begin, row_end); });
 }
 
 }  // namespace

@@ -17,7 +17,6 @@ namespace qwen2vl::cpu {
 namespace {
 
 constexpr int kVectorsPerPanel = static_cast<int>(kPanelRows) / kLanes;
-constexpr int64_t kGroupBytes = kPanelRows * 4;  ///< four consecutive k of every row of a panel, a byte each
 
 /// One row of a tile: V vectors of sums to columns n .. of row m, below `n_cols`.
 template <int V>

@@ -1,0 +1,90 @@
+#pragma once
+
+// The decode step of all kernels, written once; needs the including instruction set's simd.h.
+
+#include "cpu/kernels/simd/tile.h"
+#include "quant/formats.h"
+
+namespace qwen2vl::cpu {
+namespace {
+
+inline const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
+
+/// A byte in every byte of a vector.
+inline IntVec set1_bytes(int byte) { return set1_int(static_cast<int32_t>(0x01010101u * (byte & 0xffu))); }
+
+/// Bits may cross from byte to byte: the caller masks them.
+inline IntVec shifted(IntVec x, int left) {
+  return left == 0 ? x : left > 0 ? shift_left(x, left) : shift_right(x, -left);
+}
+
+/// The vectors of a quantized panel and of those after it, kLanes rows each: vector v counts from the first
+/// panel on, b are blocks of 32 columns (see PanelMatrix).
+template <DType T>
+struct VectorDecoder {
+  static constexpr QuantFormat kFormat = traits_of(T).format;
+  static constexpr int kParts = static_cast<int>(kBlock32) / kFormat.part;  // of a block
+  static_assert(!kFormat.has_minimum || (kParts == 1 && kFormat.offset == 0));
+
+  const uint8_t *low, *high, *scales, *block_scales, *minima, *block_minima;
+  int64_t panel_bytes;
+
+  VectorDecoder(const PanelMatrix& w, int64_t panel)
+      : low(w.data + panel * w.panel_bytes), panel_bytes(w.panel_bytes) {
+    const PanelParts parts = panel_parts(w.type, w.cols);
+    high = low + parts.high;
+    scales = low + parts.scales;
+    block_scales = low + parts.block_scales;
+    minima = low + parts.minima;
+    block_minima = low + parts.block_minima;
+  }
+
+  /// Where vector v begins, in parts with `bytes` per row.
+  int64_t offset(int v, int bytes) const {
+    return v / kVectorsPerPanel * panel_bytes + v % kVectorsPerPanel * kLanes * bytes;
+  }
+
+  /// Where the low bits of group g (0..7: four consecutive columns) lie.
+  const uint8_t* group(int64_t b, int g, int v) const {
+    constexpr int kVectors = kFormat.low_bits;  // per block
+    return low + offset(v, 4) + (b * kVectors + g % kVectors) * kGroupBytes;
+  }
+
+  /// The group's integers as they are stored, times 2^kShift: a byte each, unsigned but where all 8 bits are
+  /// low ones.
+  template <int kShift = 0>
+  IntVec quants(int64_t b, int g, int v) const {
+    const IntVec stored = load_int(group(b, g, v));
+    if constexpr (kFormat.low_bits == 8) {
+      static_assert(kShift == 0);
+      return stored;
+    } else {
+      const IntVec nibbles = shifted(stored, g < 4 ? kShift : kShift - 4), mask = set1_bytes(0xf << kShift);
+      if constexpr (constexpr int n = kFormat.high_bits; n > 0) {
+        const IntVec bits = load_int(high + offset(v, 4) + (b * n + g % n) * kGroupBytes);
+        return merge_bits(nibbles, mask, shifted(bits, 4 + kShift - g / n * n),
+                          set1_bytes(((1 << n) - 1) << (4 + kShift)));
+      } else {
+        return bit_and(nibbles, mask);
+      }
+    }
+  }
+
+  /// Of the block's s-th part.
+  Vec scale(int64_t b, int s, int v) const { return part_value(scales, block_scales, b, s, v); }
+  Vec minimum(int64_t b, int v) const { return part_value(minima, block_minima, b, 0, v); }
+
+ private:
+  Vec part_value(const uint8_t* values, const uint8_t* block_values, int64_t b, int s, int v) const {
+    const int64_t at = (b * kParts + s) * kPanelRows;
+    if constexpr (kFormat.scale_bits == 16) {
+      return load_f16(halves(values + offset(v, 2)) + at);
+    } else {
+      const Vec block = load_f16(halves(block_values + offset(v, 2)) + b / 8 * kPanelRows);
+      return mul(block, to_float(load_int8(values + offset(v, 1) + at)));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace qwen2vl::cpu

@@ -1,0 +1,110 @@
+#pragma once
+
+#include <cstring>
+
+#include "quant/block_types.h"
+
+namespace qwen2vl {
+
+/// A block taken apart: value i is scale * (q[i] - offset) - minimum with the QuantFormat's offset and, for
+/// its part p = i / part,
+///   scale = d * scales[p],  minimum = m * minima[p]      where scales have 8 bits,
+///   scale = d,              minimum = m                  where they have 16.
+struct OpenBlock {
+  uint8_t q[kBlock256];  ///< of 8 bits: two's complement
+  uint16_t d, m;         ///< f16
+  int8_t scales[kBlock256 / 16];
+  int8_t minima[kBlock256 / 32];
+};
+
+/// Nibbles of 32 values, the low ones first.
+inline void open_nibbles(const uint8_t (&qs)[kBlock32 / 2], uint8_t* q) {
+  for (int i = 0; i < kBlock32 / 2; ++i) {
+    q[i] = qs[i] & 15;
+    q[kBlock32 / 2 + i] = qs[i] >> 4;
+  }
+}
+
+inline void open_block(const Block<DType::Q4_0>& block, OpenBlock& out) {
+  open_nibbles(block.qs, out.q);
+  out.d = block.d;
+}
+
+/// Bit i of 32 to bit 4 of value i.
+inline void open_fifth_bits(const uint8_t (&qh)[kBlock32 / 8], uint8_t* q) {
+  for (int i = 0; i < kBlock32; ++i) q[i] |= static_cast<uint8_t>((qh[i / 8] >> i % 8 & 1) << 4);
+}
+
+/// An f16's negative.
+inline uint16_t negated(uint16_t half) { return half ^ 0x8000; }
+
+inline void open_block(const Block<DType::Q4_1>& block, OpenBlock& out) {
+  open_nibbles(block.qs, out.q);
+  out.d = block.d;
+  out.m = negated(block.m);
+}
+
+inline void open_block(const Block<DType::Q5_0>& block, OpenBlock& out) {
+  open_nibbles(block.qs, out.q);
+  open_fifth_bits(block.qh, out.q);
+  out.d = block.d;
+}
+
+inline void open_block(const Block<DType::Q5_1>& block, OpenBlock& out) {
+  open_nibbles(block.qs, out.q);
+  open_fifth_bits(block.qh, out.q);
+  out.d = block.d;
+  out.m = negated(block.m);
+}
+
+inline void open_block(const Block<DType::Q8_0>& block, OpenBlock& out) {
+  std::memcpy(out.q, block.qs, sizeof block.qs);
+  out.d = block.d;
+}
+
+/// What Q4_K and Q5_K have in common: scales, minima and low bits.
+template <typename K>
+void open_k_block(const K& block, OpenBlock& out) {
+  for (int p = 0; p < 4; ++p) {
+    const uint8_t scale = block.scales[p], minimum = block.scales[4 + p], low = block.scales[8 + p];
+    out.scales[p] = scale & 63;
+    out.minima[p] = minimum & 63;
+    out.scales[4 + p] = static_cast<int8_t>((low & 15) | scale >> 6 << 4);
+    out.minima[4 + p] = static_cast<int8_t>(low >> 4 | minimum >> 6 << 4);
+  }
+  for (int i = 0; i < kBlock256; ++i) out.q[i] = block.qs[i / 64 * 32 + i % 32] >> (i % 64 < 32 ? 0 : 4) & 15;
+  out.d = block.d;
+  out.m = block.m;
+}
+
+inline void open_block(const Block<DType::Q4_K>& block, OpenBlock& out) { open_k_block(block, out); }
+
+inline void open_block(const Block<DType::Q5_K>& block, OpenBlock& out) {
+  open_k_block(block, out);
+  for (int i = 0; i < kBlock256; ++i)
+    out.q[i] |= static_cast<uint8_t>((block.qh[i % 32] >> (i / 32) & 1) << 4);
+}
+
+inline void open_block(const Block<DType::Q6_K>& block, OpenBlock& out) {
+  for (int half = 0; half < 2; ++half) {
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const uint8_t *low = block.ql + 64 * half + 32 * (quarter % 2), *high = block.qh + 32 * half;
+      uint8_t* q = out.q + 128 * half + 32 * quarter;
+      for (int l = 0; l < 32; ++l)
+        q[l] = static_cast<uint8_t>((low[l] >> (quarter < 2 ? 0 : 4) & 15) | (high[l] >> (2 * quarter) & 3)
+                                                                                 << 4);
+    }
+  }
+  std::memcpy(out.scales, block.scales, sizeof block.scales);
+  out.d = block.d;
+}
+
+/// The block at `bytes`, which need not be aligned.
+template <DType T>
+void open_block_at(const uint8_t* bytes, OpenBlock& out) {
+  Block<T> block;
+  std::memcpy(&block, bytes, sizeof block);
+  open_block(block, out);
+}
+
+}  // namespace qwen2vl

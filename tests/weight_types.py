@@ -1,0 +1,58 @@
+"""Model files of any weight type, their blocks made by the Python package gguf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader, GGUFWriter, quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qwen2vl_q import _native
+
+
+def random_blocks(rng: np.random.Generator, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
+    """Q4_K or Q5_K, which gguf does not write: any integers, scales and minima within a factor of 2."""
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    blocks = rng.integers(0, 256, (values.size // elements, size), dtype=np.uint8)
+    half = 8 if name == "Q4_K" else 16
+    step = float(values.std()) / half / 48
+    blocks[:, :4] = np.array([step, step * half], np.float16).view(np.uint8)  # d and m
+    blocks[:, 4:12] |= 0xA0  # the highest of six bits
+    return blocks.reshape(len(values), -1)
+
+
+def encoded(rng: np.random.Generator, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
+    if name in ("Q4_0", "Q8_0", "Q6_K"):
+        return _native.quantize(values, name)
+    try:
+        return quants.quantize(values, GGMLQuantizationType[name]).view(np.uint8)
+    except NotImplementedError:
+        return random_blocks(rng, values, name)
+
+
+def with_weights(source: Path, out: Path, name: str, as_f32: bool) -> Path:
+    """A copy of an F32 file with its layers' weights as `name`, or as the float32 that these stand for."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(out, str(reader.fields["general.architecture"].contents()))
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            sub_type = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
+    rng = np.random.default_rng(4)
+    for tensor in reader.tensors:
+        values = np.array(tensor.data)
+        if not tensor.name.startswith("blk.") or values.ndim != 2:
+            writer.add_tensor(tensor.name, values)
+            continue
+        kind, data = GGMLQuantizationType[name], encoded(rng, values, name)
+        if as_f32:
+            writer.add_tensor(tensor.name, quants.dequantize(data, kind))
+        else:
+            writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
