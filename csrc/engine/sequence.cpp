@@ -155,7 +155,7 @@ void Sequence::accept_together(std::span<Sequence* const> sequences, std::span<c
   for (size_t i = 0; i < sequences.size(); ++i) {
     Sequence& s = *sequences[i];
     s.token_ids_.push_back(tokens[i]);
-    s.cells_.push_back({tokens[i], 0, {0, 0, 0}, {}});
+    s.cells_.push_back({tokens[i]});
     ++s.next_position_;
     if (kept)
       s.logits_.clear();

@@ -7,18 +7,10 @@
 #include <vector>
 
 #include "engine/model.h"
+#include "engine/page_pool.h"
 #include "engine/sampler.h"
 
 namespace qwen2vl {
-
-/// What a cell of the cache holds: a text token, or one merged patch of a vision item.
-struct CellKey {
-  int32_t token = 0;
-  int32_t patch = 0;  ///< index within the vision item; 0 for text
-  GridTHW grid{0, 0, 0};
-  std::array<uint8_t, 16> item{};  ///< identifies the item's pixels; zero for text
-  bool operator==(const CellKey&) const = default;
-};
 
 /// A vision item of a prompt: its pad tokens start at `start`.
 struct PromptImage {
