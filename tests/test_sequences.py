@@ -157,7 +157,7 @@ def test_batches_are_checked(tiny: Qwen2VL, tiny_gguf: Path) -> None:
         ([a, empty], [1, 1], "nothing has been evaluated yet"),
         ([a, full], [1, 1], "the context is full: it holds 2 tokens"),
         ([a, b], [1, 1040], "expected an id below 1040, found 1040"),
-        ([a, b], [1, -1], "expected an id below 1040, found -1"),
+        ([a, b], [1, -1], "token: expected 0 to 2147483647, found -1"),
         ([a] * (ROWS + 1), [1] * (ROWS + 1), f"expected {ROWS} sequences at most, found {ROWS + 1}"),
     ):
         with pytest.raises(ValueError, match=message):
