@@ -264,7 +264,7 @@ def test_statuses_become_errors(
     fails("create", lambda: on_cuda(tiny_gguf))
     model = on_cuda(tiny_gguf)
     sequence = sequence_after(model, [1, 2])
-    fails("new_cache", lambda: _native.SequenceState(model._native, 16))
+    fails("new_cache", lambda: sequence_after(model, [1, 2]))
     fails("forward", lambda: sequence.accept(3))
     sequence = sequence_after(model, [1, 2])
     fails("likeliest", lambda: sequence.sample(_native.Sampler()))
@@ -408,7 +408,7 @@ def test_caches_end_before_their_backend(fake: Fake, tiny_gguf: Path) -> None:
     backends, caches = fake.live_backends, fake.live_caches
     model = on_cuda(tiny_gguf)
     sequence = sequence_after(model, [1, 2])
-    assert (fake.live_backends, fake.live_caches) == (backends + 1, caches + 2)
+    assert (fake.live_backends, fake.live_caches) == (backends + 1, caches + 1)
     del model
     assert fake.live_backends == backends + 1  # the sequence needs it
     sequence.accept(3)
@@ -417,19 +417,27 @@ def test_caches_end_before_their_backend(fake: Fake, tiny_gguf: Path) -> None:
     assert fake.caches_left_behind == 0
 
 
-def test_a_cache_dropped_during_a_call_is_freed_after_it(fake: Fake, tiny_gguf: Path) -> None:
+def test_a_cache_dropped_during_a_call_is_given_back_after_it(fake: Fake, tiny_gguf: Path) -> None:
     model = on_cuda(tiny_gguf)
     dropped = [sequence_after(model, [1])]
-    before = fake.live_caches
     during = []
 
     def drop(done: int, total: int) -> None:
         dropped.clear()
         during.append(fake.live_caches)
 
-    prompt = _native.Prompt(model._native, np.array([1, 2], np.int32))
-    _native.SequenceState(model._native, 16).prefill(prompt, [], progress=drop)
-    assert during == [before + 1] and fake.live_caches == before - 1
+    before = fake.live_caches
+    prompt = _native.Prompt(model._native, np.array([2, 3], np.int32))
+    sequence = _native.SequenceState(model._native, 16)
+    sequence.prefill(prompt, [], progress=drop)
+    assert during == [before + 1] and model._native.idle_pages == 1
+    model._native.forget()
+    assert fake.live_caches == before
+    del sequence
+    model._native.limit_cache(0)
+    assert model._native.idle_pages == 1  # until its memory is needed
+    kept = [sequence_after(model, [4])]
+    assert (model._native.idle_pages, fake.live_caches) == (0, before + len(kept) - 1)
     assert fake.overlapping_calls == 0
 
 

@@ -1,15 +1,16 @@
+#include "engine/engine.h"
+
+#include <algorithm>
 #include <chrono>
 #include <limits>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <type_traits>
 
 #include "base/call_lock.h"
 #include "base/printable.h"
 #include "bindings/arguments.h"
 #include "bindings/bindings.h"
-#include "engine/sequence.h"
 
 namespace qwen2vl::bindings {
 namespace {
@@ -75,10 +76,10 @@ py::dict read_config_of(const py::object& file, const py::object& mmproj) {
   return config_dict(config);
 }
 
-std::shared_ptr<Model> load_model(const py::object& file, const py::object& mmproj,
-                                  const py::object& n_threads, const py::str& precision, const py::str& isa,
-                                  const PyProgress& progress, const py::str& device, const py::object& plugin,
-                                  const py::object& device_memory) {
+std::shared_ptr<Engine> load_model(const py::object& file, const py::object& mmproj,
+                                   const py::object& n_threads, const py::str& precision, const py::str& isa,
+                                   const PyProgress& progress, const py::str& device,
+                                   const py::object& plugin, const py::object& device_memory) {
   const std::filesystem::path opened = path(file, "path");
   const ModelOptions options{
       optional_path(mmproj, "mmproj"),
@@ -88,14 +89,21 @@ std::shared_ptr<Model> load_model(const py::object& file, const py::object& mmpr
   require_device_name(options.backend.device);
   const Progress report = make_progress(progress);
   py::gil_scoped_release release;
-  return std::make_shared<Model>(opened, options, report);
+  return std::make_shared<Engine>(opened, options, report);
 }
 
-py::list stop_profile(Model& model) {
+/// A figure that waits for its turn.
+template <int64_t (Engine::*Figure)()>
+int64_t without_gil(Engine& engine) {
+  const py::gil_scoped_release release;
+  return (engine.*Figure)();
+}
+
+py::list stop_profile(Engine& engine) {
   std::vector<StageRecord> records;
   {
     py::gil_scoped_release release;  // a call that holds the lock may be waiting for the GIL
-    records = model.lock().backend.stop_profile();
+    records = Engine::Turn(engine).backend.stop_profile();
   }
   py::list stages;
   for (const StageRecord& record : records) {
@@ -111,10 +119,10 @@ py::list stop_profile(Model& model) {
   return stages;
 }
 
-FloatArray encode_image(Model& model, const FloatArray& pixel_values, const GridTuple& grid_thw,
+FloatArray encode_image(Engine& engine, const FloatArray& pixel_values, const GridTuple& grid_thw,
                         const PyProgress& progress) {
-  if (!model.config().vision) throw std::invalid_argument("this model has no vision tower");
-  const VisionConfig& vision = *model.config().vision;
+  if (!engine.config().vision) throw std::invalid_argument("this model has no vision tower");
+  const VisionConfig& vision = *engine.config().vision;
   const GridTHW grid = to_grid(grid_thw);
   const int64_t cells = vision_cells(grid, vision);
   require_shape(pixel_values, cells * vision.merge_unit(), vision.patch_dim(), "pixel_values");
@@ -124,17 +132,17 @@ FloatArray encode_image(Model& model, const FloatArray& pixel_values, const Grid
   const Progress report = make_progress(progress);
   {
     py::gil_scoped_release release;
-    model.lock().backend.encode_vision(in, grid, result, report);
+    Engine::Turn(engine).backend.encode_vision(in, grid, result, report);
   }
   return out;
 }
 
 using PixelArray = py::array_t<uint8_t, py::array::c_style>;
 
-FloatArray encode_pixels(Model& model, const PixelArray& pixels, const FloatArray& levels,
+FloatArray encode_pixels(Engine& engine, const PixelArray& pixels, const FloatArray& levels,
                          const GridTuple& grid_thw, const PyProgress& progress) {
-  if (!model.config().vision) throw std::invalid_argument("this model has no vision tower");
-  const VisionConfig& vision = *model.config().vision;
+  if (!engine.config().vision) throw std::invalid_argument("this model has no vision tower");
+  const VisionConfig& vision = *engine.config().vision;
   const GridTHW grid = to_grid(grid_thw);
   const int64_t cells = vision_cells(grid, vision), side = vision.patch_size;
   if (grid.t != 1)
@@ -150,16 +158,16 @@ FloatArray encode_pixels(Model& model, const PixelArray& pixels, const FloatArra
   const Progress report = make_progress(progress);
   {
     py::gil_scoped_release release;
-    model.lock().backend.encode_pixels(pixels.data(), levels.data(), grid, result, report);
+    Engine::Turn(engine).backend.encode_pixels(pixels.data(), levels.data(), grid, result, report);
   }
   return out;
 }
 
-py::array_t<int64_t> position_ids(const Model& model, const IdArray& token_ids,
+py::array_t<int64_t> position_ids(const Engine& engine, const IdArray& token_ids,
                                   const std::vector<GridTuple>& grids) {
   std::vector<GridTHW> sizes;
   for (const GridTuple& grid : grids) sizes.push_back(to_grid(grid));
-  const auto positions = mrope_positions(to_ids(token_ids), sizes, model.config());
+  const auto positions = mrope_positions(to_ids(token_ids), sizes, engine.config());
   py::array_t<int64_t> out({py::ssize_t{3}, static_cast<py::ssize_t>(positions.size())});
   auto view = out.mutable_unchecked<2>();
   for (size_t i = 0; i < positions.size(); ++i)
@@ -167,7 +175,7 @@ py::array_t<int64_t> position_ids(const Model& model, const IdArray& token_ids,
   return out;
 }
 
-Prompt make_prompt(const Model& model, const IdArray& token_ids,
+Prompt make_prompt(const Engine& engine, const IdArray& token_ids,
                    const std::vector<std::tuple<py::object, GridTuple, py::bytes>>& images) {
   std::vector<PromptImage> items;
   for (const auto& [start, grid, key] : images) {
@@ -179,11 +187,11 @@ Prompt make_prompt(const Model& model, const IdArray& token_ids,
     std::copy(bytes.begin(), bytes.end(), item.key.begin());
     items.push_back(item);
   }
-  return Prompt(model.config(), to_ids(token_ids), std::move(items));
+  return Prompt(engine.config(), to_ids(token_ids), std::move(items));
 }
 
 /// Addresses of the embeddings given, checked for shape.
-std::vector<const float*> embedding_rows(const Model& model, const Prompt& prompt,
+std::vector<const float*> embedding_rows(const Engine& engine, const Prompt& prompt,
                                          const std::vector<std::optional<FloatArray>>& embeddings) {
   if (embeddings.size() != prompt.images().size())
     throw std::invalid_argument("embeddings: expected one entry for each of " +
@@ -192,63 +200,87 @@ std::vector<const float*> embedding_rows(const Model& model, const Prompt& promp
   std::vector<const float*> rows;
   for (size_t i = 0; i < embeddings.size(); ++i) {
     if (embeddings[i])
-      require_shape(*embeddings[i], prompt.image_cells(i), model.config().text.hidden_size,
+      require_shape(*embeddings[i], prompt.image_cells(i), engine.config().text.hidden_size,
                     "embeddings[" + std::to_string(i) + "]");
     rows.push_back(embeddings[i] ? embeddings[i]->data() : nullptr);
   }
   return rows;
 }
 
-/// A Sequence with the model that it belongs to. Calls on it go one at a time.
+using AllowedArray = py::array_t<bool, py::array::c_style>;
+
+/// A Sequence with the engine that it belongs to. Calls on it go one at a time.
 class PySequence {
  public:
-  PySequence(std::shared_ptr<Model> model, int64_t n_ctx)
-      : model_(std::move(model)), sequence_(model_, n_ctx) {}
+  PySequence(std::shared_ptr<Engine> engine, int64_t n_ctx) : engine_(std::move(engine)) {
+    sequence_.n_ctx = n_ctx;
+  }
+  ~PySequence() { engine_->abandon(std::move(sequence_)); }
+  PySequence(const PySequence&) = delete;
+  PySequence& operator=(const PySequence&) = delete;
 
-  int64_t n_ctx() const { return sequence_.n_ctx(); }
+  int64_t n_ctx() const { return sequence_.n_ctx; }
   int64_t n_cells() {
     const auto mine = turn();
     return sequence_.size();
   }
+  int64_t waiting() {
+    const auto mine = turn();
+    return sequence_.waiting();
+  }
   int64_t kv_bytes() {
     const auto mine = turn();
-    return sequence_.kv_bytes();
+    return engine_->bytes(sequence_);
   }
 
   int64_t reuse(const Prompt& prompt) {
-    return call([&](Sequence& s) { return s.reuse(prompt); });
+    return call([&](Engine& engine, Sequence& s) { return engine.reuse(s, prompt); });
+  }
+
+  int64_t adopt(const Prompt& prompt) {
+    return call([&](Engine& engine, Sequence& s) { return engine.adopt(s, prompt); });
+  }
+
+  void begin(const Prompt& prompt, std::vector<std::optional<FloatArray>> embeddings) {
+    const auto rows = embedding_rows(*engine_, prompt, embeddings);
+    const auto mine = turn();
+    engine_->begin(sequence_, prompt, rows);
+    embeddings_ = std::move(embeddings);
+  }
+
+  void push(const py::object& token) {
+    const int32_t id = token_id(token);
+    const auto mine = turn();
+    engine_->push(sequence_, id);
   }
 
   void prefill(const Prompt& prompt, const std::vector<std::optional<FloatArray>>& embeddings,
                const PyProgress& progress) {
-    const auto rows = embedding_rows(*model_, prompt, embeddings);
-    const Progress report = make_progress(progress);
-    call([&](Sequence& s) { s.prefill(prompt, rows, report); });
+    evaluate(prompt, embeddings, progress, [](int64_t) { return nullptr; });
   }
 
   FloatArray prefill_logits(const Prompt& prompt, const std::vector<std::optional<FloatArray>>& embeddings,
                             const PyProgress& progress) {
-    const auto rows = embedding_rows(*model_, prompt, embeddings);
-    const Progress report = make_progress(progress);
-    const auto mine = turn();
-    const int64_t n = std::max<int64_t>(0, prompt.size() - sequence_.size());
-    FloatArray out({n, model_->config().text.vocab_size});
-    float* data = out.mutable_data();
-    {
-      const py::gil_scoped_release release;
-      sequence_.prefill(prompt, rows, report, LogitsWanted::All, data);
-    }
+    FloatArray out;
+    evaluate(prompt, embeddings, progress, [&](int64_t rows) {
+      out = FloatArray({rows, engine_->config().text.vocab_size});
+      return out.mutable_data();
+    });
     return out;
   }
 
-  void accept(const py::object& token) {
-    const int32_t id = token_id(token);
-    const Progress report = make_progress(std::nullopt);
-    call([&](Sequence& s) { s.accept(id, report); });
-  }
+  void accept(const py::object& token) { accept_together({this}, {token}); }
 
-  int32_t sample(Sampler& sampler) {
-    return call([&](Sequence& s) { return s.sample(sampler); });
+  int32_t sample(Sampler& sampler, const std::optional<AllowedArray>& allowed) {
+    static_assert(sizeof(bool) == 1);
+    std::span<const uint8_t> mask;
+    if (allowed) {
+      if (allowed->ndim() != 1 || allowed->size() != engine_->config().text.vocab_size)
+        throw std::invalid_argument("allowed: expected bool [" +
+                                    std::to_string(engine_->config().text.vocab_size) + "]");
+      mask = {reinterpret_cast<const uint8_t*>(allowed->data()), static_cast<size_t>(allowed->size())};
+    }
+    return call([&](Engine& engine, Sequence& s) { return engine.sample(s, sampler, mask); });
   }
 
   FloatArray logits() {
@@ -256,32 +288,93 @@ class PySequence {
     std::span<const float> values;
     {
       const py::gil_scoped_release release;  // they may have to come from a device that another call uses
-      values = sequence_.logits();
+      values = engine_->logits(sequence_);
     }
     if (values.empty()) throw std::invalid_argument("logits: nothing has been evaluated yet");
     return FloatArray(static_cast<py::ssize_t>(values.size()), values.data());
   }
 
   static void accept_together(const std::vector<PySequence*>& states, const std::vector<py::object>& tokens) {
-    std::vector<Sequence*> sequences;
-    for (PySequence* state : states) {
-      if (state == nullptr) throw std::invalid_argument("accept_together: expected sequences, found None");
-      sequences.push_back(&state->sequence_);
-    }
+    if (states.empty()) return;
+    if (states.size() != tokens.size())
+      throw std::invalid_argument("accept_together: expected a token for each of " +
+                                  std::to_string(states.size()) + " sequences, found " +
+                                  std::to_string(tokens.size()));
+    Engine& engine = engine_of(states);
+    const int64_t most = engine.backend().max_batch_rows();
+    if (std::ssize(states) > most)
+      throw std::invalid_argument("accept_together: expected " + std::to_string(most) +
+                                  " sequences at most, found " + std::to_string(states.size()));
     std::vector<int32_t> ids;
-    for (size_t i = 0; i < tokens.size(); ++i) ids.push_back(token_id(tokens[i]));
-    std::set<PySequence*> each(states.begin(), states.end());  // in one order, whoever calls
-    std::vector<std::unique_lock<CallLock>> mine;
-    for (PySequence* state : each) mine.push_back(state->turn());
+    for (const py::object& token : tokens) ids.push_back(token_id(token));
+    const auto mine = turns(states);
+    for (size_t i = 0; i < states.size(); ++i) engine.require_pushable(states[i]->sequence_, ids[i]);
+    std::vector<StepRows> batch;
+    for (size_t i = 0; i < states.size(); ++i) {
+      engine.push(states[i]->sequence_, ids[i]);
+      batch.push_back({&states[i]->sequence_});
+    }
     const Progress report = make_progress(std::nullopt);
     const py::gil_scoped_release release;
-    Sequence::accept_together(sequences, ids, report);
+    try {
+      engine.step(batch, report);
+    } catch (...) {
+      for (const StepRows& s : batch) s.sequence->drop_waiting();
+      throw;
+    }
+  }
+
+  static void step(const std::vector<PySequence*>& states, const std::vector<int64_t>& rows,
+                   const PyProgress& progress) {
+    if (states.size() != rows.size())
+      throw std::invalid_argument("step: expected rows for each of " + std::to_string(states.size()) +
+                                  " sequences, found " + std::to_string(rows.size()));
+    if (states.empty()) return;
+    Engine& engine = engine_of(states);
+    const auto mine = turns(states);
+    std::vector<StepRows> batch;
+    for (size_t i = 0; i < states.size(); ++i) batch.push_back({&states[i]->sequence_, rows[i]});
+    const Progress report = make_progress(progress);
+    {
+      const py::gil_scoped_release release;
+      engine.step(batch, report);
+    }
+    for (PySequence* state : states)
+      if (state->sequence_.waiting() == 0) state->embeddings_.clear();
   }
 
  private:
-  /// Sequence knows which of them its model has.
+  /// The engine knows which of them its model has.
   static int32_t token_id(const py::object& token) {
     return static_cast<int32_t>(integer(token, "token", 0, std::numeric_limits<int32_t>::max()));
+  }
+
+  static constexpr const char* kDifferent = "expected different sequences of one model";
+
+  static Engine& engine_of(const std::vector<PySequence*>& states) {
+    for (const PySequence* state : states) {
+      if (state == nullptr) throw std::invalid_argument("expected sequences, found None");
+      if (state->engine_ != states[0]->engine_) throw std::invalid_argument(kDifferent);
+    }
+    return *states[0]->engine_;
+  }
+
+  /// `out`(rows): where their logits go, or nullptr. Where it is stopped, whole steps stay.
+  template <typename Out>
+  void evaluate(const Prompt& prompt, const std::vector<std::optional<FloatArray>>& embeddings,
+                const PyProgress& progress, const Out& out) {
+    const auto rows = embedding_rows(*engine_, prompt, embeddings);
+    const Progress report = make_progress(progress);
+    const auto mine = turn();
+    engine_->begin(sequence_, prompt, rows);
+    float* all_logits = out(sequence_.waiting());
+    const py::gil_scoped_release release;
+    try {
+      engine_->evaluate(sequence_, report, all_logits);
+    } catch (...) {
+      sequence_.drop_waiting();
+      throw;
+    }
   }
 
   /// The GIL is not kept while another call is waited for: that may be waiting for it.
@@ -294,48 +387,72 @@ class PySequence {
     return lock;
   }
 
-  /// fn(sequence), without the GIL.
-  template <typename Fn>
-  std::invoke_result_t<const Fn&, Sequence&> call(const Fn& fn) {
-    const auto mine = turn();
-    const py::gil_scoped_release release;
-    return fn(sequence_);
+  static std::vector<std::unique_lock<CallLock>> turns(const std::vector<PySequence*>& states) {
+    std::vector<PySequence*> each(states);
+    std::sort(each.begin(), each.end());  // in one order, whoever calls
+    if (std::adjacent_find(each.begin(), each.end()) != each.end()) throw std::invalid_argument(kDifferent);
+    std::vector<std::unique_lock<CallLock>> locks;
+    for (PySequence* state : each) locks.push_back(state->turn());
+    return locks;
   }
 
-  std::shared_ptr<Model> model_;
+  /// fn(engine, sequence), without the GIL.
+  template <typename Fn>
+  std::invoke_result_t<const Fn&, Engine&, Sequence&> call(const Fn& fn) {
+    const auto mine = turn();
+    const py::gil_scoped_release release;
+    return fn(*engine_, sequence_);
+  }
+
+  std::shared_ptr<Engine> engine_;
   Sequence sequence_;
+  std::vector<std::optional<FloatArray>> embeddings_;  // of the cells that wait
   CallLock call_lock_;
 };
 
 }  // namespace
 
 void register_engine(py::module_& m) {
-  py::class_<Model, std::shared_ptr<Model>>(m, "Model", "Weights on a backend.")
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Model", "Weights on a backend.")
       .def(py::init(&load_model), py::arg("path"), py::arg("mmproj") = py::none(), py::arg("n_threads") = 0,
            py::arg("precision") = "fast", py::arg("isa") = "", py::arg("progress") = py::none(),
            py::arg("device") = "cpu", py::arg("plugin") = py::none(), py::arg("device_memory") = 0)
-      .def_property_readonly("config", [](const Model& model) { return config_dict(model.config()); })
-      .def_property_readonly("device", [](const Model& model) { return model.backend().device(); })
-      .def_property_readonly("note", &Model::note)
-      .def_property_readonly("isa", [](const Model& model) { return std::string(model.backend().isa()); })
-      .def_property_readonly("n_threads", [](const Model& model) { return model.backend().n_threads(); })
+      .def_property_readonly("config", [](const Engine& engine) { return config_dict(engine.config()); })
+      .def_property_readonly("device", [](const Engine& engine) { return engine.backend().device(); })
+      .def_property_readonly("note", &Engine::note)
+      .def_property_readonly("isa", [](const Engine& engine) { return std::string(engine.backend().isa()); })
+      .def_property_readonly("n_threads", [](const Engine& engine) { return engine.backend().n_threads(); })
       .def_property_readonly(
           "precision",
-          [](const Model& model) { return model.precision() == Precision::Fast ? "fast" : "exact"; })
+          [](const Engine& engine) { return engine.precision() == Precision::Fast ? "fast" : "exact"; })
       .def_property_readonly("weight_bytes",
-                             [](const Model& model) { return model.backend().weight_bytes(); })
+                             [](const Engine& engine) { return engine.backend().weight_bytes(); })
       .def("encode_image", &encode_image, py::arg("pixel_values"), py::arg("grid_thw"),
            py::arg("progress") = py::none())
       .def("encode_pixels", &encode_pixels, py::arg("pixels"), py::arg("levels"), py::arg("grid_thw"),
            py::arg("progress") = py::none())
       .def(
-          "start_profile", [](Model& model) { model.lock().backend.start_profile(); },
+          "start_profile", [](Engine& engine) { Engine::Turn(engine).backend.start_profile(); },
           py::call_guard<py::gil_scoped_release>())
       .def("stop_profile", &stop_profile)
       .def(
-          "read_weights", [](Model& model) { return model.lock().backend.read_weights(); },
+          "read_weights", [](Engine& engine) { return Engine::Turn(engine).backend.read_weights(); },
           py::call_guard<py::gil_scoped_release>())
-      .def("position_ids", &position_ids, py::arg("token_ids"), py::arg("grids"));
+      .def("position_ids", &position_ids, py::arg("token_ids"), py::arg("grids"))
+      .def_property_readonly("max_batch_rows",
+                             [](const Engine& engine) { return engine.backend().max_batch_rows(); })
+      .def_property_readonly("cell_bytes", &Engine::cell_bytes)
+      .def_property_readonly("cache_bytes", &without_gil<&Engine::cache_bytes>)
+      .def_property_readonly("idle_pages", &without_gil<&Engine::idle_pages>)
+      .def(
+          "limit_cache",
+          [](Engine& engine, const py::object& bytes) {
+            const int64_t most = integer(bytes, "bytes", 0, std::numeric_limits<int64_t>::max());
+            const py::gil_scoped_release release;
+            engine.set_cache_bytes(most);
+          },
+          py::arg("bytes"))
+      .def("forget", &Engine::forget, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Prompt>(m, "Prompt", "Token ids with the vision items that stand in them.")
       .def(py::init(&make_prompt), py::arg("model"), py::arg("token_ids"), py::arg("images") = py::tuple())
@@ -355,10 +472,9 @@ void register_engine(py::module_& m) {
           py::arg("min_p") = 0.0f, py::arg("repetition_penalty") = 1.0f, py::arg("seed") = 0);
 
   py::class_<PySequence>(m, "SequenceState", "One conversation's KV cache.")
-      .def(py::init([](std::shared_ptr<Model> model, const py::object& n_ctx) {
+      .def(py::init([](std::shared_ptr<Engine> engine, const py::object& n_ctx) {
              const int64_t cells = integer(n_ctx, "n_ctx", 1, kMostCells);
-             const py::gil_scoped_release release;
-             return std::make_unique<PySequence>(std::move(model), cells);
+             return std::make_unique<PySequence>(std::move(engine), cells);
            }),
            py::arg("model"), py::arg("n_ctx"))
       .def_property_readonly("n_cells", &PySequence::n_cells)
@@ -369,10 +485,15 @@ void register_engine(py::module_& m) {
            py::arg("progress") = py::none())
       .def("prefill_logits", &PySequence::prefill_logits, py::arg("prompt"), py::arg("embeddings"),
            py::arg("progress") = py::none())
+      .def_property_readonly("waiting", &PySequence::waiting)
+      .def("adopt", &PySequence::adopt, py::arg("prompt"))
+      .def("begin", &PySequence::begin, py::arg("prompt"), py::arg("embeddings"))
+      .def("push", &PySequence::push, py::arg("token"))
       .def("accept", &PySequence::accept, py::arg("token"))
       .def_property_readonly("logits", &PySequence::logits)
-      .def("sample", &PySequence::sample, py::arg("sampler"));
+      .def("sample", &PySequence::sample, py::arg("sampler"), py::arg("allowed") = py::none());
   m.def("read_config", &read_config_of, py::arg("path"), py::arg("mmproj") = py::none());
+  m.def("step", &PySequence::step, py::arg("states"), py::arg("rows"), py::arg("progress") = py::none());
   m.def("accept_together", &PySequence::accept_together, py::arg("states"), py::arg("tokens"));
 }
 

@@ -3,6 +3,7 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
+#include "engine/page_pool.h"
 
 namespace qwen2vl::bindings {
 namespace {
@@ -31,6 +32,8 @@ void register_errors(py::module_& m) {
       "A well-formed input that this build or machine cannot run.";
   py::register_exception<DeviceError>(m, "DeviceError", base).attr("__doc__") =
       "A device that was asked for is not there, lacks memory, or failed.";
+  py::register_exception<OutOfPages>(m, "CacheFullError", base).attr("__doc__") =
+      "The KV cache has no room for more cells.";
   py::register_exception_translator([](std::exception_ptr raised) {
     try {
       std::rethrow_exception(raised);

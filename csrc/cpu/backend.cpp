@@ -29,7 +29,7 @@ class CpuBackend final : public Backend {
     vision_source_ = std::move(weights);
   }
 
-  std::unique_ptr<KvCache> new_cache() const override { return language_model_.new_cache(ctx_.precision); }
+  PageStore& pages() override { return language_model_.pages(); }
 
   void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
                      const Progress& progress) override {

@@ -32,7 +32,7 @@ struct PairedCells {
 
   static constexpr int64_t kValuePanel = kValueCells * kPanelRows;
   static int64_t blocks(int64_t cells) { return (cells + kValueCells - 1) / kValueCells; }
-  static int64_t key_dims(const PagedKvCache& cache, int64_t layer, int64_t head_dim) {
+  static int64_t key_dims(const KvPages& cache, int64_t layer, int64_t head_dim) {
     return 2 * cache.key_dims(layer) - head_dim;
   }
   static int64_t key_elements(int64_t cells, int64_t key_dims) {
@@ -48,9 +48,9 @@ struct PairedCells {
   /// Keys of a page whole (what lies beyond the last cell is never looked at), values up to the last cell.
   void pack_page(const KernelTable& kernels, const CausalRows& sequence, int64_t page, int64_t layer,
                  int64_t head, int64_t head_dim) const {
-    const PagedKvCache& cache = *sequence.cache;
-    const auto* k = reinterpret_cast<const uint16_t*>(cache.keys(page, layer, head));
-    const auto* v = reinterpret_cast<const uint16_t*>(cache.values(page, layer, head));
+    const KvPages& cache = *sequence.cache;
+    const auto* k = reinterpret_cast<const uint16_t*>(sequence.keys(page, layer, head));
+    const auto* v = reinterpret_cast<const uint16_t*>(sequence.values(page, layer, head));
     const int64_t cell = page * kPageCells, n = std::min(kPageCells, sequence.cells() - cell);
     const std::span<const int32_t> split = cache.split(layer, head);
     const int64_t paired_dims = key_dims(cache, layer, head_dim);
@@ -237,10 +237,10 @@ class CausalTile {
 
   /// float32 products with the n cells from `cell`, page by page as the cache holds them.
   void step(int64_t cell, int64_t n) {
-    const PagedKvCache& cache = *task_.sequence->cache;
+    const KvPages& cache = *task_.sequence->cache;
     const int64_t first = cell / kPageCells, last = (cell + n - 1) / kPageCells;
-    const auto keys = [&](int64_t page) { return cache.keys(page, layer_, task_.head); };
-    const auto values = [&](int64_t page) { return cache.values(page, layer_, task_.head); };
+    const auto keys = [&](int64_t page) { return task_.sequence->keys(page, layer_, task_.head); };
+    const auto values = [&](int64_t page) { return task_.sequence->values(page, layer_, task_.head); };
     const auto cells_of = [&](int64_t page) { return std::min(kPageCells, cell + n - page * kPageCells); };
 
     for (int64_t page = first; page <= last; ++page)

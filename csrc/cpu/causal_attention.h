@@ -10,15 +10,22 @@
 namespace qwen2vl::cpu {
 
 /// Rows [first_row, first_row + rows) of a batch, whose cells are the last `rows` of first_cell + rows in the
-/// cache.
+/// pages of its sequence.
 struct CausalRows {
-  const PagedKvCache* cache = nullptr;
+  const KvPages* cache = nullptr;
+  std::span<const PageHandle> pages;
   int64_t first_row = 0;
   int64_t rows = 0;
   int64_t first_cell = 0;
   bool decoded = false;  ///< SequenceRows::decoded
 
   int64_t cells() const { return first_cell + rows; }
+  const uint8_t* keys(int64_t page, int64_t layer, int64_t head) const {
+    return cache->keys(pages[page], layer, head);
+  }
+  const uint8_t* values(int64_t page, int64_t layer, int64_t head) const {
+    return cache->values(pages[page], layer, head);
+  }
 };
 
 struct CausalTask;

@@ -1,8 +1,8 @@
 #include "cpu/kv_cache.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
-#include <stdexcept>
 
 #include "base/half.h"
 
@@ -15,7 +15,7 @@ constexpr int64_t kMostSlabPages = 8;
 
 }  // namespace
 
-PagedKvCache::PagedKvCache(const TextConfig& config, Precision precision, const SplitChannels& split)
+KvPages::KvPages(const TextConfig& config, Precision precision, const SplitChannels& split)
     : heads_(config.num_key_value_heads),
       head_dim_(config.head_dim),
       element_bytes_(precision == Precision::Exact ? 4 : 2),
@@ -29,41 +29,44 @@ PagedKvCache::PagedKvCache(const TextConfig& config, Precision precision, const 
   slab_pages_ = std::clamp<int64_t>(kSlabBytes / page_bytes_, 1, kMostSlabPages);
 }
 
-void PagedKvCache::truncate(int64_t size) {
-  if (size < 0 || size > size_)
-    throw std::invalid_argument("cannot truncate a cache to more cells than it has");
-  size_ = size;
-  pages_.resize((size + kPageCells - 1) / kPageCells);
-  slabs_.resize((static_cast<int64_t>(pages_.size()) + slab_pages_ - 1) / slab_pages_);
+PageHandle KvPages::make() {
+  const uint32_t full = (uint32_t{1} << slab_pages_) - 1;
+  auto slab = std::find_if(slabs_.begin(), slabs_.end(), [&](const Slab& s) { return s.used != full; });
+  if (slab == slabs_.end())  // the system gives memory to what is written to alone
+    slab = slabs_.insert(slab, {AlignedBuffer(static_cast<size_t>(slab_pages_ * page_bytes_))});
+  const int index = std::countr_one(slab->used);
+  slab->used |= uint32_t{1} << index;
+  uint8_t* page = slab->memory.data() + index * page_bytes_;
+  std::memset(page, 0, page_bytes_);  // kernels read whole panels; what they read must be a number
+  return page;
 }
 
-void PagedKvCache::reserve(int64_t cells) {
-  const size_t pages = static_cast<size_t>((size_ + cells + kPageCells - 1) / kPageCells);
-  while (pages_.size() < pages) {
-    const int64_t index = static_cast<int64_t>(pages_.size());
-    if (index == static_cast<int64_t>(slabs_.size()) * slab_pages_)
-      slabs_.emplace_back(slab_pages_ * page_bytes_);  // the system gives memory to what is written to alone
-    uint8_t* page = slabs_.back().data() + index % slab_pages_ * page_bytes_;
-    std::memset(page, 0, page_bytes_);  // kernels read whole panels; what they read must be a number
-    pages_.push_back(page);
-  }
+void KvPages::free(PageHandle page) noexcept {
+  const auto* at = static_cast<const uint8_t*>(page);
+  const auto offset = [&](const Slab& slab) { return at - slab.memory.data(); };
+  const auto slab = std::find_if(slabs_.begin(), slabs_.end(), [&](const Slab& s) {
+    return offset(s) >= 0 && offset(s) < slab_pages_ * page_bytes_;
+  });
+  slab->used &= ~(uint32_t{1} << (offset(*slab) / page_bytes_));
+  if (slab->used == 0) slabs_.erase(slab);
 }
 
-const uint8_t* PagedKvCache::keys(int64_t page, int64_t layer, int64_t head) const {
-  return pages_[page] + layer_offsets_[layer] + head * head_bytes(layer);
+void KvPages::copy(PageHandle from, PageHandle to) { std::memcpy(to, from, page_bytes_); }
+
+const uint8_t* KvPages::keys(PageHandle page, int64_t layer, int64_t head) const {
+  return static_cast<const uint8_t*>(page) + layer_offsets_[layer] + head * head_bytes(layer);
 }
 
-const uint8_t* PagedKvCache::values(int64_t page, int64_t layer, int64_t head) const {
+const uint8_t* KvPages::values(PageHandle page, int64_t layer, int64_t head) const {
   return keys(page, layer, head) + key_bytes(layer);
 }
 
-void PagedKvCache::write(const KernelTable& kernels, int64_t layer, int64_t cell, const float* k,
-                         const float* v) {
+void KvPages::write(const KernelTable& kernels, PageHandle page, int64_t layer, int64_t slot, const float* k,
+                    const float* v) const {
   constexpr int64_t kPart = 8 * kPanelRows;  // dims converted at a time
   uint16_t part[kPart];
-  const int64_t slot = cell % kPageCells;
   const int64_t panel = key_panel_elements(layer), head_stride = head_bytes(layer);
-  uint8_t* keys = pages_[cell / kPageCells] + layer_offsets_[layer];
+  uint8_t* keys = static_cast<uint8_t*>(page) + layer_offsets_[layer];
   for (int64_t head = 0; head < heads_; ++head, k += head_dim_, v += head_dim_, keys += head_stride) {
     uint8_t* values = keys + key_bytes(layer);
     if (!half()) {
@@ -88,15 +91,14 @@ void PagedKvCache::write(const KernelTable& kernels, int64_t layer, int64_t cell
 
 /// Dims [begin, begin + n) of one cell's key to its page; `panel`: key_panel_elements.
 template <typename T>
-void PagedKvCache::store_key(const T* part, int64_t begin, int64_t n, int64_t slot, int64_t panel,
-                             T* keys) const {
+void KvPages::store_key(const T* part, int64_t begin, int64_t n, int64_t slot, int64_t panel, T* keys) const {
   keys += slot / kPanelRows * panel + begin * kPanelRows + slot % kPanelRows;
   for (int64_t d = 0; d < n; ++d) keys[d * kPanelRows] = part[d];
 }
 
 /// Likewise of its value; `begin` is a multiple of 16.
 template <typename T>
-void PagedKvCache::store_value(const T* part, int64_t begin, int64_t n, int64_t slot, T* values) const {
+void KvPages::store_value(const T* part, int64_t begin, int64_t n, int64_t slot, T* values) const {
   values += begin / kPanelRows * value_panel_elements() + slot * kPanelRows;
   for (int64_t d = 0; d < n; d += kPanelRows, values += value_panel_elements())
     std::memcpy(values, part + d, static_cast<size_t>(std::min(kPanelRows, n - d)) * sizeof(T));

@@ -12,32 +12,34 @@ namespace qwen2vl::cpu {
 
 inline constexpr int64_t kPageCells = 64;  ///< four key panels; 1.8 MB a page in the 2B shape
 
-/// A paged cache: memory grows with use, page by page out of slabs that are large enough for the system's
-/// huge pages (small ones cost a quarter of the speed at which a long context is read). Each page holds
-/// kPageCells cells of every layer and key-value head, in the panels that KernelTable::gemm_* reads, f16
-/// (fast) or float32 (exact):
+/// Pages of the KV cache, out of slabs that are large enough for the system's huge pages (small ones cost a
+/// quarter of the speed at which a long context is read). Each page holds kPageCells cells of every layer and
+/// key-value head, in the panels that KernelTable::gemm_* reads, f16 (fast) or float32 (exact):
 ///   keys    [layer][head][cell / 16][key_dims][16 cells]
 ///   values  [layer][head][ceil(head_dim / 16)][kPageCells][16 dims]
 /// where key_dims are head_dim and, in f16, what rounding left of the split channels.
-class PagedKvCache final : public KvCache {
+class KvPages final : public PageStore {
  public:
-  PagedKvCache(const TextConfig& config, Precision precision, const SplitChannels& split = {});
+  KvPages(const TextConfig& config, Precision precision, const SplitChannels& split = {});
 
-  int64_t size() const override { return size_; }
-  void truncate(int64_t size) override;
-  int64_t allocated_bytes() const override { return static_cast<int64_t>(pages_.size()) * page_bytes_; }
+  int64_t page_cells() const override { return kPageCells; }
+  int64_t page_bytes() const override { return page_bytes_; }
+  PageHandle make() override;
+  void free(PageHandle page) noexcept override;
+  int64_t bytes(PageHandle) const override { return page_bytes_; }
+  void copy(PageHandle from, PageHandle to) override;
 
-  /// Pages for `cells` cells beyond size(). They count only after commit; an abandoned append is overwritten.
-  void reserve(int64_t cells);
-  void commit(int64_t cells) { size_ += cells; }
+  /// Of all slabs: some of their pages may be free.
+  int64_t slab_bytes() const { return static_cast<int64_t>(slabs_.size()) * slab_pages_ * page_bytes_; }
 
-  /// Stores keys and values [num_key_value_heads * head_dim] of one cell (below size() + what was reserved).
-  void write(const KernelTable& kernels, int64_t layer, int64_t cell, const float* k, const float* v);
+  /// Stores keys and values [num_key_value_heads * head_dim] of cell `slot` of a page.
+  void write(const KernelTable& kernels, PageHandle page, int64_t layer, int64_t slot, const float* k,
+             const float* v) const;
 
   bool half() const { return element_bytes_ == 2; }
   /// Addresses of a page's key and value panels of one layer and head.
-  const uint8_t* keys(int64_t page, int64_t layer, int64_t head) const;
-  const uint8_t* values(int64_t page, int64_t layer, int64_t head) const;
+  const uint8_t* keys(PageHandle page, int64_t layer, int64_t head) const;
+  const uint8_t* values(PageHandle page, int64_t layer, int64_t head) const;
   /// The dimensions that have a second part.
   std::span<const int32_t> split(int64_t layer, int64_t head) const { return split_.of(layer, head); }
   int64_t key_dims(int64_t layer) const { return head_dim_ + split_.count(layer); }
@@ -45,6 +47,11 @@ class PagedKvCache final : public KvCache {
   int64_t value_panel_elements() const { return kPageCells * kPanelRows; }
 
  private:
+  struct Slab {
+    AlignedBuffer memory;
+    uint32_t used = 0;  ///< a bit for each page
+  };
+
   template <typename T>
   void store_key(const T* part, int64_t begin, int64_t n, int64_t slot, int64_t panel, T* keys) const;
   template <typename T>
@@ -57,10 +64,8 @@ class PagedKvCache final : public KvCache {
   int64_t page_bytes_ = 0;
   SplitChannels split_;
   std::vector<int64_t> layer_offsets_;
-  int64_t size_ = 0;
   int64_t slab_pages_;
-  std::vector<AlignedBuffer> slabs_;
-  std::vector<uint8_t*> pages_;
+  std::vector<Slab> slabs_;
 };
 
 }  // namespace qwen2vl::cpu

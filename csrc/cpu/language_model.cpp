@@ -20,7 +20,7 @@ void rms_norm_rows(Context& ctx, const NormWeights& norm, float eps, const float
 LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Context& ctx,
                              const Progress& progress)
     : config_(config),
-      split_channels_(config, w),
+      pages_(config, ctx.precision, SplitChannels(config, w)),
       // Where nothing else is rounded to 8 bits, bf16 would be the largest error.
       attention_(config, std::any_of(w.layers.begin(), w.layers.end(), [](const DecoderLayerWeights& l) {
                    return is_quantized(l.q_proj.weight.type);
@@ -52,10 +52,6 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
     inv_freq_.push_back(static_cast<float>(
         1.0 / std::pow(static_cast<double>(config.rope_theta),
                        static_cast<double>(2 * i) / static_cast<double>(config.head_dim))));
-}
-
-std::unique_ptr<KvCache> LanguageModel::new_cache(Precision precision) const {
-  return std::make_unique<PagedKvCache>(config_, precision, split_channels_);
 }
 
 void LanguageModel::release_buffers() {
@@ -101,11 +97,10 @@ void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch
   rows_ = decoded_ = 0;
   for (const bool decoded : {true, false}) {
     for (size_t i = 0; i < batch.size(); ++i) {
-      if (batch[i].decoded != decoded) continue;
-      auto& cache = static_cast<PagedKvCache&>(*batch[i].cache);
-      const int64_t n = static_cast<int64_t>(batch[i].token_ids.size());
-      cache.reserve(n);
-      sequences[i] = {&cache, rows_, n, cache.size(), decoded};
+      const SequenceRows& s = batch[i];
+      if (s.decoded != decoded) continue;
+      const int64_t n = static_cast<int64_t>(s.token_ids.size());
+      sequences[i] = {&pages_, s.pages, rows_, n, s.first_cell, decoded};
       rows_ += n;
     }
     if (decoded) decoded_ = rows_;
@@ -123,8 +118,6 @@ void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch
   }
   head(ctx, batch, sequences, logits);
   progress(config_.num_hidden_layers, config_.num_hidden_layers);
-  for (const SequenceRows& s : batch)
-    static_cast<PagedKvCache&>(*s.cache).commit(static_cast<int64_t>(s.token_ids.size()));
 }
 
 /// Embeddings into x_, and the rotation of every row: the first mrope_section[0] frequencies turn with the
@@ -169,7 +162,7 @@ void LanguageModel::attention(Context& ctx, const Layer& layer, int64_t index,
   linear(ctx, layer.o_proj, {qkv, rows_, stride, decoded_}, x, hidden, Store::Accumulate);
 }
 
-/// Rotates queries and keys where they stand and appends keys and values to the caches.
+/// Rotates queries and keys where they stand and stores keys and values in their pages.
 void LanguageModel::rotate_and_store(Context& ctx, int64_t index, std::span<const CausalRows> sequences) {
   const auto stage = ctx.profile.stage("text rope");
   const int64_t head_dim = config_.head_dim, half = head_dim / 2;
@@ -184,8 +177,9 @@ void LanguageModel::rotate_and_store(Context& ctx, int64_t index, std::span<cons
            ++h)  // queries, then keys
         ctx.kernels.rope(q + h * head_dim, cos, cos + half, half);
       const float* k = q + config_.q_size();
-      const_cast<PagedKvCache*>(s.cache)->write(ctx.kernels, index, s.first_cell + i, k,
-                                                k + config_.kv_size());
+      const int64_t cell = s.first_cell + i;
+      pages_.write(ctx.kernels, s.pages[cell / kPageCells], index, cell % kPageCells, k,
+                   k + config_.kv_size());
     });
 }
 

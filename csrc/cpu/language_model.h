@@ -1,6 +1,5 @@
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "cpu/causal_attention.h"
@@ -14,10 +13,10 @@ class LanguageModel {
  public:
   LanguageModel(const TextConfig& config, const TextWeights& weights, Context& ctx, const Progress& progress);
 
-  /// See Backend::forward. The caches are PagedKvCaches.
+  /// See Backend::forward. The pages are pages()'s.
   void operator()(Context& ctx, std::span<const SequenceRows> batch, float* logits, const Progress& progress);
 
-  std::unique_ptr<KvCache> new_cache(Precision precision) const;
+  PageStore& pages() { return pages_; }
   int64_t weight_bytes() const;
   /// Gives back what the last batch needed; the next one takes it anew.
   void release_buffers();
@@ -44,7 +43,7 @@ class LanguageModel {
   PackedLinear lm_head_;  // no parts where tied: embed_tokens_ is the head
   Vector inv_freq_;       // [head_dim / 2]
 
-  SplitChannels split_channels_;
+  KvPages pages_;
   CausalAttention attention_;
   int64_t rows_ = 0;     // of the batch at work
   int64_t decoded_ = 0;  // of them, the first

@@ -4,10 +4,6 @@
 #include <utility>
 #include <vector>
 
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-
 #include "gguf/reader.h"
 
 namespace qwen2vl {
@@ -20,16 +16,6 @@ ModelFiles open_model(const std::filesystem::path& path, const std::filesystem::
   ModelConfig config = read_config(views);
   Weights weights = load_weights(std::move(files), config);
   return {std::move(config), std::move(weights)};
-}
-
-Model::Model(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress)
-    : precision_(options.backend.precision) {
-  ModelFiles files = open_model(path, options.mmproj);
-  config_ = std::move(files.config);
-  chosen_ = make_backend(config_, std::move(files.weights), options.backend, progress);
-#ifdef __GLIBC__
-  malloc_trim(0);  // what reading the vocabulary has left behind
-#endif
 }
 
 }  // namespace qwen2vl

@@ -1,13 +1,8 @@
 #pragma once
 
 #include <filesystem>
-#include <memory>
-#include <mutex>
-#include <string>
 
-#include "base/call_lock.h"
 #include "engine/backend_registry.h"
-#include "model/backend.h"
 #include "model/config.h"
 #include "model/weights.h"
 
@@ -25,32 +20,6 @@ ModelFiles open_model(const std::filesystem::path& path, const std::filesystem::
 struct ModelOptions {
   std::filesystem::path mmproj;  ///< the vision tower's file where it is not in the model's own; empty: none
   BackendOptions backend;
-};
-
-/// A loaded model. Threads may share it: calls of the backend go one at a time. Error where one could never
-/// begin (CallLock): made by another's progress callback, or in a process that was forked during one.
-class Model {
- public:
-  Model(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress);
-
-  const ModelConfig& config() const { return config_; }
-  Precision precision() const { return precision_; }
-
-  /// Exclusive use of the backend for as long as the lock lives.
-  struct Locked {
-    std::unique_lock<CallLock> lock;
-    Backend& backend;
-  };
-  Locked lock() { return {std::unique_lock(call_lock_), *chosen_.backend}; }
-  const Backend& backend() const { return *chosen_.backend; }
-  /// A warning to the user about where the model computes, or empty.
-  std::string note() const { return chosen_.note.empty() ? backend().note() : chosen_.note; }
-
- private:
-  ModelConfig config_;
-  Precision precision_;
-  ChosenBackend chosen_;
-  CallLock call_lock_;
 };
 
 }  // namespace qwen2vl

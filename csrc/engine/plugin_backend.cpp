@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <exception>
 #include <mutex>
-#include <semaphore>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -48,28 +47,9 @@ class Reporter {
   std::exception_ptr thrown_;
 };
 
-/// A plug-in's backend and what it points at. The backend and every cache share it, so that it ends after the
-/// last of them.
+/// A plug-in's backend and what it points at.
 class Handle {
  public:
-  /// While it lives no other call is made: a plug-in is promised one at a time, of caches too.
-  class Turn {
-   public:
-    explicit Turn(Handle& handle) : handle_(handle) {
-      handle_.turn_.acquire();
-      handle_.free_abandoned();
-    }
-    ~Turn() {
-      handle_.free_abandoned();
-      handle_.turn_.release();
-    }
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-
-   private:
-    Handle& handle_;
-  };
-
   Handle(const qwen2vl_backend_api& api_, const ModelConfig& config, Weights&& weights,
          const PluginOptions& options, const Progress& progress)
       : api(api_), model_(config, weights) {
@@ -80,25 +60,9 @@ class Handle {
     reporter.check(api.create(&model_.get(), &c_options, reporter.get(), &backend, &error), error);
     weights_ = std::move(weights);  // the numbers themselves stay where they are
   }
-
-  ~Handle() {
-    free_abandoned();
-    api.destroy(backend);
-  }
+  ~Handle() { api.destroy(backend); }
   Handle(const Handle&) = delete;
   Handle& operator=(const Handle&) = delete;
-
-  /// Frees a cache, now or after the call that is being made. Never waits: caches end where Python drops
-  /// them, and a call may be waiting for Python.
-  void abandon(qwen2vl_cache_handle* cache) {
-    {
-      const std::lock_guard lock(abandoned_mutex_);
-      abandoned_.push_back(cache);
-    }
-    if (!turn_.try_acquire()) return;
-    free_abandoned();
-    turn_.release();
-  }
 
   const std::vector<std::unique_ptr<gguf::File>>& files() const { return weights_.files; }
 
@@ -109,102 +73,92 @@ class Handle {
   qwen2vl_backend_handle* backend = nullptr;
 
  private:
-  void free_abandoned() {
-    const std::lock_guard lock(abandoned_mutex_);
-    for (qwen2vl_cache_handle* cache : abandoned_) api.free_cache(cache);
-    abandoned_.clear();
-  }
-
   PluginModel model_;
   Weights weights_;
-  std::binary_semaphore turn_{1};  // no mutex: Python may drop a cache in the very thread that makes a call
-  std::mutex abandoned_mutex_;
-  std::vector<qwen2vl_cache_handle*> abandoned_;
 };
 
-class PluginKvCache final : public KvCache {
+/// The interface knows a cache for each sequence and no pages: its one page, which never gets full, is such a
+/// cache, so that sequences share nothing, and the next one goes on with what the last one has left.
+class PluginPages final : public PageStore {
  public:
-  explicit PluginKvCache(std::shared_ptr<Handle> handle) : handle_(std::move(handle)) {
-    const Handle::Turn turn(*handle_);
+  explicit PluginPages(const Handle& handle) : handle_(handle) {}
+
+  static qwen2vl_cache_handle* cache(PageHandle page) { return static_cast<qwen2vl_cache_handle*>(page); }
+
+  int64_t page_cells() const override { return int64_t{1} << 40; }  // more than any context
+  int64_t page_bytes() const override { return 0; }
+  PageHandle make() override {
+    qwen2vl_cache_handle* made = nullptr;
     qwen2vl_error error{};
-    check_plugin(handle_->api.new_cache(handle_->backend, &cache_, &error), error);
+    check_plugin(handle_.api.new_cache(handle_.backend, &made, &error), error);
+    return made;
   }
-  ~PluginKvCache() override { handle_->abandon(cache_); }
-  PluginKvCache(const PluginKvCache&) = delete;
-  PluginKvCache& operator=(const PluginKvCache&) = delete;
-
-  int64_t size() const override { return handle_->api.cache_size(cache_); }
-  int64_t allocated_bytes() const override { return handle_->api.cache_bytes(cache_); }
-
-  void truncate(int64_t size) override {
-    const Handle::Turn turn(*handle_);
-    handle_->api.cache_truncate(cache_, size);
-  }
-
-  void last_logits(float* out) override {
-    const Handle::Turn turn(*handle_);
-    qwen2vl_error error{};
-    check_plugin(handle_->api.last_logits(cache_, out, &error), error);
-  }
-
-  int32_t likeliest() override {
-    const Handle::Turn turn(*handle_);
-    int32_t token = -1;
-    qwen2vl_error error{};
-    check_plugin(handle_->api.likeliest(cache_, &token, &error), error);
-    return token;
-  }
-
-  qwen2vl_cache_handle* get() const { return cache_; }
+  void free(PageHandle page) noexcept override { handle_.api.free_cache(cache(page)); }
+  int64_t bytes(PageHandle page) const override { return handle_.api.cache_bytes(cache(page)); }
+  bool copies() const override { return false; }
+  void copy(PageHandle, PageHandle) override { throw std::logic_error("plug-ins cannot copy caches"); }
 
  private:
-  std::shared_ptr<Handle> handle_;
-  qwen2vl_cache_handle* cache_ = nullptr;
+  const Handle& handle_;
 };
 
 class PluginBackend final : public Backend {
  public:
   PluginBackend(const qwen2vl_backend_api& api, const ModelConfig& config, Weights&& weights,
                 const PluginOptions& options, const Progress& progress)
-      : handle_(std::make_shared<Handle>(api, config, std::move(weights), options, progress)),
+      : handle_(api, config, std::move(weights), options, progress),
+        pages_(handle_),
         has_vision_(config.vision.has_value()) {
-    handle_->release_pages();
+    handle_.release_pages();
     read_info();
     device_ = plugin_text(info_.device);
   }
 
-  std::unique_ptr<KvCache> new_cache() const override { return std::make_unique<PluginKvCache>(handle_); }
+  PageStore& pages() override { return pages_; }
 
   void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
                      const Progress& progress) override {
     encode(progress, [&](qwen2vl_progress reports, qwen2vl_error* error) {
-      return api().encode_vision(handle_->backend, pixel_values, grid.t, grid.h, grid.w, out, reports, error);
+      return api().encode_vision(handle_.backend, pixel_values, grid.t, grid.h, grid.w, out, reports, error);
     });
   }
 
   void encode_pixels(const uint8_t* pixels, const float* levels, const GridTHW& grid, float* out,
                      const Progress& progress) override {
     encode(progress, [&](qwen2vl_progress reports, qwen2vl_error* error) {
-      return api().encode_pixels(handle_->backend, pixels, levels, grid.h, grid.w, out, reports, error);
+      return api().encode_pixels(handle_.backend, pixels, levels, grid.h, grid.w, out, reports, error);
     });
   }
 
   void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) override {
     std::vector<qwen2vl_rows> rows;
-    for (const SequenceRows& s : batch)
-      rows.push_back({static_cast<PluginKvCache*>(s.cache)->get(), static_cast<int64_t>(s.token_ids.size()),
-                      s.token_ids.data(), s.embeddings.data(),
-                      s.positions.empty() ? nullptr : s.positions.data()->data(),
+    for (const SequenceRows& s : batch) {
+      qwen2vl_cache_handle* cache = PluginPages::cache(s.pages[0]);
+      if (api().cache_size(cache) > s.first_cell) api().cache_truncate(cache, s.first_cell);
+      rows.push_back({cache, static_cast<int64_t>(s.token_ids.size()), s.token_ids.data(),
+                      s.embeddings.data(), s.positions.empty() ? nullptr : s.positions.data()->data(),
                       static_cast<int32_t>(s.logits)});
+    }
     Reporter reporter(progress);
     qwen2vl_error error{};
-    const Handle::Turn turn(*handle_);
-    reporter.check(api().forward(handle_->backend, rows.data(), static_cast<int64_t>(rows.size()), logits,
+    reporter.check(api().forward(handle_.backend, rows.data(), static_cast<int64_t>(rows.size()), logits,
                                  reporter.get(), &error),
                    error);
   }
 
   bool keeps_logits() const override { return true; }
+
+  void last_logits(PageHandle last, float* out) override {
+    qwen2vl_error error{};
+    check_plugin(api().last_logits(PluginPages::cache(last), out, &error), error);
+  }
+
+  int32_t likeliest(PageHandle last) override {
+    int32_t token = -1;
+    qwen2vl_error error{};
+    check_plugin(api().likeliest(PluginPages::cache(last), &token, &error), error);
+    return token;
+  }
 
   int64_t max_batch_rows() const override {
     const std::lock_guard lock(info_mutex_);
@@ -212,9 +166,8 @@ class PluginBackend final : public Backend {
   }
 
   void start_profile() override {
-    const Handle::Turn turn(*handle_);
     qwen2vl_error error{};
-    check_plugin(api().start_profile(handle_->backend, &error), error);
+    check_plugin(api().start_profile(handle_.backend, &error), error);
   }
 
   std::vector<StageRecord> stop_profile() override {
@@ -222,10 +175,7 @@ class PluginBackend final : public Backend {
     std::vector<qwen2vl_stage> stages(kMost);
     int32_t count = 0;
     qwen2vl_error error{};
-    {
-      const Handle::Turn turn(*handle_);
-      check_plugin(api().stop_profile(handle_->backend, stages.data(), kMost, &count, &error), error);
-    }
+    check_plugin(api().stop_profile(handle_.backend, stages.data(), kMost, &count, &error), error);
     stages.resize(std::clamp(count, 0, kMost));
     std::vector<StageRecord> records;
     for (const qwen2vl_stage& s : stages)
@@ -234,10 +184,9 @@ class PluginBackend final : public Backend {
   }
 
   int64_t read_weights() override {
-    const Handle::Turn turn(*handle_);
     int64_t bytes = 0;
     qwen2vl_error error{};
-    check_plugin(api().read_weights(handle_->backend, &bytes, &error), error);
+    check_plugin(api().read_weights(handle_.backend, &bytes, &error), error);
     return bytes;
   }
 
@@ -260,28 +209,28 @@ class PluginBackend final : public Backend {
     if (!has_vision_) throw std::invalid_argument("this model has no vision tower");
     const bool first = !vision_loaded_;
     if (first)
-      for (const auto& file : handle_->files()) file->input().require_unchanged();
+      for (const auto& file : handle_.files()) file->input().require_unchanged();
     Reporter reporter(progress);
     qwen2vl_error error{};
-    const Handle::Turn turn(*handle_);
     reporter.check(call(reporter.get(), &error), error);
     vision_loaded_ = true;
     if (!first) return;
-    handle_->release_pages();
+    handle_.release_pages();
     read_info();
   }
 
-  const qwen2vl_backend_api& api() const { return handle_->api; }
+  const qwen2vl_backend_api& api() const { return handle_.api; }
 
   /// Kept, so that a look at it need not wait for a call that is being made.
   void read_info() {
     qwen2vl_info info{};
-    api().info(handle_->backend, &info);
+    api().info(handle_.backend, &info);
     const std::lock_guard lock(info_mutex_);
     info_ = info;
   }
 
-  std::shared_ptr<Handle> handle_;
+  Handle handle_;
+  PluginPages pages_;
   bool has_vision_;
   bool vision_loaded_ = false;
   std::string device_;

@@ -53,7 +53,11 @@ double Sampler::uniform() {
   return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> previous) {
+int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> previous,
+                        std::span<const uint8_t> allowed) {
+  if (!allowed.empty() && allowed.size() != logits.size())
+    throw std::invalid_argument("allowed: expected " + std::to_string(logits.size()) + " tokens, found " +
+                                std::to_string(allowed.size()));
   std::span<const float> scores = logits;
   if (params_.repetition_penalty != 1.0f) {
     scores_.assign(logits.begin(), logits.end());
@@ -64,8 +68,18 @@ int32_t Sampler::sample(std::span<const float> logits, std::span<const int32_t> 
     }
     scores = scores_;
   }
+  if (!allowed.empty()) {
+    if (!std::isfinite(largest(scores))) throw damaged_logits();
+    if (scores.data() != scores_.data()) scores_.assign(scores.begin(), scores.end());
+    for (size_t i = 0; i < allowed.size(); ++i)
+      if (allowed[i] == 0) scores_[i] = -std::numeric_limits<float>::infinity();
+    scores = scores_;
+  }
   const float best = largest(scores);
-  if (!std::isfinite(best)) throw damaged_logits();
+  if (!std::isfinite(best)) {
+    if (allowed.empty()) throw damaged_logits();
+    throw std::invalid_argument("allowed: expected a token that may be drawn, found none");
+  }
   if (params_.temperature == 0 || params_.top_k == 1)
     return static_cast<int32_t>(std::find(scores.begin(), scores.end(), best) - scores.begin());
 

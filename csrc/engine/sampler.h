@@ -31,8 +31,11 @@ class Sampler {
   /// Always takes the first of the largest logits, whatever stands before.
   bool is_greedy() const;
 
-  /// `previous`: the tokens that the repetition penalty looks at. Throws Error where no logit is a number.
-  int32_t sample(std::span<const float> logits, std::span<const int32_t> previous);
+  /// `previous`: the tokens that the repetition penalty looks at. `allowed`: as many as logits, 0 for those
+  /// that must not be drawn; empty: all may. Throws Error where no logit is a number,
+  /// std::invalid_argument where none is allowed.
+  int32_t sample(std::span<const float> logits, std::span<const int32_t> previous,
+                 std::span<const uint8_t> allowed = {});
 
  private:
   double uniform();

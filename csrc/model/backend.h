@@ -2,13 +2,13 @@
 
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "model/page_store.h"
 #include "model/positions.h"
 #include "model/profile.h"
 
@@ -19,28 +19,15 @@ namespace qwen2vl {
 enum class Precision { Fast, Exact };
 
 /// Called between layers with (done, total) on the calling thread. An exception thrown in it cancels the
-/// call; caches stay as they were before it.
+/// call; the cells before its rows stay as they were.
 using Progress = std::function<void(int64_t done, int64_t total)>;
-
-/// The keys and values of one sequence. Cells are appended by Backend::forward.
-class KvCache {
- public:
-  virtual ~KvCache() = default;
-  virtual int64_t size() const = 0;             ///< cells filled
-  virtual void truncate(int64_t size) = 0;      ///< keeps the first `size` cells, frees pages behind them
-  virtual int64_t allocated_bytes() const = 0;  ///< memory of the pages
-
-  /// Where the backend keeps logits (Backend::keeps_logits), those after the last cell: all of them
-  /// [vocab_size], or the first of the largest, -1 where none is a number. Asked before the cache changes.
-  virtual void last_logits(float* /*out*/) { throw std::logic_error("this backend keeps no logits"); }
-  virtual int32_t likeliest() { throw std::logic_error("this backend keeps no logits"); }
-};
 
 enum class LogitsWanted { None, Last, All };
 
-/// Consecutive rows of one sequence, appended to its cache.
+/// Consecutive rows of one sequence.
 struct SequenceRows {
-  KvCache* cache = nullptr;
+  std::span<const PageHandle> pages;  ///< of all its cells, those of the rows included
+  int64_t first_cell = 0;             ///< of the rows: so many cells have been computed
   std::span<const int32_t> token_ids;
   /// Per row the embedding [hidden_size] that stands in for the token's own (a vision cell), or nullptr.
   std::span<const float* const> embeddings;
@@ -56,7 +43,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual std::unique_ptr<KvCache> new_cache() const = 0;
+  /// The memory of the pages that forward takes.
+  virtual PageStore& pages() = 0;
 
   /// pixel_values [t*h*w, patch_dim] -> out [t*h*w / merge^2, hidden_size].
   virtual void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
@@ -67,12 +55,19 @@ class Backend {
   virtual void encode_pixels(const uint8_t* pixels, const float* levels, const GridTHW& grid, float* out,
                              const Progress& progress) = 0;
 
-  /// Appends the rows of every sequence; writes the logits wanted, [rows, vocab_size], sequence after
-  /// sequence. A backend that keeps logits may be given none to write to unless all rows' are wanted: then
-  /// they stay on the device, and each cache tells its own.
+  /// Computes the rows of every sequence and fills their cells; writes the logits wanted, [rows, vocab_size],
+  /// sequence after sequence. A backend that keeps logits may be given none to write to unless all rows' are
+  /// wanted: then they stay on the device.
   virtual void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) = 0;
 
+  /// Where a backend keeps logits, those after the last cell of a sequence, asked for by the page that holds
+  /// it before that page changes: all of them [vocab_size], or the first of the largest, -1 where none is a
+  /// number.
   virtual bool keeps_logits() const { return false; }
+  virtual void last_logits(PageHandle /*last*/, float* /*out*/) {
+    throw std::logic_error("this backend keeps no logits");
+  }
+  virtual int32_t likeliest(PageHandle /*last*/) { throw std::logic_error("this backend keeps no logits"); }
 
   /// Rows that forward takes in one call at most; longer prompts are cut by the caller.
   virtual int64_t max_batch_rows() const = 0;

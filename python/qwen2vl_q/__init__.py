@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen2vl_q.config import Qwen2VLConfig as Qwen2VLConfig
+    from qwen2vl_q.errors import CacheFullError as CacheFullError
     from qwen2vl_q.errors import DeviceError as DeviceError
     from qwen2vl_q.errors import FormatError as FormatError
     from qwen2vl_q.errors import Qwen2VLError as Qwen2VLError
@@ -19,6 +20,7 @@ draws them, and short texts on such cards."""
 
 # Resolved on first use: the command line's --help and the converter need neither the tokenizer nor Pillow.
 _HOME = {
+    "CacheFullError": "errors",
     "DeviceError": "errors",
     "FormatError": "errors",
     "Qwen2VL": "model",
@@ -28,6 +30,7 @@ _HOME = {
 }
 __all__ = [
     "DEMO_MODEL",
+    "CacheFullError",
     "DeviceError",
     "FormatError",
     "Qwen2VL",

@@ -49,6 +49,9 @@ def measure_device_limits(plugin: _Path, index: int = 0, seconds: float = 0.5) -
     """What a plug-in's device can do at most in a second: the keys of `measure_limits`, int8_ops_per_s being
     float_ops_per_s (of bf16 matrix products). ValueError: an argument out of range; DeviceError."""
 
+class CacheFullError(Error):
+    """The KV cache has no room for more cells."""
+
 # --- quantization -------------------------------------------------------------------------------------
 
 def quantize(values: NDArray[np.float32], type: str, n_threads: int = 0) -> NDArray[np.uint8]:
@@ -115,7 +118,7 @@ def read_config(path: str, mmproj: str | None = None) -> dict[str, Any]:
     reads norms and biases alone."""
 
 class Model:
-    """Weights on a backend: the CPU's, or a plug-in's.
+    """Weights on a backend, the CPU's or a plug-in's, and the pages of all sequences of it.
 
     Calls are thread-safe (one runs at a time) and release the GIL. Error: one made by another's callback, or
     in a process that was forked during one; any other forked process may go on with the model.
@@ -179,6 +182,23 @@ class Model:
     ) -> NDArray[np.int64]:
         """M-RoPE indices int64 [3, n]; `grids` (in patches) in the order of the runs of pad tokens."""
 
+    @property
+    def max_batch_rows(self) -> int:
+        """Rows that a step takes at most."""
+    @property
+    def cell_bytes(self) -> int:
+        """Memory of a cell of the KV cache, about."""
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the pages of sequences, and of those that are kept to be found again."""
+    @property
+    def idle_pages(self) -> int:
+        """Pages that no sequence uses."""
+    def limit_cache(self, bytes: int) -> None:
+        """So much memory for pages at most: those that no sequence uses go, the longest unused first, then
+        steps raise CacheFullError."""
+    def forget(self) -> None:
+        """Nothing computed so far will be found again by `SequenceState.adopt`."""
     def start_profile(self) -> None:
         """From here on, the stages of the forward passes are timed."""
     def stop_profile(self) -> list[dict[str, Any]]:
@@ -204,8 +224,9 @@ class Prompt:
     def __len__(self) -> int: ...
 
 class SequenceState:
-    """One conversation's KV cache. Cells are filled in order and can be cut back. Calls go one at a time, as
-    those of its model; from a callback of its own they raise Error."""
+    """A conversation's cells: some have been computed, the others wait for a step. Its pages go back to the
+    model with it. Calls go one at a time, as those of its model; from a callback of its own they raise
+    Error."""
 
     def __init__(self, model: Model, n_ctx: int) -> None: ...
     @property
@@ -215,6 +236,17 @@ class SequenceState:
     @property
     def kv_bytes(self) -> int:
         """Memory of the cache pages in use."""
+    @property
+    def waiting(self) -> int:
+        """Cells that have not been computed."""
+    def adopt(self, prompt: Prompt) -> int:
+        """Gives its cells back and takes the longest beginning of `prompt` (short of the last token) that any
+        sequence of the model has computed; returns its length in cells."""
+    def begin(self, prompt: Prompt, embeddings: AbstractSequence[NDArray[np.float32] | None]) -> None:
+        """Lets the other cells of `prompt` wait. embeddings[i] belongs to the prompt's image i; None is
+        allowed for one that lies wholly in what has been computed."""
+    def push(self, token: int) -> None:
+        """Lets one more (text) token wait, behind cells that have all been computed."""
     def reuse(self, prompt: Prompt) -> int:
         """Keeps the longest common prefix of the cache and `prompt` (short of the last token), drops the
         rest; returns its length in cells."""
@@ -239,8 +271,15 @@ class SequenceState:
     @property
     def logits(self) -> NDArray[np.float32]:
         """float32 [vocab_size] after the last cell. ValueError where nothing has been evaluated."""
-    def sample(self, sampler: Sampler) -> int:
-        """A token from `logits`; the sequence's own tokens count for the repetition penalty."""
+    def sample(self, sampler: Sampler, allowed: NDArray[np.bool_] | None = None) -> int:
+        """A token from `logits`; the sequence's own tokens count for the repetition penalty. allowed
+        [vocab_size]: False for tokens that must not be drawn. ValueError: none may be."""
+
+def step(
+    states: AbstractSequence[SequenceState], rows: AbstractSequence[int], progress: Progress | None = None
+) -> None:
+    """Computes the first rows[i] of the cells that wait in states[i], all in one forward pass (progress counts
+    its layers). Cancelled, or with CacheFullError: the sequences are as before."""
 
 def accept_together(states: AbstractSequence[SequenceState], tokens: AbstractSequence[int]) -> None:
     """One more token of each of several sequences of one model, in one forward pass. ValueError: a sequence

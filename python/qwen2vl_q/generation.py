@@ -27,6 +27,7 @@ from qwen2vl_q.text_stream import TextStream
 Progress: TypeAlias = "Callable[[str, int, int], None]"
 TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
 
+_PAGE = 64  # cells, one of which may be needed
 IMAGE_CACHE_BYTES = 256 * 1024 * 1024  # some fifty photos of the 2B model
 
 
@@ -67,6 +68,7 @@ class Generation:
         self._config = config
         self._processor = processor
         self._n_ctx = n_ctx
+        native.limit_cache(2 * (n_ctx + _PAGE) * native.cell_bytes)  # the conversation's, and one of `logits`
         self.lock = threading.RLock()
         _alive.add(self)
         self._call = _Call(GenerationStats())  # the one whose tokens the cache ends with
@@ -76,7 +78,9 @@ class Generation:
     def reset(self) -> None:
         """Forgets the cache and the embeddings."""
         with self.lock:
+            self._native.forget()  # which says so where a call is under way
             self._sequence = _native.SequenceState(self._native, self._n_ctx)
+            self._native.forget()  # the old one's pages too
             self._call = _Call(self._call.stats)  # the old one's cache is gone
             self._kv_bytes = 0
             self._embeddings = EmbeddingCache(IMAGE_CACHE_BYTES)

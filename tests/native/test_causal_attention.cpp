@@ -43,14 +43,15 @@ TextConfig config_of(const Heads& heads) {
   return config;
 }
 
-/// Queries of a batch in layer 1 and its caches. What follows a sequence's last cell in its page is infinite,
+/// Queries of a batch in layer 1 and its pages. What follows a sequence's last cell in its page is infinite,
 /// as an abandoned append could leave it.
 struct Problem {
   TextConfig config;
   Precision precision;
   int64_t stride, n_rows = 0;
   std::vector<Floats> keys, values;  ///< [sequence] of [cell][key-value heads * head_dim]
-  std::vector<std::unique_ptr<PagedKvCache>> caches;
+  std::unique_ptr<KvPages> cache;
+  std::vector<std::vector<PageHandle>> pages;
   std::vector<CausalRows> sequences;
   Floats qkv;
 
@@ -60,22 +61,22 @@ struct Problem {
     const KernelTable& kernels = *supported_kernels().back();
     const int64_t width = config.kv_size();
     const SplitChannels split = large_keys ? split_channels(config) : SplitChannels();
+    cache = std::make_unique<KvPages>(config, precision, split);
     for (const Rows& rows : batch) {
       const int64_t cells = rows.first_cell + rows.rows;
       keys.push_back(random_floats(cells, width, ++seed));
       if (large_keys)
         for (int64_t at = kLargeDim; at < cells * width; at += config.head_dim) keys.back()[at] += kLarge;
       values.push_back(random_floats(cells, width, ++seed));
-      caches.push_back(std::make_unique<PagedKvCache>(config, precision, split));
-      PagedKvCache& cache = *caches.back();
-      cache.reserve(cells);
+      std::vector<PageHandle>& table = pages.emplace_back();
+      for (int64_t cell = 0; cell < cells; cell += kPageCells) table.push_back(cache->make());
       for (int64_t cell = 0; cell < cells; ++cell)
-        cache.write(kernels, 1, cell, keys.back().data() + cell * width, values.back().data() + cell * width);
+        cache->write(kernels, table[cell / kPageCells], 1, cell % kPageCells,
+                     keys.back().data() + cell * width, values.back().data() + cell * width);
       const Floats stale(width, std::numeric_limits<float>::infinity());
       for (int64_t cell = cells; cell % kPageCells != 0; ++cell)
-        cache.write(kernels, 1, cell, stale.data(), stale.data());
-      cache.commit(rows.first_cell);
-      sequences.push_back({&cache, n_rows, rows.rows, rows.first_cell});
+        cache->write(kernels, table.back(), 1, cell % kPageCells, stale.data(), stale.data());
+      sequences.push_back({cache.get(), table, n_rows, rows.rows, rows.first_cell});
       n_rows += rows.rows;
     }
     qkv = random_floats(n_rows, stride, ++seed);

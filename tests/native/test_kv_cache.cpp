@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <set>
 #include <vector>
 
 #include "base/half.h"
@@ -22,14 +23,14 @@ TEST_CASE("the cache keeps f16 of what is written, on every instruction set") {
     CAPTURE(kernels->isa);
     for (const int64_t head_dim : {20, 128, 300}) {
       const TextConfig config = config_of(head_dim);
-      PagedKvCache cache(config, Precision::Fast);
-      cache.reserve(kPageCells + 18);
+      KvPages cache(config, Precision::Fast);
+      const PageHandle page = cache.make();
       const Floats k = random_floats(2, head_dim, 3), v = random_floats(2, head_dim, 4);
       const int64_t slot = 17;
-      cache.write(*kernels, 1, kPageCells + slot, k.data(), v.data());
+      cache.write(*kernels, page, 1, slot, k.data(), v.data());
       for (int64_t head = 0; head < 2; ++head) {
-        const auto* keys = reinterpret_cast<const uint16_t*>(cache.keys(1, 1, head));
-        const auto* values = reinterpret_cast<const uint16_t*>(cache.values(1, 1, head));
+        const auto* keys = reinterpret_cast<const uint16_t*>(cache.keys(page, 1, head));
+        const auto* values = reinterpret_cast<const uint16_t*>(cache.values(page, 1, head));
         for (int64_t d = 0; d < head_dim; ++d) {
           CHECK(keys[cache.key_panel_elements(1) + d * kPanelRows + 1] == f32_to_f16(k[head * head_dim + d]));
           CHECK(values[d / kPanelRows * cache.value_panel_elements() + slot * kPanelRows + d % kPanelRows] ==
@@ -40,34 +41,37 @@ TEST_CASE("the cache keeps f16 of what is written, on every instruction set") {
   }
 }
 
-TEST_CASE("pages come zeroed and stay where they are while the cache grows and shrinks") {
+TEST_CASE("pages come zeroed, stay where they are and give whole slabs back") {
   const KernelTable& kernels = *supported_kernels().front();
-  const TextConfig config = config_of(16);
-  PagedKvCache cache(config, Precision::Exact);
-  const auto value = [&](int64_t page) {
+  KvPages cache(config_of(16), Precision::Exact);
+  const auto value = [&](PageHandle page) {
     return reinterpret_cast<const float*>(cache.values(page, 1, 1))[3];
   };
-  const auto append = [&](int64_t pages) {
-    const int64_t first = cache.size() / kPageCells;
-    cache.reserve(pages * kPageCells);
-    for (int64_t page = first; page < first + pages; ++page) {
-      CHECK(value(page) == 0.0f);
-      const Floats row(32, static_cast<float>(page + 1));
-      cache.write(kernels, 1, page * kPageCells, row.data(), row.data());
-    }
-    cache.commit(pages * kPageCells);
+  std::vector<PageHandle> pages;
+  const auto fill = [&](PageHandle page, float x) {
+    CHECK(value(page) == 0.0f);
+    const Floats row(32, x);
+    cache.write(kernels, page, 1, 0, row.data(), row.data());
   };
-  append(21);
-  const int64_t page_bytes = cache.allocated_bytes() / 21;
-  const uint8_t* first = cache.keys(0, 0, 0);
-  for (const int64_t kept : {17, 16, 8, 1}) {
-    cache.truncate(kept * kPageCells);
-    CHECK(cache.allocated_bytes() == kept * page_bytes);
-    append(21 - kept);
-    CHECK(cache.keys(0, 0, 0) == first);
-    for (int64_t page = 0; page < 21; ++page) CHECK(value(page) == static_cast<float>(page + 1));
+  for (int i = 0; i < 21; ++i) {
+    pages.push_back(cache.make());
+    fill(pages.back(), static_cast<float>(i));
   }
-  CHECK_THROWS(cache.truncate(21 * kPageCells + 1));
+  CHECK(std::set(pages.begin(), pages.end()).size() == 21);
+  CHECK(cache.slab_bytes() == 24 * cache.page_bytes());
+  // Every third one is given back and taken anew: nothing of it is left, the others are as they were.
+  for (int i = 0; i < 21; i += 3) cache.free(pages[i]);
+  for (int i = 0; i < 21; i += 3) fill(pages[i] = cache.make(), static_cast<float>(i));
+  for (int i = 0; i < 21; ++i) CHECK(value(pages[i]) == static_cast<float>(i));
+  CHECK(cache.slab_bytes() == 24 * cache.page_bytes());
+
+  const PageHandle copy = cache.make();
+  cache.copy(pages[5], copy);
+  CHECK(value(copy) == 5.0f);
+  cache.free(copy);
+  for (int i = 8; i < 21; ++i) cache.free(pages[i]);
+  CHECK(cache.slab_bytes() == 8 * cache.page_bytes());
+  for (int i = 0; i < 8; ++i) CHECK(value(pages[i]) == static_cast<float>(i));
 }
 
 }  // namespace

@@ -1,0 +1,281 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+namespace qwen2vl {
+
+Engine::Engine(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress)
+    : precision_(options.backend.precision) {
+  ModelFiles files = open_model(path, options.mmproj);
+  config_ = std::move(files.config);
+  chosen_ = make_backend(config_, std::move(files.weights), options.backend, progress);
+  pool_ = std::make_unique<PagePool>(chosen_.backend->pages(), std::numeric_limits<int64_t>::max());
+#ifdef __GLIBC__
+  malloc_trim(0);  // what reading the vocabulary has left behind
+#endif
+}
+
+// --- pages ---
+
+void Engine::set_cache_bytes(int64_t bytes) {
+  const Turn turn(*this);
+  pool_->set_budget(bytes);
+}
+
+int64_t Engine::cache_bytes() {
+  const Turn turn(*this);
+  return pool_->bytes();
+}
+
+int64_t Engine::idle_pages() {
+  const Turn turn(*this);
+  return pool_->idle_pages();
+}
+
+int64_t Engine::cell_bytes() const {
+  const PageStore& store = chosen_.backend->pages();
+  if (store.page_bytes() > 0) return store.page_bytes() / store.page_cells();
+  return 2 * config_.text.num_hidden_layers * config_.text.kv_size() *
+         (precision_ == Precision::Exact ? 4 : 2);
+}
+
+int64_t Engine::bytes(const Sequence& sequence) const {
+  int64_t bytes = 0;
+  for (const CachedPage* page : sequence.table.pages) bytes += chosen_.backend->pages().bytes(page->handle);
+  return bytes;
+}
+
+void Engine::forget() {
+  const Turn turn(*this);
+  pool_->forget();
+}
+
+void Engine::abandon(Sequence&& sequence) noexcept {
+  {
+    const std::lock_guard lock(abandoned_mutex_);
+    abandoned_.push_back(std::move(sequence.table));
+  }
+  if (!call_lock_.try_lock()) return;
+  give_back_abandoned();
+  call_lock_.unlock();
+}
+
+void Engine::give_back_abandoned() noexcept {
+  std::vector<PageTable> tables;
+  {
+    const std::lock_guard lock(abandoned_mutex_);
+    tables.swap(abandoned_);
+  }
+  for (PageTable& table : tables) pool_->release(table);
+}
+
+// --- sequences ---
+
+int64_t Engine::reuse(Sequence& sequence, const Prompt& prompt) {
+  const Turn turn(*this);
+  const int64_t limit = std::min(sequence.size(), prompt.size() - 1);
+  int64_t common = 0;
+  while (common < limit && sequence.cells[common] == prompt.cells()[common]) ++common;
+  pool_->truncate(sequence.table, common);
+  sequence.drop_waiting();
+  sequence.where = Sequence::Logits::None;
+  return common;
+}
+
+int64_t Engine::adopt(Sequence& sequence, const Prompt& prompt) {
+  const Turn turn(*this);
+  pool_->release(sequence.table);
+  sequence.table = pool_->find(std::span(prompt.cells()).first(prompt.size() - 1));
+  const int64_t n = sequence.size();
+  sequence.resize(0);
+  sequence.token_ids.assign(prompt.token_ids().begin(), prompt.token_ids().begin() + n);
+  sequence.cells.assign(prompt.cells().begin(), prompt.cells().begin() + n);
+  sequence.positions.assign(prompt.positions().begin(), prompt.positions().begin() + n);
+  sequence.where = Sequence::Logits::None;
+  return n;
+}
+
+void Engine::begin(Sequence& sequence, const Prompt& prompt, std::span<const float* const> embeddings) const {
+  if (embeddings.size() != prompt.images().size())
+    throw std::invalid_argument("expected embeddings of " + std::to_string(prompt.images().size()) +
+                                " image(s), found " + std::to_string(embeddings.size()));
+  if (prompt.size() > sequence.n_ctx)
+    throw std::invalid_argument("the prompt has " + std::to_string(prompt.size()) +
+                                " tokens, the context holds " + std::to_string(sequence.n_ctx));
+  const int64_t first = sequence.size();
+  if (first >= prompt.size() ||
+      !std::equal(sequence.cells.begin(), sequence.cells.begin() + first, prompt.cells().begin()))
+    throw std::invalid_argument("the cache is not a prefix of the prompt: call reuse first");
+  std::vector<Sequence::Item> items;
+  for (size_t i = 0; i < embeddings.size(); ++i) {
+    const int64_t start = prompt.images()[i].start, cells = prompt.image_cells(i);
+    if (start + cells <= first) continue;
+    if (embeddings[i] == nullptr)
+      throw std::invalid_argument("image " + std::to_string(i) +
+                                  ": its embeddings are needed and were not given");
+    items.push_back({start, cells, embeddings[i]});
+  }
+  sequence.prompt_cells = prompt.size();
+  sequence.token_ids = prompt.token_ids();
+  sequence.cells = prompt.cells();
+  sequence.positions = prompt.positions();
+  sequence.items = std::move(items);
+  int32_t largest = 0;  // of the whole prompt, what has been computed included
+  for (const Position& p : prompt.positions()) largest = std::max({largest, p[0], p[1], p[2]});
+  sequence.next_position = largest + 1;
+  sequence.where = Sequence::Logits::None;
+}
+
+void Engine::require_pushable(const Sequence& sequence, int32_t token) const {
+  if (sequence.cells.empty()) throw std::invalid_argument("accept: nothing has been evaluated yet");
+  if (token < 0 || token >= config_.text.vocab_size)
+    throw std::invalid_argument("token: expected an id below " + std::to_string(config_.text.vocab_size) +
+                                ", found " + std::to_string(token));
+  if (std::ssize(sequence.cells) >= sequence.n_ctx)
+    throw std::invalid_argument("the context is full: it holds " + std::to_string(sequence.n_ctx) +
+                                " tokens");
+  if (sequence.where == Sequence::Logits::None)
+    throw std::invalid_argument("accept: the last prefill was not finished");
+}
+
+void Engine::push(Sequence& sequence, int32_t token) const {
+  require_pushable(sequence, token);
+  sequence.token_ids.push_back(token);
+  sequence.cells.push_back({token});
+  const int32_t at = sequence.next_position++;
+  sequence.positions.push_back({at, at, at});
+}
+
+void Engine::step(std::span<const StepRows> batch, const Progress& progress) {
+  if (batch.empty()) return;
+  require_batch(batch);
+  Turn turn(*this);
+  for (const StepRows& s : batch) pool_->reserve(s.sequence->table, s.rows);
+  compute(turn.backend, batch, progress);
+  for (const StepRows& s : batch)
+    pool_->commit(s.sequence->table, std::span(s.sequence->cells).subspan(s.sequence->size(), s.rows));
+}
+
+void Engine::require_batch(std::span<const StepRows> batch) const {
+  const int64_t most = backend().max_batch_rows();
+  int64_t rows = 0;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const StepRows& s = batch[i];
+    if (std::any_of(batch.begin(), batch.begin() + static_cast<std::ptrdiff_t>(i),
+                    [&](const StepRows& other) { return other.sequence == s.sequence; }))
+      throw std::invalid_argument("step: expected different sequences of one model");
+    if (s.rows < 1 || s.rows > s.sequence->waiting())
+      throw std::invalid_argument("step: expected 1 to " + std::to_string(s.sequence->waiting()) +
+                                  " rows of a sequence, found " + std::to_string(s.rows));
+    if (s.all_logits != nullptr && batch.size() > 1)
+      throw std::invalid_argument("step: all rows' logits are those of one sequence");
+    rows += s.rows;
+  }
+  if (rows > most)
+    throw std::invalid_argument("step: expected " + std::to_string(most) + " rows at most, found " +
+                                std::to_string(rows));
+}
+
+/// The forward pass; the logits of sequences that have no cells to wait for behind these rows.
+void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Progress& progress) {
+  const int64_t hidden = config_.text.hidden_size, vocab = config_.text.vocab_size;
+  embeddings_.clear();
+  pages_.clear();
+  for (const StepRows& s : batch) {
+    const Sequence& sequence = *s.sequence;
+    for (const CachedPage* page : sequence.table.pages) pages_.push_back(page->handle);
+    const int64_t first = sequence.size(), end = first + s.rows;
+    const size_t row = embeddings_.size();
+    embeddings_.resize(row + static_cast<size_t>(s.rows), nullptr);
+    for (const Sequence::Item& item : sequence.items)
+      for (int64_t at = std::max(first, item.start); at < std::min(end, item.start + item.cells); ++at)
+        embeddings_[row + static_cast<size_t>(at - first)] = item.rows + (at - item.start) * hidden;
+  }
+  std::vector<SequenceRows> rows;
+  rows.reserve(batch.size());
+  std::vector<Sequence*> finished;
+  size_t row = 0, page = 0;
+  for (const StepRows& s : batch) {
+    Sequence& sequence = *s.sequence;
+    const size_t first = static_cast<size_t>(sequence.size()), n = static_cast<size_t>(s.rows);
+    const size_t n_pages = sequence.table.pages.size();
+    const bool last = s.rows == sequence.waiting();
+    if (last) finished.push_back(&sequence);
+    rows.push_back({std::span(pages_).subspan(page, n_pages), sequence.size(),
+                    std::span(sequence.token_ids).subspan(first, n), std::span(embeddings_).subspan(row, n),
+                    std::span(sequence.positions).subspan(first, n),
+                    s.all_logits != nullptr ? LogitsWanted::All
+                    : last                  ? LogitsWanted::Last
+                                            : LogitsWanted::None,
+                    sequence.size() >= sequence.prompt_cells});
+    sequence.where = Sequence::Logits::None;  // a call that fails may have overwritten them
+    row += n;
+    page += n_pages;
+  }
+  const bool all = batch[0].all_logits != nullptr, kept = backend.keeps_logits() && !all;
+  const bool alone = finished.size() == 1 && !all && !kept;
+  float* logits = nullptr;
+  if (all) {
+    logits = batch[0].all_logits;
+  } else if (alone) {
+    finished[0]->logits.resize(static_cast<size_t>(vocab));
+    logits = finished[0]->logits.data();
+  } else if (!kept) {
+    logits_.resize(std::max(logits_.size(), finished.size() * static_cast<size_t>(vocab)));
+    logits = logits_.data();
+  }
+  backend.forward(rows, logits, progress);
+  for (size_t i = 0; i < finished.size() && !all; ++i) {
+    Sequence& sequence = *finished[i];
+    sequence.where = kept ? Sequence::Logits::Device : Sequence::Logits::Host;
+    if (!kept && !alone)
+      sequence.logits.assign(logits + static_cast<int64_t>(i) * vocab,
+                             logits + static_cast<int64_t>(i + 1) * vocab);
+  }
+}
+
+void Engine::evaluate(Sequence& sequence, const Progress& progress, float* all_logits) {
+  const int64_t total = sequence.waiting(), chunk = backend().max_batch_rows();
+  for (int64_t done = 0; done < total; done += chunk) {
+    const int64_t n = std::min(chunk, total - done);
+    const StepRows rows{&sequence, n,
+                        all_logits == nullptr ? nullptr : all_logits + done * config_.text.vocab_size};
+    step({&rows, 1}, [&](int64_t layer, int64_t layers) { progress(done + n * layer / layers, total); });
+  }
+}
+
+std::span<const float> Engine::logits(Sequence& sequence) {
+  Turn turn(*this);
+  return logits(turn.backend, sequence);
+}
+
+std::span<const float> Engine::logits(Backend& backend, Sequence& sequence) {
+  if (sequence.where == Sequence::Logits::Device) {
+    sequence.logits.resize(static_cast<size_t>(config_.text.vocab_size));
+    backend.last_logits(sequence.table.pages.back()->handle, sequence.logits.data());
+    sequence.where = Sequence::Logits::Host;
+  }
+  if (sequence.where == Sequence::Logits::None) return {};
+  return sequence.logits;
+}
+
+int32_t Engine::sample(Sequence& sequence, Sampler& sampler, std::span<const uint8_t> allowed) {
+  Turn turn(*this);
+  if (sequence.where == Sequence::Logits::Device && sampler.is_greedy() && allowed.empty()) {
+    const int32_t token = turn.backend.likeliest(sequence.table.pages.back()->handle);
+    if (token < 0) throw damaged_logits();
+    return token;
+  }
+  const std::span<const float> values = logits(turn.backend, sequence);
+  if (values.empty()) throw std::invalid_argument("sample: nothing has been evaluated yet");
+  return sampler.sample(values, sequence.token_ids, allowed);
+}
+
+}  // namespace qwen2vl

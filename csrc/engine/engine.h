@@ -1,0 +1,121 @@
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/call_lock.h"
+#include "engine/backend_registry.h"
+#include "engine/model.h"
+#include "engine/page_pool.h"
+#include "engine/prompt.h"
+#include "engine/sampler.h"
+#include "engine/sequence.h"
+
+namespace qwen2vl {
+
+/// What a step computes of one sequence: the first `rows` of the cells that wait. `all_logits`: where every
+/// row's logits go [rows, vocab_size]; only for a sequence that is alone in its step.
+struct StepRows {
+  Sequence* sequence = nullptr;
+  int64_t rows = 1;
+  float* all_logits = nullptr;
+};
+
+/// A loaded model: its backend and the pages of all its sequences. Threads may share it: calls go one at a
+/// time. Error where one could never begin (CallLock): made by another's progress callback, or in a process
+/// that was forked during one.
+class Engine {
+ public:
+  Engine(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress);
+
+  const ModelConfig& config() const { return config_; }
+  Precision precision() const { return precision_; }
+  const Backend& backend() const { return *chosen_.backend; }
+  /// A warning to the user about where the model computes, or empty.
+  std::string note() const { return chosen_.note.empty() ? backend().note() : chosen_.note; }
+
+  /// Exclusive use of the backend for as long as it lives.
+  class Turn {
+   public:
+    explicit Turn(Engine& engine)
+        : engine_(engine), lock_(engine.call_lock_), backend(*engine.chosen_.backend) {
+      engine.give_back_abandoned();
+    }
+    ~Turn() { engine_.give_back_abandoned(); }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    Engine& engine_;
+    std::unique_lock<CallLock> lock_;
+
+   public:
+    Backend& backend;
+  };
+
+  // --- pages ---
+
+  /// Of all pages at most; without end until it is set.
+  void set_cache_bytes(int64_t bytes);
+  int64_t cache_bytes();  ///< in use, by sequences or kept to be found again
+  int64_t idle_pages();   ///< those that no sequence uses
+  int64_t cell_bytes() const;
+  int64_t bytes(const Sequence& sequence) const;  ///< of its pages
+  /// Nothing computed so far will be found again. Sequences keep what they have.
+  void forget();
+
+  // --- sequences ---
+
+  /// Keeps the longest common prefix of the sequence and `prompt`, short of its last token; returns its
+  /// length.
+  int64_t reuse(Sequence& sequence, const Prompt& prompt);
+  /// The same of all sequences that there have been: the longest that the pool has.
+  int64_t adopt(Sequence& sequence, const Prompt& prompt);
+
+  /// Lets the cells of `prompt` behind the sequence's own wait. embeddings[i]: [cells, hidden_size] of image
+  /// i for as long as they wait, or nullptr for one that lies wholly in what has been computed.
+  void begin(Sequence& sequence, const Prompt& prompt, std::span<const float* const> embeddings) const;
+  /// Lets one more text token wait. Throws std::invalid_argument where it cannot follow: require_pushable.
+  void push(Sequence& sequence, int32_t token) const;
+  void require_pushable(const Sequence& sequence, int32_t token) const;
+
+  /// Computes the rows of every sequence, none twice, backend().max_batch_rows() at most in all. OutOfPages,
+  /// or an exception of `progress`, leaves every sequence as it was.
+  void step(std::span<const StepRows> batch, const Progress& progress);
+  /// All cells that wait, in as many steps as they take. `all_logits` as of StepRows.
+  void evaluate(Sequence& sequence, const Progress& progress, float* all_logits = nullptr);
+
+  /// [vocab_size] after the last cell; empty where it has not been computed.
+  std::span<const float> logits(Sequence& sequence);
+  /// `allowed` [vocab_size]: 0 for tokens that must not be drawn; empty: all may.
+  int32_t sample(Sequence& sequence, Sampler& sampler, std::span<const uint8_t> allowed = {});
+
+  /// Gives the pages back, now or after the call that is being made. Never waits: sequences end where Python
+  /// drops them, and a call may be waiting for Python.
+  void abandon(Sequence&& sequence) noexcept;
+
+ private:
+  void require_batch(std::span<const StepRows> batch) const;
+  void compute(Backend& backend, std::span<const StepRows> batch, const Progress& progress);
+  std::span<const float> logits(Backend& backend, Sequence& sequence);
+  void give_back_abandoned() noexcept;
+
+  ModelConfig config_;
+  Precision precision_;
+  ChosenBackend chosen_;
+  std::unique_ptr<PagePool> pool_;
+  CallLock call_lock_;
+  std::mutex abandoned_mutex_;
+  std::vector<PageTable> abandoned_;
+
+  // Of the step at work, [row] and [page] of all its sequences.
+  std::vector<const float*> embeddings_;
+  std::vector<PageHandle> pages_;
+  std::vector<float> logits_;  ///< [sequence][vocab_size]
+};
+
+}  // namespace qwen2vl

@@ -1,0 +1,112 @@
+"""Steps of many sequences, and pages that they share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qwen2vl_q import CacheFullError, Qwen2VL, _native
+from test_sequences import assert_same, random_ids, random_prompt, sequence
+
+PAGE = 64  # cells
+
+
+def text(m: Qwen2VL, seed: int, n: int) -> _native.Prompt:
+    return _native.Prompt(m._native, np.array(random_ids(np.random.default_rng(seed), n), np.int32))
+
+
+def test_prompts_in_chunks_and_tokens_share_a_step(tiny: Qwen2VL) -> None:
+    """Whatever stands beside them, and wherever a prompt or its picture is cut."""
+    prompt, embeddings = random_prompt(tiny, 1, 70, (1, 12, 20), 9)
+    short = text(tiny, 2, 5)
+    expected, decoded = sequence(tiny, prompt, [embeddings]), sequence(tiny, short, [])
+    long, other = (_native.SequenceState(tiny._native, 512) for _ in range(2))
+    long.begin(prompt, [embeddings])
+    del embeddings  # the sequence keeps them as long as they are needed
+    other.prefill(short, [])
+    tokens = [3, 1, 4, 1, 5]
+    for token, rows in zip(tokens, (50, 40, 30, 18, 1), strict=True):
+        decoded.accept(token)
+        other.push(token)
+        with pytest.raises(ValueError, match="the last prefill was not finished"):
+            long.push(token)
+        _native.step([long, other], [rows, 1])
+        assert_same(other.logits, decoded.logits)
+    assert (long.waiting, long.n_cells) == (0, len(prompt))
+    assert_same(long.logits, expected.logits)
+
+
+def test_what_a_sequence_has_computed_is_found_by_others(tiny: Qwen2VL) -> None:
+    prompt, embeddings = random_prompt(tiny, 3, 70, (1, 8, 12), 20)
+    first = sequence(tiny, prompt, [embeddings])
+    bytes_of_first = tiny._native.cache_bytes
+    second = _native.SequenceState(tiny._native, 512)
+    assert second.adopt(prompt) == len(prompt) - 1
+    assert tiny._native.cache_bytes == bytes_of_first  # until it writes to the last page
+    second.begin(prompt, [None])
+    _native.step([second], [1])
+    assert tiny._native.cache_bytes == bytes_of_first + first.kv_bytes // 2
+    assert_same(second.logits, first.logits)
+    for state in (first, second):
+        state.accept(7)
+    assert_same(second.logits, first.logits)
+    other, _ = random_prompt(tiny, 3, 70, (1, 12, 8), 20)  # the same tokens for another grid
+    assert second.adopt(other) == 70
+    del first, second, state
+    assert tiny._native.idle_pages == 3
+    third = _native.SequenceState(tiny._native, 512)
+    assert third.adopt(prompt) == len(prompt) - 1
+    tiny._native.forget()
+    assert third.adopt(prompt) == 0 and third.n_cells == 0
+
+
+def test_a_full_cache_leaves_the_others_as_they_are(tiny: Qwen2VL) -> None:
+    tiny._native.limit_cache(3 * PAGE * tiny._native.cell_bytes)
+    a, b = sequence(tiny, text(tiny, 1, PAGE), []), sequence(tiny, text(tiny, 2, PAGE), [])
+    expected = a.logits
+    for state in (a, b):
+        state.push(5)
+    with pytest.raises(CacheFullError, match=r"the KV cache is full: expected .* bytes"):
+        _native.step([a, b], [1, 1])
+    assert [(state.n_cells, state.waiting) for state in (a, b)] == [(PAGE, 1)] * 2
+    np.testing.assert_array_equal(a.logits, expected)
+    _native.step([a], [1])
+    del a
+    _native.step([b], [1])
+    assert b.n_cells == PAGE + 1
+
+
+def test_a_cancelled_step_can_be_taken_again(tiny: Qwen2VL) -> None:
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError
+
+    prompt, embeddings = random_prompt(tiny, 4, 30, (1, 8, 12), 20)
+    state = _native.SequenceState(tiny._native, 512)
+    state.begin(prompt, [embeddings])
+    with pytest.raises(InterruptedError):
+        _native.step([state], [state.waiting], stop)
+    assert (state.n_cells, state.waiting) == (0, len(prompt))
+    _native.step([state], [state.waiting])
+    assert_same(state.logits, sequence(tiny, prompt, [embeddings]).logits)
+    for rows, message in ((0, "expected 1 to 0 rows"), (1, "expected 1 to 0 rows")):
+        with pytest.raises(ValueError, match=message):
+            _native.step([state], [rows])
+    with pytest.raises(ValueError, match="rows for each of 1 sequences, found 0"):
+        _native.step([state], [])
+
+
+def test_only_allowed_tokens_are_drawn(tiny: Qwen2VL) -> None:
+    state = sequence(tiny, text(tiny, 5, 20), [])
+    allowed = np.zeros(tiny.config.vocab_size, bool)
+    some = np.array([4, 99, 700])
+    allowed[some] = True
+    best = int(some[state.logits[some].argmax()])
+    assert state.sample(_native.Sampler(), allowed) == best
+    hot = _native.Sampler(temperature=1e3, seed=1)
+    assert {state.sample(hot, allowed) for _ in range(50)} == set(some.tolist())
+    punished = _native.Sampler(repetition_penalty=1.5)
+    assert state.sample(punished, allowed) in some
+    with pytest.raises(ValueError, match=r"allowed: expected bool \[1040\]"):
+        state.sample(hot, allowed[:-1])
+    with pytest.raises(ValueError, match="allowed: expected a token that may be drawn, found none"):
+        state.sample(hot, np.zeros_like(allowed))
