@@ -460,6 +460,21 @@ def test_calls_go_one_at_a_time(fake: Fake, tiny_gguf: Path) -> None:
     assert fake.overlapping_calls == 0
 
 
+def test_streams_on_a_plugin_have_a_cache_each(fake: Fake, tiny_gguf: Path) -> None:
+    """Its caches cannot be copied: one that is in use is nobody else's, one that was left is taken over."""
+    model = on_cuda(tiny_gguf)
+    before = fake.live_caches
+    first, second = (model.generate([7, 8, n], max_new_tokens=20, ignore_eos=True) for n in (9, 50))
+    found = [(next(first), next(second)) for _ in range(5)]
+    assert found == [(10 + i, 51 + i) for i in range(5)] and fake.live_caches == before + 2
+    answers = model.chat([[{"role": "user", "content": text}] for text in "abc"], max_new_tokens=3)
+    assert len(answers) == 3 and fake.live_caches == before + 5
+    assert list(first) == list(range(15, 30)) and list(second) == list(range(56, 71))
+    list(model.generate([7, 8, 9, 10, 11, 99], max_new_tokens=2, ignore_eos=True))
+    assert model.last_stats.reused_tokens == 5 and fake.live_caches == before + 5
+    assert (fake.overlapping_calls, model._native.idle_pages) == (0, 5)
+
+
 CALLBACK_CALLS_THE_MODEL = """
 import sys
 from qwen2vl_q import Qwen2VL, Qwen2VLError

@@ -7,15 +7,14 @@ import re
 import sys
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
 
 import pytest
 
 from children import run_script
 from qwen2vl_q import Qwen2VL
-from qwen2vl_q.text_stream import TextStream
 
 IDS = list(range(3, 100))
+ROWS = 512  # of a step
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
@@ -185,29 +184,8 @@ def test_a_callback_that_calls_its_model_is_told(outer: str, tiny_gguf: Path) ->
 # --- threads --------------------------------------------------------------------------------------
 
 
-class Guarded:
-    """A sequence that notes who touches it while a prefill is in it."""
-
-    def __init__(self, sequence: Any) -> None:
-        self._sequence = sequence
-        self.inside = False
-        self.intruders: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if self.inside:
-            self.intruders.append(name)
-        return getattr(self._sequence, name)
-
-    def prefill(self, *arguments: Any) -> None:
-        self.inside = True
-        self._sequence.prefill(*arguments)
-        self.inside = False
-
-
-def test_stats_leave_a_computing_sequence_alone(tiny: Qwen2VL) -> None:
-    """Another thread may ask for them at any time."""
-    guarded = Guarded(tiny._generation._sequence)
-    tiny._generation._sequence = guarded  # type: ignore[assignment]
+def test_stats_may_be_asked_for_while_a_call_computes(tiny: Qwen2VL) -> None:
+    """They wait for nothing."""
     computing, asked = Event(), Event()
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -220,37 +198,36 @@ def test_stats_leave_a_computing_sequence_alone(tiny: Qwen2VL) -> None:
     during = tiny.last_stats
     asked.set()
     thread.join()
-    assert guarded.intruders == []
     assert (during.prompt_tokens, during.kv_bytes) == (len(IDS), 0)
-    assert tiny.last_stats.kv_bytes == guarded.kv_bytes > 0
+    assert tiny.last_stats.kv_bytes == tiny._native.cache_bytes > 0
     tiny.reset()
-    assert tiny.last_stats.kv_bytes == 0
+    assert tiny.last_stats.kv_bytes == tiny._native.cache_bytes == 0
 
 
-def test_pages_of_a_cancelled_prefill_count(tiny: Qwen2VL) -> None:
+def test_a_cancelled_prefill_keeps_whole_steps(tiny: Qwen2VL) -> None:
     def stop(stage: str, done: int, total: int) -> None:
-        raise InterruptedError
+        if done > ROWS or total <= ROWS:
+            raise InterruptedError
 
     with pytest.raises(InterruptedError):
         list(tiny.generate(IDS, progress=stop))
-    assert tiny.last_stats.kv_bytes == tiny._generation._sequence.kv_bytes > 0
+    assert tiny.last_stats.kv_bytes == tiny._native.cache_bytes == 0
+    long = (IDS * 20)[: 2 * ROWS + 100]
+    with pytest.raises(InterruptedError):
+        list(tiny.generate(long, progress=stop))
+    assert tiny.last_stats.kv_bytes == tiny._native.cache_bytes > 0
+    assert len(list(tiny.generate(long, max_new_tokens=1))) == 1
+    assert tiny.last_stats.reused_tokens in (ROWS, 2 * ROWS)
 
 
-def test_a_call_that_ends_writes_into_its_own_stats(tiny: Qwen2VL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the last token and the reason of the end another call may begin."""
-    first = tiny.generate(IDS, max_new_tokens=2, ignore_eos=True)
+def test_a_call_that_ends_writes_into_its_own_stats(tiny: Qwen2VL) -> None:
+    first = tiny.generate(IDS, max_new_tokens=3, ignore_eos=True)
     next(first)
     second = tiny.generate(IDS[:50], max_new_tokens=2, ignore_eos=True)
-    push = TextStream.push
-
-    def push_after_the_second_has_begun(stream: TextStream, token: int) -> str:
-        monkeypatch.setattr(TextStream, "push", push)
-        next(second)
-        return push(stream, token)
-
-    monkeypatch.setattr(TextStream, "push", push_after_the_second_has_begun)
-    next(first)
-    assert (tiny.last_stats.prompt_tokens, tiny.last_stats.finish_reason) == (50, "")
+    assert tiny.last_stats.prompt_tokens == len(IDS)  # until the other begins
+    next(second)
+    assert len(list(first)) == 2
+    assert tiny.last_stats.prompt_tokens == 50
     assert len(list(second)) == 1
     assert (tiny.last_stats.prompt_tokens, tiny.last_stats.finish_reason) == (50, "length")
 

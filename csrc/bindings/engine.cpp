@@ -442,7 +442,7 @@ void register_engine(py::module_& m) {
       .def_property_readonly("max_batch_rows",
                              [](const Engine& engine) { return engine.backend().max_batch_rows(); })
       .def_property_readonly("cell_bytes", &Engine::cell_bytes)
-      .def_property_readonly("cache_bytes", &without_gil<&Engine::cache_bytes>)
+      .def_property_readonly("cache_bytes", &Engine::cache_bytes)
       .def_property_readonly("idle_pages", &without_gil<&Engine::idle_pages>)
       .def(
           "limit_cache",
@@ -456,7 +456,8 @@ void register_engine(py::module_& m) {
 
   py::class_<Prompt>(m, "Prompt", "Token ids with the vision items that stand in them.")
       .def(py::init(&make_prompt), py::arg("model"), py::arg("token_ids"), py::arg("images") = py::tuple())
-      .def("__len__", &Prompt::size);
+      .def("__len__", &Prompt::size)
+      .def("common_prefix", &Prompt::common_prefix, py::arg("other"));
 
   py::class_<Sampler>(m, "Sampler", "Draws tokens from logits.")
       .def(

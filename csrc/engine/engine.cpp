@@ -29,11 +29,6 @@ void Engine::set_cache_bytes(int64_t bytes) {
   pool_->set_budget(bytes);
 }
 
-int64_t Engine::cache_bytes() {
-  const Turn turn(*this);
-  return pool_->bytes();
-}
-
 int64_t Engine::idle_pages() {
   const Turn turn(*this);
   return pool_->idle_pages();
@@ -64,6 +59,7 @@ void Engine::abandon(Sequence&& sequence) noexcept {
   }
   if (!call_lock_.try_lock()) return;
   give_back_abandoned();
+  cache_bytes_ = pool_->bytes();
   call_lock_.unlock();
 }
 

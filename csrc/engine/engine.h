@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <filesystem>
 #include <memory>
 #include <mutex>
@@ -45,7 +46,10 @@ class Engine {
         : engine_(engine), lock_(engine.call_lock_), backend(*engine.chosen_.backend) {
       engine.give_back_abandoned();
     }
-    ~Turn() { engine_.give_back_abandoned(); }
+    ~Turn() {
+      engine_.give_back_abandoned();
+      engine_.cache_bytes_ = engine_.pool_->bytes();
+    }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
@@ -61,8 +65,9 @@ class Engine {
 
   /// Of all pages at most; without end until it is set.
   void set_cache_bytes(int64_t bytes);
-  int64_t cache_bytes();  ///< in use, by sequences or kept to be found again
-  int64_t idle_pages();   ///< those that no sequence uses
+  /// In use, by sequences or kept to be found again, as the last call left them. Waits for nothing.
+  int64_t cache_bytes() const { return cache_bytes_; }
+  int64_t idle_pages();  ///< those that no sequence uses
   int64_t cell_bytes() const;
   int64_t bytes(const Sequence& sequence) const;  ///< of its pages
   /// Nothing computed so far will be found again. Sequences keep what they have.
@@ -109,6 +114,7 @@ class Engine {
   ChosenBackend chosen_;
   std::unique_ptr<PagePool> pool_;
   CallLock call_lock_;
+  std::atomic<int64_t> cache_bytes_{0};
   std::mutex abandoned_mutex_;
   std::vector<PageTable> abandoned_;
 

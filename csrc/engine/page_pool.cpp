@@ -36,6 +36,7 @@ PagePool::~PagePool() {
 }
 
 int64_t PagePool::bytes() const {
+  if (store_.page_bytes() > 0) return page_count() * store_.page_bytes();
   int64_t bytes = 0;
   for (const auto& [page, owner] : pages_) bytes += store_.bytes(page->handle);
   return bytes;

@@ -1,5 +1,6 @@
 #include "engine/prompt.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -44,6 +45,11 @@ Prompt::Prompt(const ModelConfig& config, std::vector<int32_t> token_ids, std::v
     }
     end = last + 1;
   }
+}
+
+int64_t Prompt::common_prefix(const Prompt& other) const {
+  const auto differ = std::mismatch(cells_.begin(), cells_.end(), other.cells_.begin(), other.cells_.end());
+  return differ.first - cells_.begin();
 }
 
 }  // namespace qwen2vl

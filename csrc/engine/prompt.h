@@ -29,6 +29,8 @@ class Prompt {
   const std::vector<Position>& positions() const { return positions_; }
   const std::vector<CellKey>& cells() const { return cells_; }
   int64_t image_cells(size_t image) const { return image_cells_[image]; }
+  /// Cells that two prompts begin with.
+  int64_t common_prefix(const Prompt& other) const;
 
  private:
   std::vector<int32_t> token_ids_;

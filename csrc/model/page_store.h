@@ -13,7 +13,7 @@ class PageStore {
   virtual ~PageStore() = default;
 
   virtual int64_t page_cells() const = 0;
-  virtual int64_t page_bytes() const = 0;  ///< of a page that has just been made
+  virtual int64_t page_bytes() const = 0;  ///< of every page; 0 where they grow
 
   /// Throws where the memory is not there.
   virtual PageHandle make() = 0;

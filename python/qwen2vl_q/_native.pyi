@@ -222,6 +222,8 @@ class Prompt:
         images: AbstractSequence[tuple[int, tuple[int, int, int], bytes]] = (),
     ) -> None: ...
     def __len__(self) -> int: ...
+    def common_prefix(self, other: Prompt) -> int:
+        """Cells that two prompts begin with."""
 
 class SequenceState:
     """A conversation's cells: some have been computed, the others wait for a step. Its pages go back to the
@@ -278,8 +280,8 @@ class SequenceState:
 def step(
     states: AbstractSequence[SequenceState], rows: AbstractSequence[int], progress: Progress | None = None
 ) -> None:
-    """Computes the first rows[i] of the cells that wait in states[i], all in one forward pass (progress counts
-    its layers). Cancelled, or with CacheFullError: the sequences are as before."""
+    """Computes the first rows[i] of the cells that wait in states[i], in one forward pass, whose layers
+    `progress` counts. Cancelled, or with CacheFullError: the sequences are as before."""
 
 def accept_together(states: AbstractSequence[SequenceState], tokens: AbstractSequence[int]) -> None:
     """One more token of each of several sequences of one model, in one forward pass. ValueError: a sequence

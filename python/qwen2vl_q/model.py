@@ -1,10 +1,11 @@
-"""Qwen2VL: a loaded model, its tokenizer, its template and one conversation's cache."""
+"""Qwen2VL: a loaded model, its tokenizer and its template; any number of conversations with it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -15,20 +16,22 @@ from qwen2vl_q.arguments import integer
 from qwen2vl_q.chat_template import ChatTemplate
 from qwen2vl_q.config import Qwen2VLConfig
 from qwen2vl_q.devices import plugin_for, require_name
-from qwen2vl_q.errors import FormatError, UnsupportedError
-from qwen2vl_q.generation import Generation, Progress, TokenIds, stage
+from qwen2vl_q.errors import FormatError, Qwen2VLError, UnsupportedError
+from qwen2vl_q.generation import Generation, TokenIds, stage
 from qwen2vl_q.image_processor import ImageInput, ImageProcessor, ProcessedImage
 from qwen2vl_q.limits import Stage
 from qwen2vl_q.messages import ImagePart, normalize, read_source
 from qwen2vl_q.model_parts import ModelParts, fitted
 from qwen2vl_q.printable import printable
 from qwen2vl_q.sampling import Sampling
+from qwen2vl_q.scheduler import Progress, Request
 from qwen2vl_q.stats import GenerationStats
 from qwen2vl_q.text_stream import TextStream
 from qwen2vl_q.tokenizer import Tokenizer
 
 TRAINED_CONTEXT = 32768
 MOST_CELLS = 2**24
+CACHE_BYTES = 2**30  # of the KV cache, where one context takes less
 
 _INT32_MAX = 2**31 - 1
 
@@ -36,9 +39,12 @@ _INT32_MAX = 2**31 - 1
 class Qwen2VL:
     """A Qwen2-VL model on this machine's CPU or a GPU.
 
-    One conversation's KV cache lives in it: a call of `generate` or `chat` evaluates only what its prompt
-    does not share with the call before. Threads may share an instance; their calls go one at a time. An
-    iterator whose cache another call has taken over raises Qwen2VLError.
+    Any number of calls of `generate` and `chat` may be under way at once, from threads and from asyncio:
+    their tokens are computed together. What one of them has computed, a system prompt, a picture, a turn of
+    a conversation, is found again by every later one that begins with it.
+
+    There is no thread of its own: of the callers that wait for a token, one computes the next ones of all.
+    `progress` callbacks run on that caller's thread, and an exception raised in one ends its own call alone.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Qwen2VL:
         processor: ImageProcessor,
         sampling: Sampling,
         n_ctx: int | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         """From its parts; `from_gguf` is the usual way."""
         self.config = Qwen2VLConfig.from_native(
@@ -59,6 +66,8 @@ class Qwen2VL:
         self.image_processor = processor
         self.sampling = sampling
         self.n_ctx = n_ctx or min(self.config.text_config.max_position_embeddings, TRAINED_CONTEXT)
+        # A context and a quarter: pages are copied where sequences part.
+        native.limit_cache(cache_bytes or max(CACHE_BYTES, self.n_ctx * native.cell_bytes * 5 // 4))
         self._native = native
         self._generation = Generation(native, self.config, processor, self.n_ctx)
 
@@ -74,18 +83,20 @@ class Qwen2VL:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         device: str = "cpu",
+        cache_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> Qwen2VL:
         """Loads a GGUF file.
 
         n_threads: None for the physical cores that this process may use. n_ctx: cells of context at most,
-        None for what the model was trained for; memory is taken as cells are used. precision: "exact"
-        computes in float32 throughout, "fast" may quantize activations to 8 bits per block. mmproj: the
-        vision tower's file where it is not in the model's own. min_pixels, max_pixels: bounds of an image's
-        size instead of the file's. device: "cpu", "cuda" (the first), "cuda:N", or "auto" (cuda where it
-        works, else the CPU; `note` then says why). The vision tower is read when the first picture comes:
-        until then its file has to stay as it is. The environment variable QWEN2VL_ISA forces an instruction
-        set.
+        None for what the model was trained for; memory is taken as cells are used. cache_bytes: of the cells
+        of all calls at most, None for 1 GiB or what n_ctx needs; where calls under way need more, the newest
+        one of them raises CacheFullError. precision: "exact" computes in float32 throughout, "fast" may
+        quantize activations to 8 bits per block. mmproj: the vision tower's file where it is not in the
+        model's own. min_pixels, max_pixels: bounds of an image's size instead of the file's. device: "cpu",
+        "cuda" (the first), "cuda:N", or "auto" (cuda where it works, else the CPU; `note` then says why). The
+        vision tower is read when the first picture comes: until then its file has to stay as it is. The
+        environment variable QWEN2VL_ISA forces an instruction set.
 
         Raises OSError or Qwen2VLError for a file that cannot be read, FormatError for one that is damaged,
         UnsupportedError for another architecture, DeviceError for a device that is not there or lacks memory,
@@ -97,6 +108,8 @@ class Qwen2VL:
             n_ctx = integer("n_ctx", n_ctx, 1, MOST_CELLS)
         if n_threads is not None:
             n_threads = integer("n_threads", n_threads, 0, _INT32_MAX)
+        if cache_bytes is not None:
+            cache_bytes = integer("cache_bytes", cache_bytes, 1, 2**63 - 1)
         if precision not in ("fast", "exact"):
             raise ValueError(f"precision: expected fast or exact, found {printable(precision)}")
         vision_path = path if mmproj is None else os.fspath(mmproj)
@@ -113,7 +126,7 @@ class Qwen2VL:
             plugin=plugin_for(device),
         )
         processor = fitted(processor, native.config["vision_config"], vision_path)
-        return cls(native, parts.tokenizer, parts.template, processor, parts.sampling, n_ctx)
+        return cls(native, parts.tokenizer, parts.template, processor, parts.sampling, n_ctx, cache_bytes)
 
     @property
     def device(self) -> str:
@@ -156,6 +169,23 @@ class Qwen2VL:
             f"Qwen2VL({text.num_hidden_layers} layers of {text.hidden_size}, {self.precision}, "
             f"{self.isa}, {threads}n_ctx={self.n_ctx})"
         )
+
+    def __enter__(self) -> Qwen2VL:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends every call that is under way, with Qwen2VLError, and gives the memory back. Other calls raise
+        Qwen2VLError from then on."""
+        if isinstance(self._native, _Closed):
+            return
+        self._generation.scheduler.end_all(Qwen2VLError(_CLOSED))
+        closed: Any = _Closed()
+        self._native = self._generation = closed
 
     # --- text ---
 
@@ -253,12 +283,44 @@ class Qwen2VL:
         is greedy; a seed of None is drawn anew. Arguments are checked at once (errors as of `logits`);
         computation begins with the first token.
         """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        request = self._token_request(token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress)
+        return _tokens(self._generation.tokens(request))
+
+    def agenerate(
+        self,
+        token_ids: TokenIds,
+        images: Iterable[ImageInput] = (),
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        progress: Progress | None = None,
+    ) -> AsyncIterator[int]:
+        """`generate` for asyncio. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        request = self._token_request(token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress)
+        return _tokens_async(self._generation.tokens_async(request))
+
+    def _token_request(
+        self,
+        token_ids: TokenIds,
+        images: Iterable[ImageInput],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+        ignore_eos: bool,
+        progress: Progress | None,
+    ) -> Request:
         prepared = self._generation.prepare(token_ids, self._load_images(map(ImagePart, images)))
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         text = TextStream(self.tokenizer, stop, () if ignore_eos else self.config.eos_token_ids)
-        steps = self._generation.steps(prepared, sampling.sampler(), max_new_tokens, text, progress)
-        return (token for token, _ in steps)
+        return self._generation.request(prepared, sampling.sampler(), max_new_tokens, text, progress)
 
     # --- conversations ---
 
@@ -312,7 +374,74 @@ class Qwen2VL:
         progress: Progress | None = ...,
         **sampling: float | None,
     ) -> str: ...
+    @overload
     def chat(
+        self,
+        messages: Sequence[Iterable[Mapping[str, Any]]],
+        stream: bool = ...,
+        *,
+        max_new_tokens: int = ...,
+        stop: str | Sequence[str] = ...,
+        add_vision_id: bool = ...,
+        progress: Progress | None = ...,
+        **sampling: float | None,
+    ) -> list[str]: ...
+    def chat(
+        self,
+        messages: Iterable[Mapping[str, Any]] | Sequence[Iterable[Mapping[str, Any]]],
+        stream: bool = True,
+        *,
+        max_new_tokens: int = 1024,
+        stop: str | Sequence[str] = (),
+        add_vision_id: bool = False,
+        progress: Progress | None = None,
+        **sampling: float | None,
+    ) -> Iterator[str] | str | list[str]:
+        """The model's answer to a conversation: pieces of text as they come, or the whole with stream=False.
+
+        `messages` as transformers and the OpenAI API write them (see `qwen2vl_q.messages`); of a list of
+        conversations the answers come whole, in a list, computed together. `sampling`: temperature, top_k,
+        top_p, min_p, repetition_penalty and seed as of `generate`; what is not given (or None) is the file's
+        own default. add_vision_id numbers the pictures ("Picture 1: "). Arguments are checked at once; errors
+        as of `generate`.
+        """
+        lists = (list, tuple)
+        many = isinstance(messages, lists) and bool(messages) and all(isinstance(m, lists) for m in messages)
+        conversations: Any = messages if many else [messages]
+        requests = [
+            self._chat_request(conversation, max_new_tokens, stop, add_vision_id, progress, sampling)
+            for conversation in conversations
+        ]
+        if stream and not many:
+            return _texts(self._generation.tokens(requests[0]), requests[0].text)
+        answers = self._generation.answers(requests)
+        return answers if many else answers[0]
+
+    @overload
+    def achat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        stream: Literal[True] = True,
+        *,
+        max_new_tokens: int = ...,
+        stop: str | Sequence[str] = ...,
+        add_vision_id: bool = ...,
+        progress: Progress | None = ...,
+        **sampling: float | None,
+    ) -> AsyncIterator[str]: ...
+    @overload
+    def achat(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        stream: Literal[False],
+        *,
+        max_new_tokens: int = ...,
+        stop: str | Sequence[str] = ...,
+        add_vision_id: bool = ...,
+        progress: Progress | None = ...,
+        **sampling: float | None,
+    ) -> Awaitable[str]: ...
+    def achat(
         self,
         messages: Iterable[Mapping[str, Any]],
         stream: bool = True,
@@ -322,14 +451,22 @@ class Qwen2VL:
         add_vision_id: bool = False,
         progress: Progress | None = None,
         **sampling: float | None,
-    ) -> Iterator[str] | str:
-        """The model's answer to a conversation: pieces of text as they come, or the whole with stream=False.
+    ) -> AsyncIterator[str] | Awaitable[str]:
+        """`chat` of one conversation for asyncio: `async for` over the pieces, or `await` of the whole with
+        stream=False. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
+        request = self._chat_request(messages, max_new_tokens, stop, add_vision_id, progress, sampling)
+        pieces = _texts_async(self._generation.tokens_async(request), request.text)
+        return pieces if stream else _joined(pieces)
 
-        `messages` as transformers and the OpenAI API write them (see `qwen2vl_q.messages`). `sampling`:
-        temperature, top_k, top_p, min_p, repetition_penalty and seed as of `generate`; what is not given (or
-        None) is the file's own default. add_vision_id numbers the pictures ("Picture 1: "). Arguments are
-        checked at once; errors as of `generate`.
-        """
+    def _chat_request(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        max_new_tokens: int,
+        stop: str | Sequence[str],
+        add_vision_id: bool,
+        progress: Progress | None,
+        sampling: Mapping[str, float | None],
+    ) -> Request:
         unknown = sampling.keys() - Sampling.__dataclass_fields__.keys()
         if unknown:
             raise TypeError(f"chat() got an unexpected keyword argument {min(unknown)!r}")
@@ -338,11 +475,7 @@ class Qwen2VL:
         prepared = self._generation.prepare(token_ids, images)
         text = TextStream(self.tokenizer, stop, self.config.eos_token_ids)
         sampler = self.sampling.override(sampling).sampler()
-        pieces = _texts(self._generation.steps(prepared, sampler, max_new_tokens, text, progress), text)
-        if stream:
-            return pieces
-        with self._generation.lock:
-            return "".join(pieces)
+        return self._generation.request(prepared, sampler, max_new_tokens, text, progress)
 
     @contextmanager
     def profile(self) -> Iterator[list[Stage]]:
@@ -360,8 +493,29 @@ class Qwen2VL:
         return self._native.read_weights()
 
     def reset(self) -> None:
-        """Forgets the conversation's KV cache and the images' embeddings."""
+        """Forgets what has been computed, and the images' embeddings. Calls under way go on."""
         self._generation.reset()
+
+
+_CLOSED = "this model has been closed"
+
+
+class _Closed:
+    """What a closed model has instead of its native parts."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Qwen2VLError(_CLOSED)
+
+
+def _tokens(steps: Iterator[tuple[int, str]]) -> Iterator[int]:
+    for token, _ in steps:
+        yield token
+
+
+async def _tokens_async(steps: AsyncGenerator[tuple[int, str], None]) -> AsyncIterator[int]:
+    async with aclosing(steps):
+        async for token, _ in steps:
+            yield token
 
 
 def _texts(steps: Iterator[tuple[int, str]], text: TextStream) -> Iterator[str]:
@@ -370,3 +524,19 @@ def _texts(steps: Iterator[tuple[int, str]], text: TextStream) -> Iterator[str]:
             yield piece
     if rest := text.finish():
         yield rest
+
+
+async def _texts_async(
+    steps: AsyncGenerator[tuple[int, str], None], text: TextStream
+) -> AsyncGenerator[str, None]:
+    async with aclosing(steps):
+        async for _, piece in steps:
+            if piece:
+                yield piece
+    if rest := text.finish():
+        yield rest
+
+
+async def _joined(pieces: AsyncGenerator[str, None]) -> str:
+    async with aclosing(pieces):
+        return "".join([piece async for piece in pieces])
