@@ -13,7 +13,7 @@ from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.convert import Recipe, convert_checkpoint
 from weight_types import with_weights
 
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K")
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 WIDE = CheckpointSpec(
     hidden_size=256, intermediate_size=512, mrope_section=(8, 12, 12), embed_dim=128, num_heads=2
 )
@@ -44,8 +44,9 @@ def test_fast_is_near_exact(
 ) -> None:
     monkeypatch.setenv("QWEN2VL_ISA", isa)
     path = with_weights(f32_model, tmp_path / "packed.gguf", name, as_f32=False)
-    for n in (5, 100):  # few rows and many
+    # 8 bits in blocks of 32, and many rows in groups of 256 with requantized weights.
+    for n, tolerance in ((5, 6e-4), (100, 4e-3)):
         token_ids = conversation(7, [n]).token_ids
         exact = Qwen2VL.from_gguf(path, precision="exact").logits(token_ids)
         fast = Qwen2VL.from_gguf(path).logits(token_ids)
-        assert np.square(fast - exact).mean() / exact.var() < 0.01
+        assert np.square(fast - exact).mean() / exact.var() < tolerance

@@ -13,11 +13,13 @@ from qwen2vl_q import _native
 
 
 def random_blocks(rng: np.random.Generator, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
-    """Any blocks of a type that gguf does not write, about as large as the values; d and m come first."""
+    """Q4_K or Q5_K, which gguf does not write: any integers, scales and minima within a factor of 2."""
     elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     blocks = rng.integers(0, 256, (values.size // elements, size), dtype=np.uint8)
-    step = float(values.std()) / (8 if "4" in name else 16)
-    blocks[:, :4] = np.array([step / 32, step / 4], np.float16).view(np.uint8)
+    half = 8 if name == "Q4_K" else 16
+    step = float(values.std()) / half / 48
+    blocks[:, :4] = np.array([step, step * half], np.float16).view(np.uint8)  # d and m
+    blocks[:, 4:12] |= 0xA0  # the highest of six bits
     return blocks.reshape(len(values), -1)
 
 

@@ -16,6 +16,8 @@ enum class DType : uint32_t {
   Q5_0 = 6,
   Q5_1 = 7,
   Q8_0 = 8,
+  Q4_K = 12,
+  Q5_K = 13,
   Q6_K = 14,
   BF16 = 30,
 };
@@ -105,6 +107,26 @@ template <>
 struct Block<DType::Q8_0> {
   uint16_t d;
   int8_t qs[kBlock32];
+};
+
+/// x[i] = d * scale[i / 32] * q[i] - m * minimum[i / 32], q in 0..15. qs[32 * j + l]: low nibble of value
+/// 64 * j + l, high nibble of value 64 * j + 32 + l. Scales and minima have 6 bits: those of the first four
+/// parts are the low bits of scales[0..4) and scales[4..8); of the others scales[8..12) has the low four bits
+/// (scale in the low nibble), and the two high bits stand above those of part p - 4.
+template <>
+struct Block<DType::Q4_K> {
+  uint16_t d, m;
+  uint8_t scales[12];
+  uint8_t qs[kBlock256 / 2];
+};
+
+/// The same with q in 0..31: bit p of qh[l] is the high bit of value 32 * p + l.
+template <>
+struct Block<DType::Q5_K> {
+  uint16_t d, m;
+  uint8_t scales[12];
+  uint8_t qh[kBlock256 / 8];
+  uint8_t qs[kBlock256 / 2];
 };
 
 /// x[i] = d * scales[i / 16] * (q[i] - 32), q in 0..63. For each half (128 values) and l in 0..31:

@@ -62,6 +62,29 @@ inline void open_block(const Block<DType::Q8_0>& block, OpenBlock& out) {
   out.d = block.d;
 }
 
+/// What Q4_K and Q5_K have in common: scales, minima and low bits.
+template <typename K>
+void open_k_block(const K& block, OpenBlock& out) {
+  for (int p = 0; p < 4; ++p) {
+    const uint8_t scale = block.scales[p], minimum = block.scales[4 + p], low = block.scales[8 + p];
+    out.scales[p] = scale & 63;
+    out.minima[p] = minimum & 63;
+    out.scales[4 + p] = static_cast<int8_t>((low & 15) | scale >> 6 << 4);
+    out.minima[4 + p] = static_cast<int8_t>(low >> 4 | minimum >> 6 << 4);
+  }
+  for (int i = 0; i < kBlock256; ++i) out.q[i] = block.qs[i / 64 * 32 + i % 32] >> (i % 64 < 32 ? 0 : 4) & 15;
+  out.d = block.d;
+  out.m = block.m;
+}
+
+inline void open_block(const Block<DType::Q4_K>& block, OpenBlock& out) { open_k_block(block, out); }
+
+inline void open_block(const Block<DType::Q5_K>& block, OpenBlock& out) {
+  open_k_block(block, out);
+  for (int i = 0; i < kBlock256; ++i)
+    out.q[i] |= static_cast<uint8_t>((block.qh[i % 32] >> (i / 32) & 1) << 4);
+}
+
 inline void open_block(const Block<DType::Q6_K>& block, OpenBlock& out) {
   for (int half = 0; half < 2; ++half) {
     for (int quarter = 0; quarter < 4; ++quarter) {
