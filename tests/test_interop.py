@@ -17,8 +17,8 @@ INTEROP = Path(__file__).resolve().parents[2] / "shared" / "interop"
 pytestmark = pytest.mark.skipif(not INTEROP.is_dir(), reason="needs llama.cpp's files in ../shared/interop")
 
 # Root mean square of log-probabilities less llama.cpp's, whose activations have 8 bits: "exact" has its loss,
-# "fast" without requantized weights much the same one where blocks are llama.cpp's too (not in K-quants), "fast"
-# with them (AVX-512) one as large beside it.
+# "fast" without requantized weights much the same one where blocks are llama.cpp's too (K-quants' are not),
+# "fast" with them (AVX-512) one as large beside it.
 TOLERANCES = {
     "f16": (0.003, 0.003),
     "bf16": (0.012, 0.012),

@@ -208,7 +208,8 @@ def test_grids_are_checked(tiny: Qwen2VL) -> None:
         *((2, 4096, 4096), (2**25, 2, 2), (1, 2**25, 2), (1, 2, 2**25), (2**24, 2**40, 2)),
     ):
         with pytest.raises(
-            ValueError, match=r"multiples of 2 and at most 2\^24 patches, found \(" + f"{grid[0]}"
+            ValueError,
+            match=r"multiples of 2 and at most 2\^24 patches, found \(|expected an integer of 1 to",
         ):
             tiny.position_ids([IMAGE_PAD], [grid])
     with pytest.raises(ValueError, match=f"expected {2**22} pad tokens, found 1"):

@@ -55,11 +55,14 @@ class Bench {
     measure_peaks();
     for (const auto& s : {LinearShape{DType::Q8_0, 3840, 1280}, LinearShape{DType::Q8_0, 1280, 5120},
                           LinearShape{DType::Q4_0, 8960, 1536}, LinearShape{DType::Q4_0, 1536, 8960},
-                          LinearShape{DType::Q6_K, 8960, 1536}}) {
+                          LinearShape{DType::Q6_K, 8960, 1536}, LinearShape{DType::Q4_1, 8960, 1536},
+                          LinearShape{DType::Q5_0, 8960, 1536}, LinearShape{DType::Q5_1, 8960, 1536},
+                          LinearShape{DType::Q4_K, 8960, 1536}, LinearShape{DType::Q5_K, 8960, 1536}}) {
       matmul_many_rows(s);
       matmul_groups(s);
     }
-    for (const DType type : {DType::Q4_0, DType::Q8_0, DType::Q6_K})
+    for (const DType type : {DType::Q4_0, DType::Q8_0, DType::Q6_K, DType::Q4_1, DType::Q5_0, DType::Q5_1,
+                             DType::Q4_K, DType::Q5_K})
       for (const int64_t rows : {1, 2, 4, 8}) matmul_few_rows(type, rows);
     gemm();
     rows();
@@ -111,7 +114,10 @@ class Bench {
     // Random rows, repeated: quantizing hundreds of MB would take longer than the measurement.
     const int64_t distinct = std::min<int64_t>(s.n, 256), bytes = row_bytes(s.type, s.cols);
     std::vector<uint8_t> blocks(distinct * bytes);
-    quantize_rows(s.type, normal(distinct * s.cols).data(), distinct, s.cols, blocks.data());
+    if (dtype_traits(s.type).is_written)
+      quantize_rows(s.type, normal(distinct * s.cols).data(), distinct, s.cols, blocks.data());
+    else
+      fill_blocks(dtype_traits(s.type), blocks);
     Matrix m;
     m.panels = {s.type, s.n, s.cols, panel_parts(s.type, s.cols).bytes, nullptr};
     m.storage = AlignedBuffer(m.panels.panel_count() * m.panels.panel_bytes);
@@ -123,6 +129,14 @@ class Bench {
     });
     m.panels.data = out;
     return m;
+  }
+
+  /// Any integers, with the d (and m) that these blocks begin with.
+  void fill_blocks(const DTypeTraits& traits, std::vector<uint8_t>& blocks) {
+    for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(random_());
+    for (size_t at = 0; at < blocks.size(); at += traits.block_bytes)
+      for (int half = 0; half <= int{traits.format.has_minimum}; ++half)
+        blocks[at + 2 * half + 1] = 0x2a;  // 0.05 .. 0.06
   }
 
   struct Activations {
