@@ -14,7 +14,7 @@ from conversations import conversation
 from qwen2vl_q import Qwen2VL
 
 INTEROP = Path(__file__).resolve().parents[2] / "shared" / "interop"
-PRECISIONS: tuple[Literal["exact"], Literal["fast"]] = ("exact", "fast")
+PRECISIONS: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
 pytestmark = pytest.mark.skipif(not INTEROP.is_dir(), reason="needs llama.cpp's files in ../shared/interop")
 
 # Root mean square of log-probabilities less llama.cpp's, whose activations have 8 bits: "exact" has its loss,
