@@ -55,6 +55,34 @@ def test_a_forked_child_computes_what_its_parent_does(tiny_gguf: Path) -> None:
     run_script(CHILD_COMPUTES, tiny_gguf)
 
 
+STREAMS_GO_ON = """
+import os, sys
+from threading import Thread
+from qwen2vl_q import Qwen2VL
+
+model = Qwen2VL.from_gguf(sys.argv[1], n_threads=2, precision="exact")
+def stream(n):
+    return model.generate(list(range(3, n)), max_new_tokens=30, ignore_eos=True)
+expected = [list(stream(n)) for n in (70, 100)]
+streams = [stream(n) for n in (70, 100)]
+found = [[next(tokens)] for tokens in streams]
+sleeper = Thread(target=lambda: found[1].append(next(streams[1])))
+sleeper.start()
+sleeper.join()
+pid = os.fork()
+same = all(part + list(tokens) == whole for part, tokens, whole in zip(found, streams, expected))
+same = same and list(stream(50)) == list(stream(50))
+if pid == 0:
+    os._exit(0 if same else 1)
+assert same and os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+
+
+@forks
+def test_streams_go_on_on_both_sides_of_a_fork(tiny_gguf: Path) -> None:
+    run_script(STREAMS_GO_ON, tiny_gguf, timeout=60)
+
+
 CHILD_OF_A_BUSY_PARENT = """
 import os, select, sys, threading
 from qwen2vl_q import Qwen2VL, Qwen2VLError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -138,44 +138,63 @@ class Generation:
         cut: FinishReason = "context" if room < max_new_tokens else "length"
         return Request(prepared, sampler, min(max_new_tokens, room), cut, text, progress)
 
-    def tokens(self, request: Request) -> Iterator[tuple[int, str]]:
-        """A request's tokens, each with the text that it makes certain. Closing it ends the request."""
-        try:
-            while (token := self.scheduler.next(request)) is not None:
-                yield token
-        finally:
-            self.scheduler.close(request)
-
     def answers(self, requests: Sequence[Request]) -> list[str]:
         """The whole texts of requests that are computed together."""
         try:
             for request in requests:
                 request.ahead = request.limit
                 self.scheduler.submit(request)
-            return ["".join(self._pieces(request)) for request in requests]
+            return ["".join(self.texts(request)) for request in requests]
         finally:
             for request in requests:
                 self.scheduler.close(request)
 
-    def _pieces(self, request: Request) -> Iterator[str]:
-        while (token := self.scheduler.next(request)) is not None:
-            yield token[1]
-        yield request.text.finish()
+    # Streams of a request, which ends where they are closed.
 
-    async def tokens_async(self, request: Request) -> AsyncGenerator[tuple[int, str], None]:
-        """The same for asyncio: other threads wait and compute."""
+    def tokens(self, request: Request) -> Iterator[int]:
         try:
-            self.scheduler.submit(request)
-            while True:
-                if request.ready:
-                    token = request.take()
-                else:
-                    token = await asyncio.to_thread(self.scheduler.next, request)
-                if token is None:
-                    return
-                yield token
+            while (drawn := self.scheduler.next(request)) is not None:
+                yield drawn[0]
         finally:
             self.scheduler.close(request)
+
+    def texts(self, request: Request) -> Iterator[str]:
+        try:
+            while (drawn := self.scheduler.next(request)) is not None:
+                if drawn[1]:
+                    yield drawn[1]
+        finally:
+            self.scheduler.close(request)
+        if rest := request.text.finish():
+            yield rest
+
+    async def tokens_async(self, request: Request) -> AsyncIterator[int]:
+        try:
+            while (drawn := await self._next_async(request)) is not None:
+                yield drawn[0]
+        finally:
+            self.scheduler.close(request)
+
+    async def texts_async(self, request: Request) -> AsyncIterator[str]:
+        try:
+            while (drawn := await self._next_async(request)) is not None:
+                if drawn[1]:
+                    yield drawn[1]
+        finally:
+            self.scheduler.close(request)
+        if rest := request.text.finish():
+            yield rest
+
+    async def answer_async(self, request: Request) -> str:
+        return "".join([piece async for piece in self.texts_async(request)])
+
+    async def _next_async(self, request: Request) -> tuple[int, str] | None:
+        """Another thread waits and computes."""
+        if not request.submitted:
+            self.scheduler.submit(request)
+        if request.ready:
+            return request.take()
+        return await asyncio.to_thread(self.scheduler.next, request)
 
 
 def _runs(ids: NDArray[np.int32], token: int | None) -> tuple[list[int], list[int]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -285,7 +285,7 @@ class Qwen2VL:
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         request = self._token_request(token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress)
-        return _tokens(self._generation.tokens(request))
+        return self._generation.tokens(request)
 
     def agenerate(
         self,
@@ -305,7 +305,7 @@ class Qwen2VL:
         """`generate` for asyncio. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         request = self._token_request(token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress)
-        return _tokens_async(self._generation.tokens_async(request))
+        return self._generation.tokens_async(request)
 
     def _token_request(
         self,
@@ -413,7 +413,7 @@ class Qwen2VL:
             for conversation in conversations
         ]
         if stream and not many:
-            return _texts(self._generation.tokens(requests[0]), requests[0].text)
+            return self._generation.texts(requests[0])
         answers = self._generation.answers(requests)
         return answers if many else answers[0]
 
@@ -455,8 +455,7 @@ class Qwen2VL:
         """`chat` of one conversation for asyncio: `async for` over the pieces, or `await` of the whole with
         stream=False. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
         request = self._chat_request(messages, max_new_tokens, stop, add_vision_id, progress, sampling)
-        pieces = _texts_async(self._generation.tokens_async(request), request.text)
-        return pieces if stream else _joined(pieces)
+        return self._generation.texts_async(request) if stream else self._generation.answer_async(request)
 
     def _chat_request(
         self,
@@ -505,38 +504,3 @@ class _Closed:
 
     def __getattr__(self, name: str) -> Any:
         raise Qwen2VLError(_CLOSED)
-
-
-def _tokens(steps: Iterator[tuple[int, str]]) -> Iterator[int]:
-    for token, _ in steps:
-        yield token
-
-
-async def _tokens_async(steps: AsyncGenerator[tuple[int, str], None]) -> AsyncIterator[int]:
-    async with aclosing(steps):
-        async for token, _ in steps:
-            yield token
-
-
-def _texts(steps: Iterator[tuple[int, str]], text: TextStream) -> Iterator[str]:
-    for _, piece in steps:
-        if piece:
-            yield piece
-    if rest := text.finish():
-        yield rest
-
-
-async def _texts_async(
-    steps: AsyncGenerator[tuple[int, str], None], text: TextStream
-) -> AsyncGenerator[str, None]:
-    async with aclosing(steps):
-        async for _, piece in steps:
-            if piece:
-                yield piece
-    if rest := text.finish():
-        yield rest
-
-
-async def _joined(pieces: AsyncGenerator[str, None]) -> str:
-    async with aclosing(pieces):
-        return "".join([piece async for piece in pieces])
