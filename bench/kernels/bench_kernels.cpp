@@ -358,7 +358,8 @@ class Bench {
   }
 
   void packing() {
-    for (const DType type : {DType::F16, DType::Q8_0, DType::Q4_0, DType::Q6_K}) {
+    for (const DType type :
+         {DType::F16, DType::Q8_0, DType::Q4_0, DType::Q6_K, DType::Q5_0, DType::Q4_K, DType::Q5_K}) {
       const std::string name = "pack_panel " + std::string(dtype_traits(type).name);
       if (!wanted(name)) continue;
       const int64_t cols = 8960 / 256 * 256, n = 1536, bytes = n * row_bytes(type, cols);

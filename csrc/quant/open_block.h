@@ -17,41 +17,59 @@ struct OpenBlock {
   int8_t minima[kBlock256 / 32];
 };
 
-/// Nibbles of 32 values, the low ones first.
-inline void open_nibbles(const uint8_t (&qs)[kBlock32 / 2], uint8_t* q) {
-  for (int i = 0; i < kBlock32 / 2; ++i) {
-    q[i] = qs[i] & 15;
-    q[kBlock32 / 2 + i] = qs[i] >> 4;
+// Eight bytes at a time: of single ones, which may alias anything, compilers make no vectors.
+
+inline uint64_t load_word(const uint8_t* p) {
+  uint64_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+inline void store_word(uint8_t* p, uint64_t word) { std::memcpy(p, &word, sizeof word); }
+
+inline constexpr uint64_t kOnes = 0x0101010101010101;
+
+/// n low nibbles to q, n high ones to q + n.
+inline void open_nibbles(const uint8_t* qs, int n, uint8_t* q) {
+  for (int i = 0; i < n; i += 8) {
+    const uint64_t word = load_word(qs + i);
+    store_word(q + i, word & 15 * kOnes);
+    store_word(q + n + i, word >> 4 & 15 * kOnes);
   }
 }
 
+/// Eight values get a fifth bit, 0 or 1 in each byte of `ones`.
+inline void add_fifth_bits(uint64_t ones, uint8_t* q) { store_word(q, load_word(q) | ones << 4); }
+
 inline void open_block(const Block<DType::Q4_0>& block, OpenBlock& out) {
-  open_nibbles(block.qs, out.q);
+  open_nibbles(block.qs, sizeof block.qs, out.q);
   out.d = block.d;
 }
 
 /// Bit i of 32 to bit 4 of value i.
 inline void open_fifth_bits(const uint8_t (&qh)[kBlock32 / 8], uint8_t* q) {
-  for (int i = 0; i < kBlock32; ++i) q[i] |= static_cast<uint8_t>((qh[i / 8] >> i % 8 & 1) << 4);
+  for (int i = 0; i < kBlock32 / 8; ++i) {
+    const uint64_t bits = qh[i] * kOnes & 0x8040201008040201;  // bit k in byte k
+    add_fifth_bits((bits + 0x7f * kOnes) >> 7 & kOnes, q + 8 * i);
+  }
 }
 
 /// An f16's negative.
 inline uint16_t negated(uint16_t half) { return half ^ 0x8000; }
 
 inline void open_block(const Block<DType::Q4_1>& block, OpenBlock& out) {
-  open_nibbles(block.qs, out.q);
+  open_nibbles(block.qs, sizeof block.qs, out.q);
   out.d = block.d;
   out.m = negated(block.m);
 }
 
 inline void open_block(const Block<DType::Q5_0>& block, OpenBlock& out) {
-  open_nibbles(block.qs, out.q);
+  open_nibbles(block.qs, sizeof block.qs, out.q);
   open_fifth_bits(block.qh, out.q);
   out.d = block.d;
 }
 
 inline void open_block(const Block<DType::Q5_1>& block, OpenBlock& out) {
-  open_nibbles(block.qs, out.q);
+  open_nibbles(block.qs, sizeof block.qs, out.q);
   open_fifth_bits(block.qh, out.q);
   out.d = block.d;
   out.m = negated(block.m);
@@ -72,7 +90,7 @@ void open_k_block(const K& block, OpenBlock& out) {
     out.scales[4 + p] = static_cast<int8_t>((low & 15) | scale >> 6 << 4);
     out.minima[4 + p] = static_cast<int8_t>(low >> 4 | minimum >> 6 << 4);
   }
-  for (int i = 0; i < kBlock256; ++i) out.q[i] = block.qs[i / 64 * 32 + i % 32] >> (i % 64 < 32 ? 0 : 4) & 15;
+  for (int j = 0; j < 4; ++j) open_nibbles(block.qs + 32 * j, 32, out.q + 64 * j);
   out.d = block.d;
   out.m = block.m;
 }
@@ -81,8 +99,8 @@ inline void open_block(const Block<DType::Q4_K>& block, OpenBlock& out) { open_k
 
 inline void open_block(const Block<DType::Q5_K>& block, OpenBlock& out) {
   open_k_block(block, out);
-  for (int i = 0; i < kBlock256; ++i)
-    out.q[i] |= static_cast<uint8_t>((block.qh[i % 32] >> (i / 32) & 1) << 4);
+  for (int p = 0; p < 8; ++p)
+    for (int l = 0; l < 32; l += 8) add_fifth_bits(load_word(block.qh + l) >> p & kOnes, out.q + 32 * p + l);
 }
 
 inline void open_block(const Block<DType::Q6_K>& block, OpenBlock& out) {
