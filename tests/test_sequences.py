@@ -209,7 +209,7 @@ def test_grids_are_checked(tiny: Qwen2VL) -> None:
     ):
         with pytest.raises(
             ValueError,
-            match=r"multiples of 2 and at most 2\^24 patches, found \(|expected an integer of 1 to",
+            match=r"multiples of 2 and at most 2\^24 patches, found \(|expected (an integer of )?1 to",
         ):
             tiny.position_ids([IMAGE_PAD], [grid])
     with pytest.raises(ValueError, match=f"expected {2**22} pad tokens, found 1"):
