@@ -42,8 +42,7 @@ def metadata(
         Entry("general.size_label", size_label(n_parameters, n_parameters, 0, 0), T.STRING),
         *_text(config),
         Entry("general.file_type", FILE_TYPE_NUMBERS[recipe.type], T.UINT32),
-        *_vision(config),
-        *_preprocessing(folder, config.vision),
+        *_vision(config, _preprocessing(folder, config.vision)),
         Entry("general.quantization_version", _QUANTIZATION_VERSION, T.UINT32),
         *_tokenizer(tokenizer),
     ]
@@ -66,8 +65,9 @@ def _text(config: CheckpointConfig) -> list[Entry]:
     ]
 
 
-def _vision(config: CheckpointConfig) -> list[Entry]:
+def _vision(config: CheckpointConfig, preprocessing: Sequence[Entry]) -> list[Entry]:
     c = config.vision
+    mean, std, *pixels = preprocessing
     return [
         Entry("clip.has_vision_encoder", True, T.BOOL),
         Entry("clip.projector_type", "qwen2vl_merger", T.STRING),
@@ -78,8 +78,11 @@ def _vision(config: CheckpointConfig) -> list[Entry]:
         Entry("clip.vision.feed_forward_length", c.intermediate_size, T.UINT32),
         Entry("clip.vision.block_count", c.depth, T.UINT32),
         Entry("clip.vision.attention.head_count", c.num_heads, T.UINT32),
+        mean,
+        std,
         Entry("clip.vision.attention.layer_norm_epsilon", _LAYER_NORM_EPS, T.FLOAT32),
         Entry("clip.vision.spatial_merge_size", c.spatial_merge_size, T.UINT32),
+        *pixels,
     ]
 
 
