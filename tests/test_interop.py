@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from qwen2vl_q import Qwen2VL
 INTEROP = Path(__file__).resolve().parents[2] / "shared" / "interop"
 pytestmark = pytest.mark.skipif(not INTEROP.is_dir(), reason="needs llama.cpp's files in ../shared/interop")
 
+PRECISIONS: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
 # Root mean square of log-probabilities less llama.cpp's, whose activations have 8 bits: "exact" has its loss,
 # "fast" without requantized weights much the same one where blocks are llama.cpp's too (K-quants' are not),
 # "fast" with them (AVX-512) one as large beside it.
@@ -54,7 +55,7 @@ def test_log_probabilities_are_llama_cpps(
     """Teacher forcing: llama.cpp's tokens are fed back."""
     monkeypatch.setenv("QWEN2VL_ISA", isa)
     answer = golden["models"][f"interop-{name}.gguf"]
-    for precision, tolerance in zip(("exact", "fast"), TOLERANCES[name], strict=True):
+    for precision, tolerance in zip(PRECISIONS, TOLERANCES[name], strict=True):
         m = Qwen2VL.from_gguf(INTEROP / f"interop-{name}.gguf", precision=precision)
         found = log_probabilities(m, golden["prompt_tokens"], answer["tokens"])
         differences = [
@@ -77,6 +78,6 @@ def test_answers_about_a_picture(name: str, tower: str) -> None:
             mmproj=INTEROP / f"interop-mmproj-{tower}.gguf",
             precision=precision,
         ).logits(c.token_ids, c.images)
-        for precision in ("exact", "fast")
+        for precision in PRECISIONS
     )
     assert np.square(fast - exact).mean() / exact.var() < 0.01
