@@ -17,6 +17,7 @@ INTEROP = Path(__file__).resolve().parents[2] / "shared" / "interop"
 PRECISIONS: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
 pytestmark = pytest.mark.skipif(not INTEROP.is_dir(), reason="needs llama.cpp's files in ../shared/interop")
 
+PRECISIONS: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
 # Root mean square of log-probabilities less llama.cpp's, whose activations have 8 bits: "exact" has its loss,
 # "fast" without requantized weights much the same one where blocks are llama.cpp's too (K-quants' are not),
 # "fast" with them (AVX-512) one as large beside it.

@@ -61,6 +61,8 @@ const DTypeTraits& dtype_traits(DType type) {
   return *traits;
 }
 
+bool is_quantized(DType type) { return dtype_traits(type).format.bits() != 0; }
+
 int64_t row_bytes(DType type, int64_t cols) {
   const DTypeTraits& traits = dtype_traits(type);
   if (cols < 0 || cols % traits.block_elements != 0) {

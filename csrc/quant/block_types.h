@@ -58,9 +58,7 @@ std::string written_dtype_names();
 const DTypeTraits& dtype_traits(DType type);
 
 /// Whether values come in blocks with a scale.
-inline bool is_quantized(DType type) {
-  return type != DType::F32 && type != DType::F16 && type != DType::BF16;
-}
+bool is_quantized(DType type);
 
 /// Bytes of one row of `cols` values. Throws std::invalid_argument where the blocks do not divide the row.
 int64_t row_bytes(DType type, int64_t cols);

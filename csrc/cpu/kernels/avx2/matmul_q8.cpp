@@ -23,45 +23,36 @@ inline __m256i broadcast_group(const int8_t* x) {
 /// Sums of pairs of 16-bit lanes.
 inline __m256i add_pairs(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1)); }
 
-/// A part's products of weights of at most this size, pair by pair, add up to at most:
-constexpr int largest_sum(const QuantFormat& format, int size) { return format.part / 4 * 2 * size * 127; }
-
-/// maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits, saturating. Weights whose parts add
-/// up in 16 bits are taken as they are stored. Of others half their range is taken off, and they go in as |w|
-/// with w's sign on the activation; where not even those add up, each pair is widened first.
+/// maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits, saturating; as many groups as fit
+/// add up there. Weights of 8 bits, of which none would, go in as |w| with w's sign on the activation.
 template <DType T>
 struct Dot {
   static constexpr QuantFormat kFormat = traits_of(T).format;
-  static constexpr int kHalf = 1 << (kFormat.bits() - 1);
-  static constexpr bool kUnsigned = largest_sum(kFormat, 2 * kHalf - 1) <= INT16_MAX;
-  static constexpr bool kWidened = largest_sum(kFormat, kHalf) > INT16_MAX;
-  /// What the weights here are too large by.
-  static constexpr int kExcess = kUnsigned             ? kFormat.offset
-                                 : kFormat.bits() == 8 ? 0
-                                                       : kFormat.offset - kHalf;
+  static constexpr bool kSigned = kFormat.bits() == 8;
+  static constexpr int kLargest = kSigned ? 128 : (1 << kFormat.bits()) - 1;
+  static constexpr int kGroups = kFormat.part / 4;
+  static constexpr int kRun = static_cast<int>(std::bit_floor(unsigned{INT16_MAX / (2 * kLargest * 127)}));
+  static constexpr bool kNarrow = kRun >= kGroups;  // a whole part fits
 
   struct Weights {
     __m256i magnitude, value;
   };
-  using Acc = __m256i;
+  struct Acc {
+    __m256i run, sums;  ///< 16 and 32 bits
+  };
 
-  static Weights weights(__m256i q) {
-    if constexpr (kUnsigned) return {q, q};
-    const __m256i w = kFormat.bits() == 8 ? q : _mm256_sub_epi8(q, _mm256_set1_epi8(kHalf));
-    return {_mm256_abs_epi8(w), w};
+  static Weights weights(__m256i q) { return {kSigned ? _mm256_abs_epi8(q) : q, q}; }
+  static Acc start(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static void step(Acc& acc, const Weights& w, __m256i x, int g) {
+    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, kSigned ? _mm256_sign_epi8(x, w.value) : x);
+    acc.run = g % kRun == 0 ? pairs : chained(_mm256_add_epi16(acc.run, pairs));
+    if (!kNarrow && g % kRun == kRun - 1) acc.sums = chained(_mm256_add_epi32(acc.sums, add_pairs(acc.run)));
   }
-  static Acc start(const int32_t*) { return _mm256_setzero_si256(); }
-  static Acc step(Acc acc, const Weights& w, __m256i x) {
-    if constexpr (!kUnsigned) x = _mm256_sign_epi8(x, w.value);
-    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x);
-    return chained(kWidened ? _mm256_add_epi32(acc, add_pairs(pairs)) : _mm256_add_epi16(acc, pairs));
-  }
-  static Vec finish(Acc acc, const int32_t* correction) {
-    const __m256i sums = kWidened ? acc : add_pairs(acc);
-    if constexpr (kExcess == 0) return to_float(sums);
-    constexpr int kShift = 7 - std::countr_zero(static_cast<unsigned>(kExcess));
-    const __m256i excess = _mm256_srai_epi32(_mm256_set1_epi32(*correction), kShift);
-    return to_float(kExcess > 0 ? _mm256_add_epi32(sums, excess) : _mm256_sub_epi32(sums, excess));
+  static Vec finish(const Acc& acc, const int32_t* correction) {
+    const __m256i sums = kNarrow ? add_pairs(acc.run) : acc.sums;
+    if constexpr (kFormat.offset == 0) return to_float(sums);
+    constexpr int kShift = 7 - std::countr_zero(unsigned{kFormat.offset});
+    return to_float(_mm256_add_epi32(sums, _mm256_srai_epi32(_mm256_set1_epi32(*correction), kShift)));
   }
 };
 

@@ -39,7 +39,7 @@ struct Dot {
     constexpr unsigned kShift = 7 - std::countr_zero(unsigned{kOffset});
     return _mm512_srai_epi32(_mm512_set1_epi32(*correction), kShift);
   }
-  static Acc step(Acc acc, Weights w, __m512i x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  static void step(Acc& acc, Weights w, __m512i x, int) { acc = _mm512_dpbusd_epi32(acc, w, x); }
   static Vec finish(Acc acc, const int32_t*) { return _mm512_cvtepi32_ps(acc); }
 };
 

@@ -10,7 +10,7 @@
 //   Acc                kLanes integer sums of a part
 //   weights(q)         the Weights of VectorDecoder<T>::quants
 //   start(correction)  the Acc that sums start from; correction = -128 * sum of the part's activations
-//   step(acc, w, x)    adds the products of a group; x: four int8 activations, in every lane
+//   step(acc, w, x, g) adds the products of the part's g-th group; x: four int8 activations, in every lane
 //   finish(acc, correction)  the sums as float
 //
 // The integer sums are exact and each part is added as fma(sum, w_scale * x_scale, total), the parts in
@@ -80,7 +80,7 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
         for (int r = 0; r < R; ++r) {
           const IntVec group = broadcast_group(x + r * cols + b * kBlock32 + 4 * (s * kGroups + g));
           QWEN2VL_UNROLL
-          for (int v = 0; v < V; ++v) acc[r][v] = Dot<T>::step(acc[r][v], weights[v], group);
+          for (int v = 0; v < V; ++v) Dot<T>::step(acc[r][v], weights[v], group, g);
         }
       }
       Vec scales[V];
