@@ -360,6 +360,7 @@ class Scheduler:
         try:
             state = r.live
             token = state.sample(r.sampler)  # where a device's work ends
+            taken = perf_counter() - start
             piece = r.text.push(token)
             if r.text.finished or r.drawn + 1 == r.limit:
                 r.finish_reason = "stop" if r.text.finished else r.cut
@@ -370,9 +371,9 @@ class Scheduler:
             r.fail(error)
             return
         if r.drawn:
-            r.decode_seconds += perf_counter() - start
+            r.decode_seconds += taken
         else:
-            r.prefill_seconds += perf_counter() - start
+            r.prefill_seconds += taken
         r.drawn += 1
         r.tokens.append((token, piece))
 
