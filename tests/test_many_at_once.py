@@ -141,7 +141,7 @@ def test_a_list_of_conversations(demo: Qwen2VL, rows: list[list[int]]) -> None:
     talks = [conversation(seed) for seed in range(70)]  # more than run at once
     answers = demo.chat(talks, max_new_tokens=24, temperature=0)
     assert_all_given_back(demo)
-    assert max(map(len, rows)) > 20
+    assert max(map(len, rows)) > 10
     demo.reset()
     assert answers == [demo.chat(talk, False, max_new_tokens=24, temperature=0) for talk in talks]
     with pytest.raises(ValueError, match="message 0"):
@@ -326,7 +326,7 @@ def test_closing_ends_every_call(tiny_gguf: Path) -> None:
         with pytest.raises(Qwen2VLError, match="this model has been closed"):
             call()
     closes()  # again
-    assert model.tokenize("a")
+    assert model.tokenize("a") and repr(model) == "Qwen2VL(closed)"
 
 
 def test_async_generate(tiny: Qwen2VL) -> None:

@@ -163,6 +163,8 @@ class Qwen2VL:
         return self._generation.stats
 
     def __repr__(self) -> str:
+        if isinstance(self._native, _Closed):
+            return "Qwen2VL(closed)"
         text = self.config.text_config
         threads = f"{self.n_threads} threads, " if self.n_threads else ""
         return (

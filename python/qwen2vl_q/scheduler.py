@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from threading import get_ident
 from time import perf_counter
 from typing import TypeAlias
@@ -34,6 +35,7 @@ _MOST_RUNNING = 64
 _CHUNK = 128  # rows of prompts beside streams: so long does a token wait for them at most
 _WORTH_WAITING = 64  # cells that another request is about to compute
 
+_is_over = attrgetter("over")
 _IN_A_CALLBACK = "a call of the model is under way in this thread: its callback cannot make another"
 
 
@@ -185,7 +187,7 @@ class Scheduler:
         """Waits until nobody holds the turn and takes it; False, without it, once `request` is ready."""
         me = get_ident()
         with self._lock:
-            while not (request is not None and request.ready):
+            while request is None or not (request.tokens or request.over):
                 if self._stepper is None:
                     self._stepper = me
                     return True
@@ -210,10 +212,11 @@ class Scheduler:
 
     def _drop_ended(self) -> None:
         for requests in (self._running, self._waiting):
-            for r in [r for r in requests if r.over]:
-                requests.remove(r)
-                r.state = None
-                r.embeddings = []
+            if any(map(_is_over, requests)):
+                for r in list(filter(_is_over, requests)):
+                    requests.remove(r)
+                    r.state = None
+                    r.embeddings = []
 
     def end_all(self, error: Qwen2VLError) -> None:
         """Every request ends with `error`, and those to come."""
@@ -258,10 +261,6 @@ class Scheduler:
                         self._draw(r)
             if self._waiting:
                 self._admit()
-            for r in self._running:
-                if r.missing and not r.over:
-                    self._encode(r)
-                    break
             self._compute()
         except _Stopped:
             pass
@@ -308,14 +307,19 @@ class Scheduler:
 
     def _compute(self) -> None:
         """The next tokens of streams that somebody reads, and pieces of prompts."""
-        streams, prompts = [], []
+        streams, prompts, seeing = [], [], []
         for r in self._running:
-            if r.over or r.missing:
+            if r.over:
                 continue
-            if not r.drawn:
+            if r.drawn:
+                if len(r.tokens) < r.ahead:
+                    streams.append(r)
+            elif r.missing:
+                seeing.append(r)
+            else:
                 prompts.append(r)
-            elif len(r.tokens) < r.ahead:
-                streams.append(r)
+        if seeing:
+            self._encode(seeing[0])
         streams = streams[: self._max_rows]
         pieces = self._pieces(prompts, len(streams)) if prompts else []
         if not (streams or pieces):
@@ -356,6 +360,7 @@ class Scheduler:
         try:
             state = r.live
             token = state.sample(r.sampler)  # where a device's work ends
+            taken = perf_counter() - start
             piece = r.text.push(token)
             if r.text.finished or r.drawn + 1 == r.limit:
                 r.finish_reason = "stop" if r.text.finished else r.cut
@@ -366,9 +371,9 @@ class Scheduler:
             r.fail(error)
             return
         if r.drawn:
-            r.decode_seconds += perf_counter() - start
+            r.decode_seconds += taken
         else:
-            r.prefill_seconds += perf_counter() - start
+            r.prefill_seconds += taken
         r.drawn += 1
         r.tokens.append((token, piece))
 
