@@ -229,9 +229,9 @@ def test_from_metadata() -> None:
         ({"pre": None}, UnsupportedError, r"tokenizer\.ggml\.pre: expected qwen2, found None"),
         ({"tokens": None}, FormatError, r"tokenizer\.ggml\.tokens: expected an array of str"),
         ({"merges": [1, 2]}, FormatError, r"tokenizer\.ggml\.merges: expected an array of str"),
-        ({"merges": ["a zzzz"]}, FormatError, r"merge 0 \(a zzzz\) does not join two tokens"),
+        ({"merges": ["a zzzz"]}, FormatError, r"merge 0 \('a zzzz'\) does not join two tokens"),
         ({"merges": ["a"]}, FormatError, "merge 0"),
-        ({"merges": ["\x1b[2J" * 10**6]}, FormatError, r"merge 0 \(\\x1b"),
+        ({"merges": ["\x1b[2J" * 10**6]}, FormatError, r"merge 0 \('\\x1b"),
         ({"model": "\x1b[2J" * 10**6}, UnsupportedError, r"found \\x1b"),
         ({"tokens": ["\x1b" * 10**6] * 2, "token_type": [1, 1]}, FormatError, "token 1"),
         (
@@ -246,7 +246,7 @@ def test_from_metadata() -> None:
         (
             {"tokens": ["a", "a"], "token_type": [1, 1]},
             FormatError,
-            "token 1 .a. is empty or already token 0",
+            r"token 1 \('a'\) is empty or already token 0",
         ),
         (
             {"tokens": ["a"], "token_type": [1], "merges": []},
