@@ -14,7 +14,6 @@ from conversations import conversation
 from qwen2vl_q import Qwen2VL
 
 INTEROP = Path(__file__).resolve().parents[2] / "shared" / "interop"
-PRECISIONS: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
 pytestmark = pytest.mark.skipif(not INTEROP.is_dir(), reason="needs llama.cpp's files in ../shared/interop")
 
 PRECISIONS: tuple[Literal["exact", "fast"], ...] = ("exact", "fast")
