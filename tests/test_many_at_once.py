@@ -34,7 +34,7 @@ def conversation(seed: int) -> Messages:
 
 @pytest.fixture
 def demo() -> Qwen2VL:
-    return Qwen2VL.from_gguf(DEMO_MODEL, n_threads=2, precision="exact")
+    return Qwen2VL.from_gguf(DEMO_MODEL, n_threads=2)
 
 
 def assert_all_given_back(model: Qwen2VL) -> None:

@@ -100,3 +100,30 @@ def test_a_decoded_token_may_stand_among_others(model: Qwen2VL) -> None:
             _native.accept_together(together, [tokens[i][step] for i in range(n)])
         for one, other in zip(alone, together, strict=False):
             np.testing.assert_array_equal(other.logits, one.logits)
+
+
+@pytest.mark.parametrize(("file_type", "isa", "threads"), CASES)
+def test_tokens_and_prompts_may_share_a_step(model: Qwen2VL) -> None:
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, N_TEXT_TOKENS, n).astype(np.int32) for n in (30, 75, 200, 90)]
+
+    def begun(n: int) -> list[_native.SequenceState]:
+        made = [_native.SequenceState(model._native, N_CTX) for _ in range(n)]
+        for state, prompt in zip(made, prompts, strict=False):
+            state.begin(text(model, prompt), [])
+        return made
+
+    alone = begun(4)
+    for state, prompt in zip(alone, prompts, strict=True):
+        _native.step([state], [len(prompt)])
+    for state in alone[:2]:
+        state.push(7)
+        _native.step([state], [1])
+    together = begun(4)
+    _native.step(together[1:2], [75])
+    together[1].push(7)
+    _native.step(together, [30, 1, 60, 89])  # the order of a batch is anyone's
+    together[0].push(7)
+    _native.step([together[2], together[0], together[3]], [140, 1, 1])
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(other.logits, one.logits)
