@@ -25,29 +25,24 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
       attention_(config, std::any_of(w.layers.begin(), w.layers.end(), [](const DecoderLayerWeights& l) {
                    return is_quantized(l.q_proj.weight.type);
                  })) {
-  embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx);
+  // The head's errors are the logits' own. Keys and values are few where query heads share them, and every
+  // later token meets theirs. With all layers of 8 bits in groups, the logits of a small random model
+  // lose 1.3e-3 of their energy to "exact"; with gate and up alone, three fifths of the work, 7.2e-4; with
+  // none 6.0e-4.
+  embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx, Inputs::Fine);
+  if (w.lm_head) lm_head_ = pack_matrix("text lm_head", *w.lm_head, ctx, Inputs::Fine);
+  norm_ = w.norm;
   for (const DecoderLayerWeights& l : w.layers) {
     layers_.push_back(
         {l.input_layernorm, l.post_attention_layernorm,
-         pack_linear("text qkv_proj", {&l.q_proj, &l.k_proj, &l.v_proj}, ctx, &l.input_layernorm),
-         pack_linear("text o_proj", {&l.o_proj}, ctx),
+         pack_linear("text qkv_proj",
+                     {{&l.q_proj, Inputs::Blocks}, {&l.k_proj, Inputs::Fine}, {&l.v_proj, Inputs::Fine}}, ctx,
+                     &l.input_layernorm),
+         pack_linear("text o_proj", {{&l.o_proj, Inputs::Blocks}}, ctx),
          pack_linear("text gate_up_proj", {&l.gate_proj, &l.up_proj}, ctx, &l.post_attention_layernorm),
-         pack_linear("text down_proj", {&l.down_proj}, ctx)});
+         pack_linear("text down_proj", {{&l.down_proj, Inputs::Blocks}}, ctx)});
     progress(static_cast<int64_t>(layers_.size()), config.num_hidden_layers);
   }
-  norm_ = w.norm;
-  if (w.lm_head) lm_head_ = pack_matrix("text lm_head", *w.lm_head, ctx);
-  // The head's errors are the logits' own. Keys and values are few where query heads share them, every later
-  // token meets theirs, and 8-bit weights lose no more than 8-bit activations would.
-  for (PackedLinear* head : {&embed_tokens_, &lm_head_}) head->make_fine();
-  for (Layer& l : layers_)
-    for (PackedLinear::Part& part : std::span(l.qkv_proj.parts).subspan(1))
-      part.fine = has_8_bits(part.matrix);
-  // With 8-bit weights requantized in every layer, the logits of a small random model lose 1.3e-3 of their
-  // energy to "exact"; with gate and up alone, three fifths of the work, 7.2e-4, and with none 6.0e-4.
-  for (Layer& l : layers_)
-    for (PackedLinear* linear : {&l.qkv_proj, &l.o_proj, &l.down_proj})
-      linear->requantize = !has_8_bits(linear->parts[0].matrix);
   for (int64_t i = 0; i < config.head_dim / 2; ++i)
     inv_freq_.push_back(static_cast<float>(
         1.0 / std::pow(static_cast<double>(config.rope_theta),

@@ -50,10 +50,10 @@ PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& 
 /// Whether a layer's rows go through matmul_groups, but for decoded ones. That costs less than it saves from
 /// 45 rows on; fewer go the same way, so that a row's result does not depend on how many there are.
 bool has_groups(const Context& ctx, const PackedLinear& layer) {
-  return ctx.precision == Precision::Fast && ctx.kernels.has_grouped_matmul && layer.requantize &&
-         !layer.has_fine_part() &&
-         std::all_of(layer.parts.begin(), layer.parts.end(),
-                     [](const PackedLinear::Part& part) { return is_quantized(part.matrix.type); });
+  return ctx.precision == Precision::Fast && ctx.kernels.has_grouped_matmul &&
+         std::all_of(layer.parts.begin(), layer.parts.end(), [](const PackedLinear::Part& part) {
+           return is_quantized(part.matrix.type) && part.inputs == Inputs::Groups;
+         });
 }
 
 /// Whether decoded rows and others stand side by side where they go different ways.
@@ -270,7 +270,7 @@ class Product {
       : ctx_(ctx), x_(x) {
     if (std::any_of(layer.parts.begin(), layer.parts.end(),
                     [&](const PackedLinear::Part& part) { return in_8_bits(part.matrix); }))
-      quantized_ = quantize_input(ctx, x, layer, fine || layer.has_fine_part(), center);
+      quantized_ = quantize_input(ctx, x, layer, fine || layer.has(Inputs::Fine), center);
   }
 
   void operator()(const PanelMatrix& w, const Task& task, const MatmulOutput& out, int thread,
@@ -290,18 +290,14 @@ class Product {
   }
 
   Context& ctx_;
-  const Rows& x_;
+  Rows x_;
   QuantizedInput quantized_;
 };
 
 }  // namespace
 
-bool PackedLinear::has_fine_part() const {
-  return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.fine; });
-}
-
-void PackedLinear::make_fine() {
-  for (Part& part : parts) part.fine = true;
+bool PackedLinear::has(Inputs inputs) const {
+  return std::any_of(parts.begin(), parts.end(), [&](const Part& part) { return part.inputs == inputs; });
 }
 
 int64_t PackedLinear::weight_bytes() const {
@@ -310,14 +306,19 @@ int64_t PackedLinear::weight_bytes() const {
   return bytes;
 }
 
-PackedLinear pack_linear(std::string_view name, std::initializer_list<const LinearWeights*> layers,
-                         Context& ctx, const NormWeights* norm) {
+LayerSource::LayerSource(const LinearWeights* layer_, Inputs inputs_of_8_bits)
+    : layer(layer_),
+      inputs(dtype_traits(layer_->weight.type).format.bits() == 8 ? inputs_of_8_bits : Inputs::Groups) {}
+
+PackedLinear pack_linear(std::string_view name, std::initializer_list<LayerSource> layers, Context& ctx,
+                         const NormWeights* norm) {
   PackedLinear packed;
   packed.name = name;
   if (norm != nullptr) packed.outlier_columns = outlier_columns(norm->weight);
-  for (const LinearWeights* layer : layers) {
+  for (const auto& [layer, inputs] : layers) {
     packed.in_features = layer->weight.cols;
     packed.parts.push_back(pack_part(layer->weight, packed.out_features, ctx));
+    packed.parts.back().inputs = inputs;
     packed.out_features += layer->weight.rows;
     packed.bias.insert(packed.bias.end(), layer->bias.begin(), layer->bias.end());
   }
@@ -325,9 +326,11 @@ PackedLinear pack_linear(std::string_view name, std::initializer_list<const Line
   return packed;
 }
 
-PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx) {
+PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx, Inputs inputs) {
   const LinearWeights layer{matrix, {}};
-  return pack_linear(name, {&layer}, ctx);
+  PackedLinear packed = pack_linear(name, {&layer}, ctx);
+  packed.parts[0].inputs = inputs;
+  return packed;
 }
 
 void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, int64_t out_stride,
@@ -341,7 +344,8 @@ void linear(Context& ctx, const PackedLinear& layer, const Rows& x, float* out, 
   const Product product(ctx, layer, x, false, center);
   for_tasks(ctx, layer.parts, x.rows, [&](const PackedLinear::Part& part, const Task& task, int thread) {
     const float* bias = center.mean.empty() ? layer.bias_of(part) : center.output.data() + part.column;
-    product(part.matrix, task, {out + part.column, out_stride, bias, store}, thread, part.fine);
+    product(part.matrix, task, {out + part.column, out_stride, bias, store}, thread,
+            part.inputs == Inputs::Fine);
   });
 }
 

@@ -37,9 +37,6 @@ struct PanelMatrix {
   const uint8_t* panel(int64_t p) const { return data + p * panel_bytes; }
 };
 
-/// Whether it is quantized, to 8 bits: then its activations' 8 bits would lose as much.
-inline bool has_8_bits(const PanelMatrix& matrix) { return dtype_traits(matrix.type).format.bits() == 8; }
-
 /// Byte offsets of the parts of a panel (see PanelMatrix).
 struct PanelParts {
   int64_t high = 0;

@@ -80,11 +80,9 @@ VisionEncoder::VisionEncoder(const VisionConfig& config, const VisionWeights& w,
     progress(static_cast<int64_t>(blocks_.size()), config.depth);
   }
   ln_q_ = w.ln_q;
-  mlp_0_ = pack_linear("image merger", {&w.mlp_0}, ctx);
-  mlp_2_ = pack_linear("image merger", {&w.mlp_2}, ctx);
   // A seventieth of the tower's work, and no later layer averages its errors away.
-  for (PackedLinear* merger : {&mlp_0_, &mlp_2_})
-    if (has_8_bits(merger->parts[0].matrix)) merger->make_fine();
+  mlp_0_ = pack_linear("image merger", {{&w.mlp_0, Inputs::Fine}}, ctx);
+  mlp_2_ = pack_linear("image merger", {{&w.mlp_2, Inputs::Fine}}, ctx);
 }
 
 int64_t VisionEncoder::weight_bytes() const {

@@ -50,7 +50,7 @@ double loss(const KernelTable& kernels, Precision precision, DType type, bool fi
   Context ctx(kernels, 3, precision);
   const LinearWeights weights = source.weights();
   PackedLinear layer = pack_linear("test", {&weights}, ctx);
-  if (fine) layer.make_fine();
+  if (fine) layer.parts[0].inputs = Inputs::Fine;
   const Floats x = random_floats(rows, kCols, 4, outliers), w = source.matrix.dequantized();
   Floats out(rows * n);
   linear(ctx, layer, {x.data(), rows, kCols}, out.data(), n, Store::Overwrite);
@@ -91,7 +91,7 @@ TEST_CASE("a fine layer's rows do not depend on how many there are, and add to w
     CAPTURE(kernels->isa);
     Context ctx(*kernels, 2, Precision::Fast);
     PackedLinear layer = pack_linear("test", {&weights}, ctx);
-    layer.make_fine();
+    layer.parts[0].inputs = Inputs::Fine;
     Floats all(rows * n), one(n, 0.5f);
     linear(ctx, layer, {x.data(), rows, kCols}, all.data(), n, Store::Overwrite);
     for (const int64_t m : {0, 7, 511, 529}) {
@@ -174,13 +174,10 @@ TEST_CASE("fine parts beside others: each as a layer of its own") {
   for (const KernelTable* kernels : supported_kernels()) {
     CAPTURE(kernels->isa);
     Context ctx(*kernels, 2, Precision::Fast);
-    PackedLinear both = pack_linear("test", {&coarse_weights, &fine_weights}, ctx);
-    both.parts[1].fine = true;
-    both.requantize = false;
-    PackedLinear first = pack_linear("test", {&coarse_weights}, ctx);
-    first.requantize = false;
-    PackedLinear second = pack_linear("test", {&fine_weights}, ctx);
-    second.make_fine();
+    const LayerSource blocks(&coarse_weights, Inputs::Blocks), halves(&fine_weights, Inputs::Fine);
+    const PackedLinear both = pack_linear("test", {blocks, halves}, ctx);
+    const PackedLinear first = pack_linear("test", {blocks}, ctx),
+                       second = pack_linear("test", {halves}, ctx);
     for (const int64_t rows : {1, 5, 70, 530}) {
       CAPTURE(rows);
       const Floats x = random_floats(rows, kCols, 15, true);
