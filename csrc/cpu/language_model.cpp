@@ -30,8 +30,6 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
   // lose 1.3e-3 of their energy to "exact"; with gate and up alone, three fifths of the work, 7.2e-4; with
   // none 6.0e-4.
   embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx, Inputs::Fine);
-  if (w.lm_head) lm_head_ = pack_matrix("text lm_head", *w.lm_head, ctx, Inputs::Fine);
-  norm_ = w.norm;
   for (const DecoderLayerWeights& l : w.layers) {
     layers_.push_back(
         {l.input_layernorm, l.post_attention_layernorm,
@@ -43,6 +41,8 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
          pack_linear("text down_proj", {{&l.down_proj, Inputs::Blocks}}, ctx)});
     progress(static_cast<int64_t>(layers_.size()), config.num_hidden_layers);
   }
+  norm_ = w.norm;
+  if (w.lm_head) lm_head_ = pack_matrix("text lm_head", *w.lm_head, ctx, Inputs::Fine);
   for (int64_t i = 0; i < config.head_dim / 2; ++i)
     inv_freq_.push_back(static_cast<float>(
         1.0 / std::pow(static_cast<double>(config.rope_theta),
