@@ -3,7 +3,6 @@ prompt is cut, whatever was in the cache, and whatever else is in the batch."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_checkpoint(tmp_path_factory.mktemp("rows"), replace(SPEC), seed=4)
+    folder = write_checkpoint(tmp_path_factory.mktemp("rows"), SPEC, seed=4)
     for file_type in ("q8_0", "q4_0", "f16"):
         convert_checkpoint(folder, folder / f"{file_type}.gguf", Recipe(file_type))
     return folder
