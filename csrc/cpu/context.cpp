@@ -13,8 +13,7 @@ Context::Context(const KernelTable& kernel_table, int n_threads, Precision preci
       precision(precision_),
       scratch_(pool.size()),
       outliers_(pool.size()),
-      rows_(pool.size()),
-      halves_(pool.size()) {}
+      rows_(pool.size()) {}
 
 void Context::reserve_scratch(size_t bytes) {
   for (AlignedBuffer& buffer : scratch_)
@@ -32,13 +31,14 @@ uint8_t* Context::quantized_bytes(int64_t bytes) {
   return quantized_.data();
 }
 
-QuantizedRows Context::quantized(int64_t rows, int64_t cols) {
-  const int64_t values = round64(rows * cols);
-  const int64_t per_block = round64(rows * (cols / kBlock32) * 4);
+QuantizedRows Context::quantized(int64_t rows, int64_t cols, int planes) {
+  const int64_t values = round64(planes * rows * cols);
+  const int64_t per_block = round64(planes * rows * (cols / kBlock32) * 4);
   uint8_t* p = quantized_bytes(values + 4 * per_block);
   QuantizedRows q;
   q.rows = rows;
   q.cols = cols;
+  q.planes = planes;
   q.values = reinterpret_cast<int8_t*>(p);
   q.scales = reinterpret_cast<float*>(p + values);
   q.corrections32 = reinterpret_cast<int32_t*>(p + values + per_block);

@@ -45,14 +45,12 @@ struct Context {
   std::byte* scratch(int thread) const { return reinterpret_cast<std::byte*>(scratch_[thread].data()); }
 
   /// Room for `rows` x `cols` quantized activations; valid until the next call.
-  QuantizedRows quantized(int64_t rows, int64_t cols);
+  QuantizedRows quantized(int64_t rows, int64_t cols, int planes);
   GroupedRows grouped(int64_t rows, int64_t cols);
   /// Room for the rows' outliers (outliers.h), and for `cols` numbers of a thread's own; likewise.
   float* outlier_values(int64_t elements) { return outlier_values_.resize(elements); }
   std::vector<std::vector<Outlier>>& outliers() { return outliers_; }  ///< [thread]
   float* row(int thread, int64_t cols) { return rows_[thread].resize(cols); }
-  /// Room for a task's results before they are added up, likewise.
-  float* halves(int thread, int64_t elements) { return halves_[thread].resize(elements); }
 
   /// fn(row, thread) for every row; in the calling thread alone where the rows are too few to be worth waking
   /// another.
@@ -79,7 +77,7 @@ struct Context {
   AlignedBuffer quantized_;
   FloatBuffer outlier_values_;
   std::vector<std::vector<Outlier>> outliers_;
-  std::vector<FloatBuffer> rows_, halves_;
+  std::vector<FloatBuffer> rows_;
 };
 
 }  // namespace qwen2vl::cpu

@@ -64,8 +64,8 @@ bool is_mixed(const Context& ctx, const PackedLinear& layer, const Rows& x) {
 /// What the quantized parts of a layer multiply: the rows in 8 bits, less their outlier columns, and these.
 struct QuantizedInput {
   int64_t count = 0;
-  QuantizedRows rows;   ///< [count]; of fine parts [2][count]: the rows, and what 8 bits have left of them
-  GroupedRows grouped;  ///< instead, where these have rows
+  QuantizedRows rows;                     ///< [count]; of two planes where a part is fine
+  GroupedRows grouped;                    ///< instead, where these have rows
   std::vector<int32_t> outliers;          ///< columns in which a row has one
   const float* outlier_values = nullptr;  ///< [count][outliers.size()], zero where a row has none there
 };
@@ -96,7 +96,7 @@ QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& l
   if (grouped)
     input.grouped = ctx.grouped(x.rows, cols);
   else
-    input.rows = ctx.quantized(fine ? 2 * x.rows : x.rows, cols);
+    input.rows = ctx.quantized(x.rows, cols, fine ? 2 : 1);
   for (auto& found : ctx.outliers()) found.clear();
   ctx.for_rows_on_threads(x.rows, [&](int64_t r, int thread) {
     const float* row = x.data + r * x.stride;
@@ -120,11 +120,6 @@ QuantizedInput quantize_input(Context& ctx, const Rows& x, const PackedLinear& l
       ctx.kernels.quantize_groups(row, cols, 1, input.grouped, r);
     else
       ctx.kernels.quantize_rows(row, cols, 1, input.rows, r);
-    if (fine) {
-      const QuantizedRows& q = input.rows;
-      ctx.kernels.subtract_quantized(row, q.values + r * cols, q.scales + r * (cols / kBlock32), cols, rest);
-      ctx.kernels.quantize_rows(rest, cols, 1, q, x.rows + r);
-    }
   });
   gather_outliers(ctx, x.rows, input);
   return input;
@@ -182,42 +177,17 @@ PanelMatrix from_panel(const PanelMatrix& w, int64_t panel) {
   return rest;
 }
 
-/// `halves`: [2 * rows of x][columns of the task's panels].
-void multiply_fine(const KernelTable& kernels, const PanelMatrix& w, const QuantizedInput& x,
-                   const Task& task, const MatmulOutput& out, std::byte* scratch, float* halves) {
-  const int64_t panels = task.panel_end - task.panel_begin, width = panels * kPanelRows;
-  const auto multiply = [&](int64_t row_begin, int64_t row_end) {
-    kernels.matmul_q8(from_panel(w, task.panel_begin), 0, panels, x.rows, row_begin, row_end,
-                      {halves, width, nullptr, Store::Overwrite}, scratch);
-  };
-  if (task.row_end - task.row_begin == x.count) {
-    multiply(0, 2 * x.count);
-  } else {
-    multiply(task.row_begin, task.row_end);
-    multiply(x.count + task.row_begin, x.count + task.row_end);
-  }
-  const int64_t first = task.panel_begin * kPanelRows, columns = std::min(width, w.rows - first);
-  for (int64_t m = task.row_begin; m < task.row_end; ++m) {
-    const float *coarse = halves + m * width, *rest = coarse + x.count * width;
-    float* row = out.data + m * out.stride + first;
-    for (int64_t c = 0; c < columns; ++c) {
-      const float sum = coarse[c] + rest[c] + (out.bias != nullptr ? out.bias[first + c] : 0.0f);
-      row[c] = out.store == Store::Accumulate ? row[c] + sum : sum;
-    }
-  }
-}
-
-/// `halves`: as multiply_fine's, where the activations are to have 16 bits, or nullptr.
+/// `fine`: whether all planes of the rows are multiplied.
 void quantized_task(const KernelTable& kernels, const PanelMatrix& w, const QuantizedInput& x,
-                    const Task& task, const MatmulOutput& out, std::byte* scratch, float* halves) {
-  if (halves != nullptr)
-    multiply_fine(kernels, w, x, task, out, scratch, halves);
-  else if (x.grouped.rows > 0)
+                    const Task& task, const MatmulOutput& out, std::byte* scratch, bool fine) {
+  if (x.grouped.rows > 0) {
     kernels.matmul_groups(w, task.panel_begin, task.panel_end, x.grouped, task.row_begin, task.row_end, out,
                           scratch);
-  else
-    kernels.matmul_q8(w, task.panel_begin, task.panel_end, x.rows, task.row_begin, task.row_end, out,
-                      scratch);
+  } else {
+    QuantizedRows rows = x.rows;
+    if (!fine) rows.planes = 1;
+    kernels.matmul_q8(w, task.panel_begin, task.panel_end, rows, task.row_begin, task.row_end, out, scratch);
+  }
   const int64_t n = static_cast<int64_t>(x.outliers.size());
   if (n == 0) return;
   float* columns = reinterpret_cast<float*>(scratch);  // [n][16]
@@ -276,9 +246,7 @@ class Product {
   void operator()(const PanelMatrix& w, const Task& task, const MatmulOutput& out, int thread,
                   bool fine = false) const {
     if (in_8_bits(w)) {
-      const int64_t width = (task.panel_end - task.panel_begin) * kPanelRows;
-      quantized_task(ctx_.kernels, w, quantized_, task, out, ctx_.scratch(thread),
-                     fine ? ctx_.halves(thread, 2 * x_.rows * width) : nullptr);
+      quantized_task(ctx_.kernels, w, quantized_, task, out, ctx_.scratch(thread), fine);
     } else {
       float_task(ctx_.kernels, w, x_, task, out, ctx_.scratch(thread));
     }
