@@ -5,30 +5,13 @@
 
 #include "base/aligned_buffer.h"
 #include "base/thread_pool.h"
+#include "cpu/float_buffer.h"
 #include "cpu/kernels/kernel_table.h"
 #include "cpu/outliers.h"
 #include "model/backend.h"
 #include "model/profile.h"
 
 namespace qwen2vl::cpu {
-
-/// A grow-only float32 buffer.
-class FloatBuffer {
- public:
-  float* resize(int64_t elements) {
-    const size_t bytes = static_cast<size_t>(elements) * sizeof(float);
-    if (buffer_.size() < bytes) {
-      buffer_ = AlignedBuffer();
-      buffer_ = AlignedBuffer(bytes);
-    }
-    return data();
-  }
-  float* data() const { return buffer_.as<float>(); }
-  void release() { buffer_ = AlignedBuffer(); }
-
- private:
-  AlignedBuffer buffer_;
-};
 
 /// What every stage of a forward pass needs: kernels, threads, precision and grow-only scratch.
 struct Context {
@@ -48,7 +31,7 @@ struct Context {
   QuantizedRows quantized(int64_t rows, int64_t cols);
   GroupedRows grouped(int64_t rows, int64_t cols);
   /// Room for the rows' outliers (outliers.h), and for `cols` numbers of a thread's own; likewise.
-  float* outlier_values(int64_t elements) { return outlier_values_.resize(elements); }
+  FloatBuffer& outlier_values() { return outlier_values_; }
   std::vector<std::vector<Outlier>>& outliers() { return outliers_; }  ///< [thread]
   float* row(int thread, int64_t cols) { return rows_[thread].resize(cols); }
   /// Room for a task's results before they are added up, likewise.

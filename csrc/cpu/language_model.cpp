@@ -183,7 +183,7 @@ void LanguageModel::mlp(Context& ctx, const Layer& layer) {
   const int64_t hidden = config_.hidden_size;
   float *x = x_.data(), *normed = normed_.data();
   rms_norm_rows(ctx, layer.post_attention_layernorm, config_.rms_norm_eps, x, rows_, hidden, normed);
-  const Rows h = linear_swiglu(ctx, layer.gate_up_proj, {normed, rows_, hidden, decoded_}, wide_.data());
+  const InputRows h = linear_swiglu(ctx, layer.gate_up_proj, {normed, rows_, hidden, decoded_}, wide_.data());
   linear(ctx, layer.down_proj, h, x, hidden, Store::Accumulate);
 }
 
