@@ -343,7 +343,7 @@ void CausalAttention::operator()(Context& ctx, int64_t layer, std::span<const Ca
                                  float* qkv, int64_t qkv_stride) {
   const auto stage = ctx.profile.stage("text attention", causal_work(config_, sequences));
   const Rows rows{layer, qkv, qkv_stride};
-  ctx.reserve_scratch(CausalTile::scratch_bytes(tile_rows(config_), config_.head_dim));
+  ctx.scratch.reserve_kernel(CausalTile::scratch_bytes(tile_rows(config_), config_.head_dim));
   std::vector<CausalRows> decoded, prompts;
   for (const CausalRows& s : sequences) (s.decoded ? decoded : prompts).push_back(s);
   if (!decoded.empty()) run_decoded(ctx, rows, decoded);
@@ -357,7 +357,7 @@ void CausalAttention::operator()(Context& ctx, int64_t layer, std::span<const Ca
 void CausalAttention::run_tasks(Context& ctx, const Rows& rows, const std::vector<CausalTask>& tasks) {
   ctx.pool.parallel_for(static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t t = begin; t < end; ++t) {
-      CausalTile tile(ctx.kernels, config_, rows.layer, tasks[t], ctx.scratch(thread));
+      CausalTile tile(ctx.kernels, config_, rows.layer, tasks[t], ctx.scratch.threads[thread].kernel_bytes());
       tile.gather_queries(rows.qkv, rows.stride);
       tile.run();
       tile.scatter_output(rows.qkv, rows.stride);
@@ -387,7 +387,7 @@ void CausalAttention::run_decoded(Context& ctx, const Rows& rows, std::span<cons
   float* partial = partial_.resize(static_cast<int64_t>(split.size()) * stride);
   ctx.pool.parallel_for(static_cast<int64_t>(split.size()), 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t t = begin; t < end; ++t) {
-      CausalTile tile(ctx.kernels, config_, rows.layer, split[t], ctx.scratch(thread));
+      CausalTile tile(ctx.kernels, config_, rows.layer, split[t], ctx.scratch.threads[thread].kernel_bytes());
       tile.gather_queries(rows.qkv, rows.stride);
       tile.run();
       tile.save_partial(partial + t * stride);

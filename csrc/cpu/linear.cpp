@@ -86,7 +86,7 @@ InputRows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const InputRo
     const int64_t first = task.panel_begin * kPanelRows,
                   width = (task.panel_end - task.panel_begin) * kPanelRows;
     const float* bias = gate_up.bias_of(up);
-    float* up_values = ctx.row(thread, x.rows * width);
+    float* up_values = ctx.scratch.threads[thread].up.resize(x.rows * width);
     product(from_panel(up.matrix, task.panel_begin),
             {0, task.panel_end - task.panel_begin, task.row_begin, task.row_end},
             {up_values, width, bias == nullptr ? nullptr : bias + first, Store::Overwrite}, thread);

@@ -23,13 +23,13 @@ QuantizedInput quantize_input(Context& ctx, const PackedLinear& layer, const Inp
   QuantizedInput input;
   input.count = x.rows;
   if (grouped)
-    input.grouped = ctx.grouped(x.rows, cols);
+    input.grouped = ctx.scratch.grouped_rows(x.rows, cols);
   else
-    input.rows = ctx.quantized(fine ? 2 * x.rows : x.rows, cols);
-  for (auto& found : ctx.outliers()) found.clear();
+    input.rows = ctx.scratch.quantized_rows(fine ? 2 * x.rows : x.rows, cols);
+  for (auto& found : ctx.scratch.outliers) found.clear();
   ctx.for_rows_on_threads(x.rows, [&](int64_t r, int thread) {
     const float* row = x.data + r * x.stride;
-    float* rest = ctx.row(thread, cols + cols / kBlock32);
+    float* rest = ctx.scratch.threads[thread].row.resize(cols + cols / kBlock32);
     float* maxima = rest + cols;
     if (centered) {
       for (int64_t c = 0; c < cols; ++c) rest[c] = row[c] - center.mean[c];
@@ -37,7 +37,7 @@ QuantizedInput quantize_input(Context& ctx, const PackedLinear& layer, const Inp
     }
     const auto take = [&](auto&& from) {
       if (row != rest) std::memcpy(rest, row, cols * sizeof(float));
-      from(rest, ctx.outliers()[thread]);
+      from(rest, ctx.scratch.outliers[thread]);
       row = rest;
     };
     if (!layer.outlier_columns.empty())
@@ -55,7 +55,7 @@ QuantizedInput quantize_input(Context& ctx, const PackedLinear& layer, const Inp
       ctx.kernels.quantize_rows(rest, cols, 1, q, x.rows + r);
     }
   });
-  input.outliers = gather_outliers(ctx.outliers(), x.rows, ctx.outlier_values());
+  input.outliers = gather_outliers(ctx.scratch.outliers, x.rows, ctx.scratch.outlier_values);
   return input;
 }
 

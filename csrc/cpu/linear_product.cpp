@@ -27,10 +27,10 @@ bool LinearProduct::in_8_bits(const PanelMatrix& w) const {
 
 void LinearProduct::operator()(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
                                int thread, bool fine) const {
-  std::byte* scratch = ctx_.scratch(thread);
+  std::byte* scratch = ctx_.scratch.threads[thread].kernel_bytes();
   if (!in_8_bits(w)) return multiply_float(w, task, out, scratch);
   if (fine)
-    multiply_fine(w, task, out, thread);
+    multiply_fine(w, task, out, ctx_.scratch.threads[thread]);
   else
     multiply_quantized(w, task, out, scratch);
   add_outliers(w, task, out, scratch);
@@ -48,13 +48,13 @@ void LinearProduct::multiply_quantized(const PanelMatrix& w, const LinearTask& t
 }
 
 void LinearProduct::multiply_fine(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
-                                  int thread) const {
+                                  ThreadScratch& scratch) const {
   const int64_t panels = task.panel_end - task.panel_begin, width = panels * kPanelRows;
   const int64_t rows = quantized_.count;
-  float* sums = ctx_.halves(thread, 2 * rows * width);
+  float* sums = scratch.fine_sums.resize(2 * rows * width);
   const auto multiply = [&](int64_t row_begin, int64_t row_end) {
     ctx_.kernels.matmul_q8(from_panel(w, task.panel_begin), 0, panels, quantized_.rows, row_begin, row_end,
-                           {sums, width, nullptr, Store::Overwrite}, ctx_.scratch(thread));
+                           {sums, width, nullptr, Store::Overwrite}, scratch.kernel_bytes());
   };
   if (task.row_end - task.row_begin == rows) {  // the weights are read once
     multiply(0, 2 * rows);

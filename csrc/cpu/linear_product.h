@@ -23,7 +23,8 @@ class LinearProduct {
   bool in_8_bits(const PanelMatrix& w) const;
   void multiply_quantized(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
                           std::byte* scratch) const;
-  void multiply_fine(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out, int thread) const;
+  void multiply_fine(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
+                     ThreadScratch& scratch) const;
   void add_outliers(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
                     std::byte* scratch) const;
   void multiply_float(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,

@@ -13,9 +13,10 @@ namespace qwen2vl::cpu {
 inline constexpr int64_t kRowsPerTask = kMaxGroupedRows;
 // Panels per task: an even number, since kernels take two at a time.
 inline constexpr int64_t kPanelsPerTask = 4;
-// Up to so many rows wait for memory. Their tasks read about so many bytes, four microseconds of a core: no
-// thread waits long for the last one.
-inline constexpr int64_t kFewRows = 16;
+// Up to so many rows wait for memory. Their tasks read about so many bytes, four microseconds of a core, so
+// that no thread waits long for the last one, and at most so many panels: of narrow ones, a task's output is
+// a cache line for each.
+inline constexpr int64_t kMemoryBoundRows = 16;
 inline constexpr int64_t kBytesPerTask = 96 << 10;
 inline constexpr int64_t kMostPanelsPerTask = 16;
 
@@ -28,9 +29,10 @@ struct LinearTask {
 /// that the activations stay in cache.
 template <typename Fn>
 void for_tasks(Context& ctx, std::span<const PackedLinear::Part> parts, int64_t rows, const Fn& fn) {
-  const int64_t panels = rows > kFewRows ? kPanelsPerTask
-                                         : std::clamp<int64_t>(kBytesPerTask / parts[0].matrix.panel_bytes, 1,
-                                                               kMostPanelsPerTask);
+  const int64_t panels =
+      rows > kMemoryBoundRows
+          ? kPanelsPerTask
+          : std::clamp<int64_t>(kBytesPerTask / parts[0].matrix.panel_bytes, 1, kMostPanelsPerTask);
   const auto tasks_of = [&](const PackedLinear::Part& part) {
     return (part.matrix.panel_count() + panels - 1) / panels;
   };

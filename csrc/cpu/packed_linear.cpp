@@ -20,11 +20,11 @@ PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& 
   part.matrix.data = out;
   const int64_t source_bytes = kPanelRows * row_bytes(source.type, source.cols);  // of a panel
   const int64_t panels = std::max<int64_t>(1, kBytesPerRead / source_bytes);
-  ctx.reserve_scratch(panels * source_bytes);
+  ctx.scratch.reserve_kernel(panels * source_bytes);
   ctx.pool.parallel_for(part.matrix.panel_count(), panels, [&](int64_t begin, int64_t end, int thread) {
     const int64_t rows = std::min(end * kPanelRows, source.rows) - begin * kPanelRows;
     const uint8_t* read =
-        source.read_rows(begin * kPanelRows, rows, reinterpret_cast<uint8_t*>(ctx.scratch(thread)));
+        source.read_rows(begin * kPanelRows, rows, ctx.scratch.threads[thread].kernel.data());
     for (int64_t p = begin; p < end; ++p)
       pack_panel(source.type, read, rows, source.cols, p - begin, out + p * part.matrix.panel_bytes);
   });
@@ -59,7 +59,7 @@ PackedLinear pack_linear(std::string_view name, std::initializer_list<LayerSourc
     packed.out_features += layer->weight.rows;
     packed.bias.insert(packed.bias.end(), layer->bias.begin(), layer->bias.end());
   }
-  ctx.reserve_scratch(matmul_scratch_bytes(packed.in_features));
+  ctx.scratch.reserve_kernel(matmul_scratch_bytes(packed.in_features));
   return packed;
 }
 
