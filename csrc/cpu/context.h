@@ -10,6 +10,9 @@
 
 namespace qwen2vl::cpu {
 
+/// Up to so many rows, products wait for memory; with more, for arithmetic.
+inline constexpr int64_t kMemoryBoundRows = 16;
+
 /// What every stage of a forward pass needs.
 struct Context {
   Context(const KernelTable& kernel_table, int n_threads, Precision precision_)

@@ -13,10 +13,9 @@ namespace qwen2vl::cpu {
 inline constexpr int64_t kRowsPerTask = kMaxGroupedRows;
 // Panels per task: an even number, since kernels take two at a time.
 inline constexpr int64_t kPanelsPerTask = 4;
-// Up to so many rows wait for memory. Their tasks read about so many bytes, four microseconds of a core, so
-// that no thread waits long for the last one, and at most so many panels: of narrow ones, a task's output is
-// a cache line for each.
-inline constexpr int64_t kMemoryBoundRows = 16;
+// Tasks of up to kMemoryBoundRows read about so many bytes, four microseconds of a core, so that no thread
+// waits long for the last one; and at most so many panels, whose sums of 16 rows in 16 bits (32 KiB) stay in
+// the first-level cache.
 inline constexpr int64_t kBytesPerTask = 96 << 10;
 inline constexpr int64_t kMostPanelsPerTask = 16;
 
