@@ -20,7 +20,7 @@ Work causal_work(const TextConfig& config, std::span<const CausalRows> sequences
   for (const CausalRows& s : sequences) {
     const double rows = static_cast<double>(s.rows), cells = static_cast<double>(s.first_cell) + rows;
     work.float_ops += 4 * static_cast<double>(config.q_size()) * rows * (cells - (rows - 1) / 2);
-    work.bytes += cells * 2 * static_cast<double>(config.kv_size()) * (s.cache->half() ? 2 : 4);
+    work.bytes += cells * 2 * static_cast<double>(config.kv_size()) * (s.cache->is_f16() ? 2 : 4);
   }
   return work;
 }

@@ -174,7 +174,7 @@ void CausalTile::step(int64_t cell, int64_t n) {
 void CausalTile::gemm(const float* a, int64_t a_stride, const uint8_t* b, int64_t panel, int64_t n_cols,
                       int64_t depth, const MatmulOutput& out, const uint8_t* ahead) const {
   const auto* b16 = reinterpret_cast<const uint16_t*>(b);
-  if (!task_.sequence->cache->half())
+  if (!task_.sequence->cache->is_f16())
     kernels_.gemm_f32(a, a_stride, reinterpret_cast<const float*>(b), panel, rows_, n_cols, depth, out);
   else if (rows_ > kMemoryBoundRows)
     kernels_.gemm_f16(a, a_stride, b16, panel, rows_, n_cols, depth, out);
