@@ -72,6 +72,8 @@ struct PeakLoops {
 /// work. Matrices are row-major; strides count elements. Pointers need no alignment unless said.
 struct KernelTable {
   std::string_view isa;
+  /// Of the quantized panels that it is given.
+  PanelLayout layout = {};
 
   // --- quantized matmul -------------------------------------------------------------------------------
 
