@@ -122,12 +122,12 @@ class Bench {
     else
       fill_blocks(dtype_traits(s.type), blocks);
     Matrix m;
-    m.panels = {s.type, s.n, s.cols, panel_parts(s.type, s.cols).bytes, nullptr};
+    m.panels = {s.type, s.n, s.cols, panel_parts(s.type, s.cols).bytes, nullptr, kernels_.layout};
     m.storage = AlignedBuffer(m.panels.panel_count() * m.panels.panel_bytes);
     uint8_t* out = m.storage.data();
     pool_.parallel_for(m.panels.panel_count(), 16, [&](int64_t begin, int64_t end, int) {
       for (int64_t p = begin; p < end; ++p)
-        pack_panel(s.type, blocks.data(), distinct, s.cols, p % (distinct / kPanelRows),
+        pack_panel(m.panels, blocks.data(), distinct, p % (distinct / kPanelRows),
                    out + p * m.panels.panel_bytes);
     });
     m.panels.data = out;
@@ -384,12 +384,12 @@ class Bench {
       if (!wanted(name)) continue;
       const int64_t cols = 8960 / 256 * 256, n = 1536, bytes = n * row_bytes(type, cols);
       std::vector<uint8_t> blocks(bytes, 0x11);
-      const int64_t panel_bytes = panel_parts(type, cols).bytes;
-      AlignedBuffer out(n / kPanelRows * panel_bytes);
+      const PanelMatrix packed{type, n, cols, panel_parts(type, cols).bytes, nullptr, kernels_.layout};
+      AlignedBuffer out(packed.panel_count() * packed.panel_bytes);
       report(name, static_cast<double>(bytes), "GB/s ", 0.0, time_of([&] {
                pool_.parallel_for(n / kPanelRows, 4, [&](int64_t begin, int64_t end, int) {
                  for (int64_t p = begin; p < end; ++p)
-                   pack_panel(type, blocks.data(), n, cols, p, out.data() + p * panel_bytes);
+                   pack_panel(packed, blocks.data(), n, p, out.data() + p * packed.panel_bytes);
                });
              }));
     }

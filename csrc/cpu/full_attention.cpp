@@ -11,8 +11,6 @@
 namespace qwen2vl::cpu {
 namespace {
 
-// ------------------------------------------------------------------------------------------
-
 // 100 rows use each key and value that is loaded 100 times. Their probabilities (100 KB for 512 keys in
 // bf16), with 512 keys and values of head_dim 80 in bf16 (160 KB), stay in a second-level cache of 512 KB; in
 // float32 half as many keys do.

@@ -9,7 +9,7 @@
 namespace qwen2vl::cpu {
 namespace {
 
-// Columns of a mean per task.
+// Columns of a mean per task: 1 KiB of every row, in whole cache lines.
 constexpr int64_t kColumnsPerTask = 256;
 
 /// Whether decoded rows and others stand side by side where they go different ways.

@@ -171,7 +171,7 @@ class PluginBackend final : public Backend {
   }
 
   std::vector<StageRecord> stop_profile() override {
-    constexpr int32_t kMost = 256;
+    constexpr int32_t kMost = 256;  // stages: a forward pass has some thirty names
     std::vector<qwen2vl_stage> stages(kMost);
     int32_t count = 0;
     qwen2vl_error error{};

@@ -47,8 +47,7 @@ TEST_CASE("kernel sets are listed best first and can be forced by name") {
   CHECK_THROWS_WITH_AS(select_kernels("avx1024"), doctest::Contains("generic"), UnsupportedError);
 }
 
-// --- quantize_rows
-// ------------------------------------------------------------------------------------------
+// --- quantize_rows ---
 
 bool same_quantized(const QuantizedBuffer& a, const QuantizedBuffer& b) {
   return std::memcmp(a.rows.values, b.rows.values, a.rows.planes * a.rows.rows * a.rows.cols) == 0 &&
@@ -142,8 +141,7 @@ TEST_CASE("quantized activations have the same bits on every instruction set") {
   }
 }
 
-// --- matmul_q8
-// ----------------------------------------------------------------------------------------------
+// --- matmul_q8 ---
 
 struct MatmulCase {
   Store store;
@@ -308,8 +306,7 @@ TEST_CASE("extreme weights and activations neither saturate nor misbehave") {
   }
 }
 
-// --- gemm
-// ---------------------------------------------------------------------------------------------------
+// --- gemm ---
 
 struct GemmShape {
   int64_t rows, n, depth;

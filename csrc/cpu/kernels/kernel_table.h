@@ -74,8 +74,10 @@ struct PeakLoops {
 /// work. Matrices are row-major; strides count elements. Pointers need no alignment unless said.
 struct KernelTable {
   std::string_view isa;
+  /// Of the quantized panels that it is given.
+  PanelLayout layout = {};
 
-  // --- quantized matmul -------------------------------------------------------------------------------
+  // --- quantized matmul ---
 
   /// x [rows, cols], row stride x_stride -> rows row_begin.. of `out`, all its planes.
   void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, const QuantizedRows& out,
@@ -88,7 +90,7 @@ struct KernelTable {
   void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
                     int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
 
-  // --- quantized matmul of many rows --------------------------------------------------------------------
+  // --- quantized matmul of many rows ---
 
   /// Whether matmul_groups is faster than matmul_q8 for many rows here.
   bool has_grouped_matmul = false;
@@ -107,7 +109,7 @@ struct KernelTable {
   void (*matmul_groups)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
                         int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
 
-  // --- float32 matmul ---------------------------------------------------------------------------------
+  // --- float32 matmul ---
 
   /// Panel `panel` of any matrix as float32 [cols][16] (64-byte aligned).
   void (*unpack_panel)(const PanelMatrix& w, int64_t panel, float* out);
@@ -130,7 +132,7 @@ struct KernelTable {
                          int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out,
                          const uint16_t* ahead);
 
-  // --- bf16 matmul ---------------------------------------------------------------------------------------
+  // --- bf16 matmul ---
 
   /// Whether gemm_bf16_pairs is faster than gemm_f32 here: then the fast precision's attention runs on it.
   bool has_bf16_dot = false;
@@ -150,7 +152,7 @@ struct KernelTable {
   /// Rounds to nearest even.
   void (*convert_f32_to_bf16)(const float* x, uint16_t* out, int64_t n);
 
-  // --- rows -------------------------------------------------------------------------------------------
+  // --- rows ---
 
   /// out = x / sqrt(mean(x^2) + eps) * weight (Qwen2RMSNorm). In place allowed.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
@@ -186,7 +188,7 @@ struct KernelTable {
   /// Rounds to nearest even; overflow becomes infinity.
   void (*convert_f32_to_f16)(const float* x, uint16_t* out, int64_t n);
 
-  // --- measurement ------------------------------------------------------------------------------------
+  // --- measurement ---
 
   PeakLoops peaks;
 };

@@ -13,8 +13,7 @@ namespace {
 /// Panels multiplied at once, rows of their tile: 24 sums, 4 weights and a broadcast fit 32 registers.
 constexpr int kTilePanels = 4, kWideRows = 6, kThinRows = 12;
 
-// --- activations
-// ----------------------------------------------------------------------------------------------
+// --- activations ---
 
 /// The rounding, and what becomes of tiny or non-finite groups: generic/grouped_matmul.cpp. n is a multiple
 /// of 32.
@@ -58,8 +57,7 @@ void quantize_groups(const float* x, int64_t x_stride, int64_t rows, const Group
   }
 }
 
-// --- weights
-// --------------------------------------------------------------------------------------------------
+// --- weights ---
 
 /// bytes * multipliers / 2^15, rounded, plus 128. multipliers: the same 16-bit number twice a lane.
 inline __m512i requantize(__m512i bytes, __m512i multipliers) {
@@ -85,9 +83,8 @@ inline Vec magnitude(Vec x) { return _mm512_and_ps(x, as_float(set1_int(0x7fffff
 /// The number of every lane in both its halves.
 inline __m512i twice(__m512i x) { return _mm512_mask_mov_epi16(x, 0xaaaaaaaau, _mm512_slli_epi32(x, 16)); }
 
-/// `blocks` blocks of a panel from block `begin` on, as unsigned bytes with the offset 128, to
-/// out [blocks * 8][16 rows][4], and their rows' common scales. The rules stand at
-/// KernelTable::matmul_groups.
+/// `blocks` blocks of a panel from block `begin` on, as unsigned bytes with the offset 128, to out
+/// [blocks * 8][16 rows][4], and their rows' common scales. The rules stand at KernelTable::matmul_groups.
 template <DType T>
 void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_t blocks, uint8_t* out,
                       float* out_scales) {
@@ -145,8 +142,7 @@ void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_
   }
 }
 
-// --- product
-// --------------------------------------------------------------------------------------------------
+// --- product ---
 
 /// acc += products of the unsigned bytes of `w` and the signed bytes of `x`, four to a lane. As an intrinsic,
 /// GCC 12 keeps a copy of every sum on the stack.
