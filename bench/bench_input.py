@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from qwen2vl_q import Qwen2VL
-from qwen2vl_q.benchmark import drawn_picture
-from qwen2vl_q.messages import normalize
+from qwen2vl_q.chat.messages import normalize
+from qwen2vl_q.measure.benchmark import drawn_picture
 from suite import Recorder
 
 TEXT = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen2vl_q import Qwen2VL, _native
-from qwen2vl_q.benchmark import Benchmark, drawn_picture
+from qwen2vl_q.measure.benchmark import Benchmark, drawn_picture
 from suite import STAGE_CLOCK, Recorder
 
 LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")

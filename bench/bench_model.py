@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qwen2vl_q import Qwen2VL, _native
-from qwen2vl_q.benchmark import GREEDY, SAMPLED, Benchmark, drawn_picture
-from qwen2vl_q.sampling import Sampling
+from qwen2vl_q.engine.sampling import Sampling
+from qwen2vl_q.measure.benchmark import GREEDY, SAMPLED, Benchmark, drawn_picture
 from suite import Recorder
 
 

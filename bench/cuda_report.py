@@ -26,11 +26,12 @@ from typing import Any
 
 import click
 
-from qwen2vl_q.benchmark import Measured, Settings, Timing
+from qwen2vl_q.base.errors import DeviceError
 from qwen2vl_q.cli.bench_tables import FileSummary, Result, limits_line, profile_table, summary_table, table
-from qwen2vl_q.devices import PLUGIN_VARIABLE, cuda_plugin
-from qwen2vl_q.errors import DeviceError
-from qwen2vl_q.limits import Limits, Stage
+from qwen2vl_q.engine.devices import PLUGIN_VARIABLE, cuda_plugin
+from qwen2vl_q.engine.stats import Stage
+from qwen2vl_q.measure.benchmark import Measured, Settings, Timing
+from qwen2vl_q.measure.limits import Limits
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LONGEST = 590.0  # seconds, all steps together
@@ -43,7 +44,8 @@ _SIZES = (
 _QUICK_SIZES = "--prompt-tokens 80 --image-size 112x112 --decode-tokens 4 --streams 1,3 --repeat 1"
 _CPU_SIZES = "--prompt-tokens 512 --only prefill --only decode --only image --repeat 2"
 _SMALL_RUN = """
-from qwen2vl_q import DEMO_MODEL, Qwen2VL, cards
+from qwen2vl_q import DEMO_MODEL, Qwen2VL
+from qwen2vl_q.demo import cards
 model = Qwen2VL.from_gguf(DEMO_MODEL, device="cuda")
 card, _ = cards.example(0)
 model.encode_image(card)
@@ -213,7 +215,9 @@ def main(out: Path, plugin: str | None, quick: bool) -> None:
         report.environment[PLUGIN_VARIABLE] = plugin
     report.run("version", [*_COMMAND, "--version"], 30)
     # Without a device the tests are skipped, which is no failure to pytest.
-    report.run("device", [_PYTHON, "-c", "from qwen2vl_q import devices as d; print(*d.cuda_devices())"], 30)
+    report.run(
+        "device", [_PYTHON, "-c", "from qwen2vl_q.engine import devices as d; print(*d.cuda_devices())"], 30
+    )
     report.run("tests", [_PYTHON, "-m", "pytest", "-q", "-rs", "tests/test_cuda.py"], 300 if quick else 150)
     with tempfile.TemporaryDirectory() as folder:
         measure(report, Path(folder), quick)

@@ -12,7 +12,7 @@ import click
 
 from qwen2vl_q._native import default_thread_count, supported_isas
 from qwen2vl_q.cli.bench_tables import table
-from qwen2vl_q.limits import Limits
+from qwen2vl_q.measure.limits import Limits
 
 
 @click.command(help=__doc__)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwen2vl_q import Qwen2VL, __version__
-from qwen2vl_q.stats import peak_memory_bytes
+from qwen2vl_q.engine.stats import peak_memory_bytes
 
 
 def _last(model: Qwen2VL, tokens: list[int], n: int, images: list[Any] | None = None) -> int:

@@ -40,10 +40,10 @@ import numpy as np
 
 from make_model import RandomModel
 from qwen2vl_q._native import default_thread_count
-from qwen2vl_q.benchmark import drawn_picture
 from qwen2vl_q.cli.bench_tables import table
 from qwen2vl_q.convert.recipe import Recipe
-from qwen2vl_q.limits import Limits
+from qwen2vl_q.measure.benchmark import drawn_picture
+from qwen2vl_q.measure.limits import Limits
 
 _HERE = Path(__file__).parent
 _DECODED = 32  # tokens

@@ -18,11 +18,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import qwen2vl_q.convert
 from make_model import SHAPES, RandomModel
 from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
-from qwen2vl_q.benchmark import Benchmark, Settings, Task, Timing
 from qwen2vl_q.cli.bench_tables import table
 from qwen2vl_q.convert import Recipe, convert_checkpoint
 from qwen2vl_q.convert.recipe import FILE_TYPES, FileType
-from qwen2vl_q.limits import Limits
+from qwen2vl_q.measure.benchmark import Benchmark, Settings, Task, Timing
+from qwen2vl_q.measure.limits import Limits
 
 _HERE = Path(__file__).parent
 _PACKAGED = "q8_0"  # the type of the packaged demo model

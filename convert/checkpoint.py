@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.files import quoted, read_json
 from qwen2vl_q.convert.tensor_map import MappedTensor
-from qwen2vl_q.errors import FormatError
-from qwen2vl_q.printable import printable
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.files import as_float32, quoted, read_json
-from qwen2vl_q.errors import FormatError, UnsupportedError
-from qwen2vl_q.printable import printable
 
 # Values that transformers leaves out of a saved config.json where they equal its defaults
 # (Qwen2VLTextConfig, Qwen2VLVisionConfig). Shapes are checked against the tensors afterwards.

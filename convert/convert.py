@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q._native import quantize
-from qwen2vl_q.atomic_file import part_of
+from qwen2vl_q.base.atomic_file import part_of
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.checkpoint import Checkpoint
 from qwen2vl_q.convert.config import read_config
 from qwen2vl_q.convert.files import model_name
@@ -20,9 +22,7 @@ from qwen2vl_q.convert.recipe import Recipe, type_for_row
 from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
-from qwen2vl_q.errors import FormatError, UnsupportedError
-from qwen2vl_q.model_parts import check_model_file
-from qwen2vl_q.printable import printable
+from qwen2vl_q.engine.model_parts import check_model_file
 
 _CHUNK_VALUES = 1 << 22  # values in memory at a time (16 MiB as float32), however large the tensor
 _F16_MAX = 65504.0  # F16 values, and the F16 scales of the block types, end here

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen2vl_q.errors import FormatError
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.base.printable import printable
 
 # What a checkpoint's folder needs: everything else on the hub (other formats, pictures) stays there.
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")

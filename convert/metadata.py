@@ -9,13 +9,13 @@ from pathlib import Path
 from gguf import GGUFValueType as T
 from gguf.utility import size_label
 
+from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.convert.config import CheckpointConfig, VisionConfig
 from qwen2vl_q.convert.files import as_float32, quoted, read_json, read_json_if_present
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS, Recipe
 from qwen2vl_q.convert.tokenizer_files import Tokenizer
-from qwen2vl_q.errors import FormatError
-from qwen2vl_q.image_processor import ImageProcessor
-from qwen2vl_q.sampling import Sampling
+from qwen2vl_q.engine.sampling import Sampling
+from qwen2vl_q.vision.image_processor import ImageProcessor
 
 _LAYER_NORM_EPS = 1e-6  # fixed in transformers' vision tower and merger; config.json does not name it
 _NOMINAL_IMAGE_SIZE = 560  # llama.cpp's loader wants the key; no size is special to this model

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
 from qwen2vl_q._native import block_layout
-from qwen2vl_q.atomic_file import whole_or_not_at_all
+from qwen2vl_q.base.atomic_file import whole_or_not_at_all
 from qwen2vl_q.convert.metadata import ARCHITECTURE, Entry
 
 _ALIGNMENT = 32  # GGUF's default

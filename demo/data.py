@@ -1,5 +1,5 @@
-"""Draws pictures with ground truth, all from a seed: cards of shapes (`qwen2vl_q.cards`), or of one line of
-text in Pillow's own font."""
+"""Draws pictures with ground truth, all from a seed: cards of shapes (`qwen2vl_q.demo.cards`), or of one
+line of text in Pillow's own font."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from qwen2vl_q import cards
-from qwen2vl_q.cards import COLOURS as COLOURS
-from qwen2vl_q.cards import MIN_CONTRAST as MIN_CONTRAST
-from qwen2vl_q.cards import SHAPES as SHAPES
-from qwen2vl_q.cards import Thing as Thing
-from qwen2vl_q.cards import Wanted, jitter, visible_colours
-from qwen2vl_q.cards import choose_few as choose_few
+from qwen2vl_q.demo import cards
+from qwen2vl_q.demo.cards import COLOURS as COLOURS
+from qwen2vl_q.demo.cards import MIN_CONTRAST as MIN_CONTRAST
+from qwen2vl_q.demo.cards import SHAPES as SHAPES
+from qwen2vl_q.demo.cards import Thing as Thing
+from qwen2vl_q.demo.cards import Wanted, jitter, visible_colours
+from qwen2vl_q.demo.cards import choose_few as choose_few
 
 Array = npt.NDArray[np.uint8]
 

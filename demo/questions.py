@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from demo.data import COLOURS, SHAPES, Picture, Thing
-from qwen2vl_q.cards import article as article
-from qwen2vl_q.cards import listing
+from qwen2vl_q.demo.cards import article as article
+from qwen2vl_q.demo.cards import listing
 
 TASKS = ("what", "colour", "shape", "read", "count", "box", "present", "absent", "which", "differ")
 

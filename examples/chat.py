@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from qwen2vl_q import DEMO_MODEL, Qwen2VL
-from qwen2vl_q.cards import example
+from qwen2vl_q.demo.cards import example
 
 picture: Any
 if len(sys.argv) == 4:

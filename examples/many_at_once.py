@@ -9,7 +9,7 @@ import asyncio
 import sys
 
 from qwen2vl_q import DEMO_MODEL, Qwen2VL
-from qwen2vl_q.cards import example
+from qwen2vl_q.demo.cards import example
 
 QUESTIONS = ["What is in the picture?", "How many shapes are there?", "Who are you?"]
 

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from qwen2vl_q import DEMO_MODEL, Qwen2VL
-from qwen2vl_q.cards import example
+from qwen2vl_q.demo.cards import example
 
 with Qwen2VL.from_gguf(sys.argv[1] if len(sys.argv) > 1 else DEMO_MODEL) as m:
     pictures = [{"type": "image", "image": example(seed)[0]} for seed in (0, 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from qwen2vl_q import DEMO_MODEL, Qwen2VL
-from qwen2vl_q.cards import example
+from qwen2vl_q.demo.cards import example
 
 with Qwen2VL.from_gguf(sys.argv[1] if len(sys.argv) > 1 else DEMO_MODEL) as m:
     content = [{"type": "image", "image": example(2)[0]}, {"type": "text", "text": "What is in the picture?"}]

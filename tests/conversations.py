@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2vl_q.image_processor import smart_resize
+from qwen2vl_q.vision.image_processor import smart_resize
 
 N_TEXT_TOKENS = 1024
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 1033, 1034, 1036, 1037

@@ -18,6 +18,21 @@ SOURCES = {".h", ".cpp", ".cu", ".cuh"}
 # The vector type of each instruction set is its own folder's; only dispatch may know that there are several.
 INSTRUCTION_SETS = {"generic", "avx2", "avx512", "avx512bf16", "neon"}
 EXTENDS = {"avx512bf16": {"avx512"}}  # its table is the other's with some kernels replaced
+# The rooms of python/qwen2vl_q, each with those that it uses: `model` is model.py, `convert` the folder.
+ROOM_USES = {
+    "base": set(),
+    "vision": {"base"},
+    "text": {"base"},
+    "chat": {"base", "vision", "text"},
+    "engine": {"base", "vision", "text", "chat"},
+    "model": {"base", "vision", "text", "chat", "engine"},
+    "measure": {"base", "vision", "engine", "model"},
+    "demo": set(),
+    "convert": {"base", "vision", "text", "chat", "engine"},
+    "cli": {"base", "vision", "text", "chat", "engine", "model", "measure", "demo"},
+}
+# Beside the rooms: the names that users import, the command, the native module.
+PORCH = {"__init__", "__main__"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the source tree")
 
@@ -118,13 +133,43 @@ def test_only_its_command_imports_the_converter() -> None:
     assert importers == {"cli/convert.py"}
 
 
-def test_library_does_not_import_the_command_line() -> None:
+def room_of(parts: tuple[str, ...]) -> str:
+    return Path(parts[0]).stem if parts else "__init__"
+
+
+def python_imports() -> list[tuple[Path, str, str]]:
+    """(file, its room, room that it imports from) of every import inside the package."""
+    found = []
+    for folder, base in (("python/qwen2vl_q", ()), ("convert", ("convert",))):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            room = room_of((*base, *file.relative_to(ROOT / folder).parts))
+            for module in imported_modules(file):
+                package, *inner = module.split(".")
+                if package == "qwen2vl_q" and inner and inner[0] in ROOM_USES:
+                    found.append((file.relative_to(ROOT), room, inner[0]))
+    return found
+
+
+def test_python_rooms_import_only_those_below() -> None:
+    imports = python_imports()
+    assert {room for _, room, _ in imports} >= ROOM_USES.keys() - {"base", "demo"}
     wrong = [
-        str(file.relative_to(ROOT))
-        for folder in ("python/qwen2vl_q", "convert")
-        for file in (ROOT / folder).rglob("*.py")
-        if "cli" not in file.parts
-        and file.name != "__main__.py"
-        and any(m.startswith("qwen2vl_q.cli") for m in imported_modules(file))
+        f"{file} imports from {target}"
+        for file, room, target in imports
+        if room not in PORCH
+        and target != room
+        and target not in ROOM_USES[room]
+        # the command and the benchmarks of several types make files
+        and not (target == "convert" and str(file).endswith("cli/convert.py"))
     ]
     assert wrong == []
+
+
+def test_the_rooms_are_all_there_is() -> None:
+    package = ROOT / "python/qwen2vl_q"
+    entries = {
+        entry.stem
+        for entry in package.iterdir()
+        if entry.suffix == ".py" or (entry.is_dir() and list(entry.glob("*.py")))
+    }
+    assert entries == (ROOM_USES.keys() | PORCH) - {"convert"}

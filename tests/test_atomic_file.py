@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 import pytest
 
-from qwen2vl_q import atomic_file
-from qwen2vl_q.atomic_file import part_of, whole_or_not_at_all
+from qwen2vl_q.base import atomic_file
+from qwen2vl_q.base.atomic_file import part_of, whole_or_not_at_all
 
 
 def names(folder: Path) -> list[str]:

@@ -22,12 +22,12 @@ import pytest
 from gguf import GGUFWriter
 
 from qwen2vl_q import Qwen2VL, _native
-from qwen2vl_q.benchmark import Benchmark, Settings, Task, drawn_picture
+from qwen2vl_q.base.errors import UnsupportedError
 from qwen2vl_q.cli import bench_run
 from qwen2vl_q.cli.main import main
-from qwen2vl_q.errors import UnsupportedError
-from qwen2vl_q.limits import Limits, Stage
-from qwen2vl_q.stats import GenerationStats
+from qwen2vl_q.engine.stats import GenerationStats, Stage
+from qwen2vl_q.measure.benchmark import Benchmark, Settings, Task, drawn_picture
+from qwen2vl_q.measure.limits import Limits
 from tables import cells
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +71,7 @@ def test_limits_refuse_an_unknown_instruction_set() -> None:
 
 def test_peak_memory_is_the_process_own() -> None:
     ballast = np.ones(50_000_000)  # 400 MB here, none of them in the process that is asked
-    code = "from qwen2vl_q.stats import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from qwen2vl_q.engine.stats import peak_memory_bytes; print(peak_memory_bytes())"
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert 1_000_000 < peak < ballast.nbytes
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from qwen2vl_q.benchmark import Measured, Settings, Timing
 from qwen2vl_q.cli.bench_tables import (
     FileSummary,
     Result,
@@ -21,7 +20,9 @@ from qwen2vl_q.cli.bench_tables import (
     stage_rate,
     summary_table,
 )
-from qwen2vl_q.limits import Limits, Stage, mean_stages
+from qwen2vl_q.engine.stats import Stage
+from qwen2vl_q.measure.benchmark import Measured, Settings, Timing
+from qwen2vl_q.measure.limits import Limits, mean_stages
 from tables import cells
 
 LIMITS = Limits("x", 2, int8_ops_per_s=1000, float_ops_per_s=400, fp32_ops_per_s=200, read_bytes_per_s=50)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from qwen2vl_q.chat_template import (
+from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.chat.chat_template import (
     DEFAULT_TEMPLATE,
     MAX_ADDED_CHARS,
     MAX_TEMPLATE_CHARS,
     ChatTemplate,
 )
-from qwen2vl_q.errors import FormatError
 
 PUBLISHED = Path(__file__).parent / "data" / "tokenizer" / "chat_template.json"
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|box_start|>", "<|box_end|>")

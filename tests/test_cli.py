@@ -15,9 +15,10 @@ from PIL import Image
 
 from command_line import PROGRAM, Run
 from pictures import encoded
-from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native, cards
+from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
 from qwen2vl_q.cli.main import COMMANDS
 from qwen2vl_q.cli.progress import StageBars
+from qwen2vl_q.demo import cards
 
 
 def test_help_imports_nothing_heavy() -> None:

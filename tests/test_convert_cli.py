@@ -11,10 +11,10 @@ from click.testing import CliRunner, Result
 from gguf import GGUFWriter
 
 from checkpoints import CheckpointSpec, write_checkpoint
+from qwen2vl_q.base.errors import FormatError, Qwen2VLError
 from qwen2vl_q.cli.convert import convert
 from qwen2vl_q.cli.inspect import inspect
 from qwen2vl_q.convert import Recipe, convert_checkpoint
-from qwen2vl_q.errors import FormatError, Qwen2VLError
 
 
 def run(command: object, *arguments: object) -> Result:

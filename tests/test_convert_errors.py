@@ -13,7 +13,7 @@ import pytest
 
 from checkpoints import CheckpointSpec, random_tensors, write_checkpoint, write_safetensors
 from conversion import convert, edit_json, stored_bytes
-from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
 
 SPEC = CheckpointSpec()
 

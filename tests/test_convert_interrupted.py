@@ -15,7 +15,7 @@ import pytest
 
 from checkpoints import CheckpointSpec, write_checkpoint
 from conversion import convert
-from qwen2vl_q.atomic_file import part_of, whole_or_not_at_all
+from qwen2vl_q.base.atomic_file import part_of, whole_or_not_at_all
 from qwen2vl_q.convert import Recipe, convert_checkpoint
 
 

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import CheckpointSpec, write_checkpoint
 from conversion import convert
 from qwen2vl_q import Qwen2VL
-from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
 
 OLD = CheckpointSpec()
 NEW = CheckpointSpec(layout="nested", naming="nested", tokenizer="vocab", n_shards=2)

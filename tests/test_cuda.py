@@ -18,9 +18,9 @@ from checkpoints import CheckpointSpec, write_checkpoint
 from conversations import Parts, conversation, random_image
 from demo import cases
 from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
+from qwen2vl_q.base.errors import DeviceError, UnsupportedError
 from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
-from qwen2vl_q.devices import cuda_plugin
-from qwen2vl_q.errors import DeviceError, UnsupportedError
+from qwen2vl_q.engine.devices import cuda_plugin
 from shapes import SHAPES
 from test_demo_answers import FIRST_SEED, same
 from weight_types import with_weights

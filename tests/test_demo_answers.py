@@ -14,9 +14,10 @@ import pytest
 
 from demo import cases, evaluate
 from demo.cases import Case
-from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native, cards
+from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint
+from qwen2vl_q.demo import cards
 
 ROOT = Path(__file__).parents[1]
 FIRST_SEED = 500_000  # neither training nor the accuracies in demo/README.md use these

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 
 from children import run_script
-from qwen2vl_q import DeviceError, Qwen2VL, Qwen2VLError, UnsupportedError, _native, devices
+from qwen2vl_q import DeviceError, Qwen2VL, Qwen2VLError, UnsupportedError, _native
 from qwen2vl_q.cli.main import main
-from qwen2vl_q.limits import Limits, Stage
+from qwen2vl_q.engine import devices
+from qwen2vl_q.engine.stats import Stage
+from qwen2vl_q.measure.limits import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
 CC = shutil.which("cc")

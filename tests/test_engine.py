@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from checkpoints import CheckpointSpec, write_checkpoint
 from conversations import IMAGE_PAD, Parts, conversation, random_image
 from qwen2vl_q import Qwen2VL, _native
+from qwen2vl_q.base.errors import Qwen2VLError, UnsupportedError
 from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
-from qwen2vl_q.errors import Qwen2VLError, UnsupportedError
-from qwen2vl_q.image_processor import preprocess
+from qwen2vl_q.vision.image_processor import preprocess
 from shapes import SHAPES
 
 GOLDENS = Path(__file__).parent / "data" / "goldens.npz"

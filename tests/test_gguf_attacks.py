@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen2vl_q import _native
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.printable import printable
 
 U8, U32, F32, BOOL, STRING, ARRAY = 0, 4, 6, 7, 8, 9
 HUGE = 2**64 - 1

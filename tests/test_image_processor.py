@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pictures import encoded, odd_modes, picture
-from qwen2vl_q import image_processor
-from qwen2vl_q.errors import FormatError, UnsupportedError
-from qwen2vl_q.image_processor import (
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.vision import image_processor
+from qwen2vl_q.vision.image_processor import (
     IMAGE_MEAN,
     IMAGE_STD,
     MAX_DECODED_PIXELS,

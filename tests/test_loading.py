@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from checkpoints import CheckpointSpec, write_checkpoint
 from children import run_script
 from qwen2vl_q import Qwen2VL, _native
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.convert import Recipe, convert_checkpoint
-from qwen2vl_q.errors import FormatError, UnsupportedError
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="nobody can write to a file that is open there")
 

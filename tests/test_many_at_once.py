@@ -13,7 +13,7 @@ import pytest
 
 from demo import cases
 from qwen2vl_q import DEMO_MODEL, CacheFullError, Qwen2VL, Qwen2VLError, _native
-from qwen2vl_q.scheduler import Scheduler
+from qwen2vl_q.engine.scheduler import Scheduler
 
 SEED = 700_000
 TASKS = ("what", "read", "count", "box", "chat")

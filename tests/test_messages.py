@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from pictures import encoded, picture
-from qwen2vl_q import messages as module
-from qwen2vl_q.image_processor import ImageProcessor
-from qwen2vl_q.messages import ImagePart, TextPart, normalize, read_source
+from qwen2vl_q.chat import messages as module
+from qwen2vl_q.chat.messages import ImagePart, TextPart, normalize, read_source
+from qwen2vl_q.vision.image_processor import ImageProcessor
 
 PNG = encoded(Image.fromarray(picture(40, 30)))
 BASE64 = base64.b64encode(PNG).decode()

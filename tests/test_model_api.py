@@ -17,11 +17,11 @@ from PIL import Image
 
 from pictures import encoded, picture
 from qwen2vl_q import Qwen2VL, Qwen2VLError
-from qwen2vl_q.chat_template import ChatTemplate
-from qwen2vl_q.embedding_cache import EmbeddingCache
-from qwen2vl_q.errors import FormatError, UnsupportedError
-from qwen2vl_q.sampling import Sampling
-from qwen2vl_q.tokenizer import GROUNDING_TOKENS
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.chat.chat_template import ChatTemplate
+from qwen2vl_q.engine.embedding_cache import EmbeddingCache
+from qwen2vl_q.engine.sampling import Sampling
+from qwen2vl_q.text.tokenizer import GROUNDING_TOKENS
 
 PICTURE = picture(120, 90)
 OTHER = picture(70, 140, seed=1)

@@ -11,7 +11,7 @@ import pytest
 from gguf_files import Value, f32, i32, i32s, is_vision, rewritten, text, u32
 from pictures import picture
 from qwen2vl_q import Qwen2VL, _native
-from qwen2vl_q.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
 
 SECTIONS = "qwen2vl.rope.dimension_sections"
 

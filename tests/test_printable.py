@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.printable import printable
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from conversations import IMAGE_PAD, N_TEXT_TOKENS, VIDEO_PAD, VISION_END, VISIO
 from pictures import picture
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.convert import Recipe, convert_checkpoint
-from qwen2vl_q.image_processor import preprocess
+from qwen2vl_q.vision.image_processor import preprocess
 
 FloatArray = NDArray[np.float32]
 GREEDY = _native.Sampler()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qwen2vl_q import chat_template
-from qwen2vl_q.chat_template import ChatTemplate
-from qwen2vl_q.errors import FormatError
+from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.chat import chat_template
+from qwen2vl_q.chat.chat_template import ChatTemplate
 
 LONG = "{% set x = range(20000) | join %}"  # 88,890 characters
 TWICE = "{% set l = [l, l] %}"

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2vl_q._native import GgufFile
-from qwen2vl_q.errors import FormatError, UnsupportedError
-from qwen2vl_q.text_stream import TextStream
-from qwen2vl_q.tokenizer import MAX_SPECIAL_TOKENS, Tokenizer
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.text.text_stream import TextStream
+from qwen2vl_q.text.tokenizer import MAX_SPECIAL_TOKENS, Tokenizer
 
 SMALL = Path(__file__).parent / "data" / "tokenizer" / "tokenizer.json"
 # The vocabulary of every Qwen2 model is too large for this repository; see CONTRIBUTING.md.

@@ -12,7 +12,7 @@ namespace qwen2vl::bindings {
 
 namespace py = pybind11;
 
-/// As `Model.config` gives it; see qwen2vl_q.config.Qwen2VLConfig for the keys.
+/// As `Model.config` gives it; see qwen2vl_q.engine.config.Qwen2VLConfig for the keys.
 py::dict config_dict(const ModelConfig& config);
 
 void register_errors(py::module_& m);    // errors.cpp

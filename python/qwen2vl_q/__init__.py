@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen2vl_q.config import Qwen2VLConfig as Qwen2VLConfig
-    from qwen2vl_q.errors import CacheFullError as CacheFullError
-    from qwen2vl_q.errors import DeviceError as DeviceError
-    from qwen2vl_q.errors import FormatError as FormatError
-    from qwen2vl_q.errors import Qwen2VLError as Qwen2VLError
-    from qwen2vl_q.errors import UnsupportedError as UnsupportedError
+    from qwen2vl_q.base.errors import CacheFullError as CacheFullError
+    from qwen2vl_q.base.errors import DeviceError as DeviceError
+    from qwen2vl_q.base.errors import FormatError as FormatError
+    from qwen2vl_q.base.errors import Qwen2VLError as Qwen2VLError
+    from qwen2vl_q.base.errors import UnsupportedError as UnsupportedError
+    from qwen2vl_q.engine.config import Qwen2VLConfig as Qwen2VLConfig
     from qwen2vl_q.model import Qwen2VL as Qwen2VL
 
 DEMO_MODEL: Path = Path(__file__).with_name("data") / "demo.gguf"
@@ -20,13 +20,13 @@ draws them, and short texts on such cards."""
 
 # Resolved on first use: the command line's --help and the converter need neither the tokenizer nor Pillow.
 _HOME = {
-    "CacheFullError": "errors",
-    "DeviceError": "errors",
-    "FormatError": "errors",
+    "CacheFullError": "base.errors",
+    "DeviceError": "base.errors",
+    "FormatError": "base.errors",
     "Qwen2VL": "model",
-    "Qwen2VLConfig": "config",
-    "Qwen2VLError": "errors",
-    "UnsupportedError": "errors",
+    "Qwen2VLConfig": "engine.config",
+    "Qwen2VLError": "base.errors",
+    "UnsupportedError": "base.errors",
 }
 __all__ = [
     "DEMO_MODEL",

@@ -149,7 +149,7 @@ class Model:
         """A warning to the user about where the model computes, or ""."""
     @property
     def config(self) -> dict[str, Any]:
-        """Sizes as a nested dict; see qwen2vl_q.config.Qwen2VLConfig for the keys."""
+        """Sizes as a nested dict; see qwen2vl_q.engine.config.Qwen2VLConfig for the keys."""
     @property
     def isa(self) -> str:
         """The CPU's instruction set, or the device's own name."""

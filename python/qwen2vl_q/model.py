@@ -12,22 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q import _native
-from qwen2vl_q.arguments import integer
-from qwen2vl_q.chat_template import ChatTemplate
-from qwen2vl_q.config import Qwen2VLConfig
-from qwen2vl_q.devices import plugin_for, require_name
-from qwen2vl_q.errors import FormatError, Qwen2VLError, UnsupportedError
-from qwen2vl_q.generation import Generation, TokenIds, stage
-from qwen2vl_q.image_processor import ImageInput, ImageProcessor, ProcessedImage
-from qwen2vl_q.limits import Stage
-from qwen2vl_q.messages import ImagePart, normalize, read_source
-from qwen2vl_q.model_parts import ModelParts, fitted
-from qwen2vl_q.printable import printable
-from qwen2vl_q.sampling import Sampling
-from qwen2vl_q.scheduler import Progress, Request
-from qwen2vl_q.stats import GenerationStats
-from qwen2vl_q.text_stream import TextStream
-from qwen2vl_q.tokenizer import Tokenizer
+from qwen2vl_q.base.arguments import integer
+from qwen2vl_q.base.errors import FormatError, Qwen2VLError, UnsupportedError
+from qwen2vl_q.base.printable import printable
+from qwen2vl_q.chat.chat_template import ChatTemplate
+from qwen2vl_q.chat.messages import ImagePart, normalize, read_source
+from qwen2vl_q.engine.config import Qwen2VLConfig
+from qwen2vl_q.engine.devices import plugin_for, require_name
+from qwen2vl_q.engine.generation import Generation, TokenIds, stage
+from qwen2vl_q.engine.model_parts import ModelParts, fitted
+from qwen2vl_q.engine.sampling import Sampling
+from qwen2vl_q.engine.scheduler import Progress, Request
+from qwen2vl_q.engine.stats import GenerationStats, Stage
+from qwen2vl_q.text.text_stream import TextStream
+from qwen2vl_q.text.tokenizer import Tokenizer
+from qwen2vl_q.vision.image_processor import ImageInput, ImageProcessor, ProcessedImage
 
 TRAINED_CONTEXT = 32768
 MOST_CELLS = 2**24
@@ -401,7 +400,7 @@ class Qwen2VL:
     ) -> Iterator[str] | str | list[str]:
         """The model's answer to a conversation: pieces of text as they come, or the whole with stream=False.
 
-        `messages` as transformers and the OpenAI API write them (see `qwen2vl_q.messages`); of a list of
+        `messages` as transformers and the OpenAI API write them (see `qwen2vl_q.chat.messages`); of a list of
         conversations the answers come whole, in a list, computed together. `sampling`: temperature, top_k,
         top_p, min_p, repetition_penalty and seed as of `generate`; what is not given (or None) is the file's
         own default. add_vision_id numbers the pictures ("Picture 1: "). Arguments are checked at once; errors

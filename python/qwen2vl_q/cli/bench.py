@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.bench_run import Progress, Runner
 from qwen2vl_q.cli.bench_tables import (
     Result,
@@ -23,10 +24,9 @@ from qwen2vl_q.cli.bench_tables import (
 from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.errors import complain, describe
 from qwen2vl_q.cli.model_file import model_file
-from qwen2vl_q.printable import printable
 
 if TYPE_CHECKING:
-    from qwen2vl_q.benchmark import Settings
+    from qwen2vl_q.measure.benchmark import Settings
 
 
 def _numbers(least: int) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
@@ -126,7 +126,7 @@ def bench(models: Sequence[str], as_json: bool, as_csv: bool, profile: bool, **s
       qwen2vl-q bench -m q4.gguf -m q8.gguf --csv > figures.csv   # or --json
       qwen2vl-q bench -m demo --image-size 336x224
     """
-    from qwen2vl_q.benchmark import Settings
+    from qwen2vl_q.measure.benchmark import Settings
 
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")

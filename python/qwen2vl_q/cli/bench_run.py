@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.bench_tables import FileSummary, Result
-from qwen2vl_q.printable import printable
 
 if TYPE_CHECKING:
-    from qwen2vl_q.benchmark import Measured, Settings
-    from qwen2vl_q.limits import Limits
+    from qwen2vl_q.measure.benchmark import Measured, Settings
+    from qwen2vl_q.measure.limits import Limits
 
 Tell = Callable[[str], None]
 
@@ -34,7 +34,7 @@ class Runner:
 
     def __init__(self, settings: Settings) -> None:
         """DeviceError for a device that is not there."""
-        from qwen2vl_q.devices import cuda_index
+        from qwen2vl_q.engine.devices import cuda_index
 
         self._index = cuda_index(settings.device)
         # "auto" is settled here: the model must not end up on another device than the ceilings are of.
@@ -52,7 +52,7 @@ class Runner:
         return Result(settings, file, measured, before, self._latest)
 
     def _limits(self, tell: Tell) -> Limits:
-        from qwen2vl_q.limits import Limits
+        from qwen2vl_q.measure.limits import Limits
 
         tell("what the machine can do")
         if self._index is None:
@@ -71,7 +71,7 @@ def _summary(settings: Settings) -> FileSummary:
 
 
 def _in_own_process(settings: Settings, tell: Tell) -> Measured:
-    from qwen2vl_q.errors import Qwen2VLError
+    from qwen2vl_q.base.errors import Qwen2VLError
 
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -104,7 +104,7 @@ def _measure_and_send(settings: Settings, requested_at: float, to: Connection) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not inherited
     with suppress(BrokenPipeError):  # nobody listens any more
         try:
-            from qwen2vl_q.benchmark import measure
+            from qwen2vl_q.measure.benchmark import measure
 
             outcome: Measured | Exception = measure(settings, requested_at, to.send)
         except BrokenPipeError:

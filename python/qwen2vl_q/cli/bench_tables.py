@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.device import computing_on
-from qwen2vl_q.printable import printable
 
 if TYPE_CHECKING:
-    from qwen2vl_q.benchmark import Measured, Settings, Timing
-    from qwen2vl_q.limits import Limits, Stage
+    from qwen2vl_q.engine.stats import Stage
+    from qwen2vl_q.measure.benchmark import Measured, Settings, Timing
+    from qwen2vl_q.measure.limits import Limits
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwen2vl_q.chat.messages import ImagePart, Message
 from qwen2vl_q.cli import transcript
 from qwen2vl_q.cli.output import count
 from qwen2vl_q.cli.progress import StageBars
 from qwen2vl_q.cli.settings import Settings
-from qwen2vl_q.image_processor import ProcessedImage
-from qwen2vl_q.messages import ImagePart, Message
+from qwen2vl_q.engine.stats import GenerationStats
 from qwen2vl_q.model import Qwen2VL
-from qwen2vl_q.stats import GenerationStats
+from qwen2vl_q.vision.image_processor import ProcessedImage
 
 
 class Conversation:

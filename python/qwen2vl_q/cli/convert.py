@@ -20,10 +20,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint
 from qwen2vl_q.convert.files import download, is_hub_id
-from qwen2vl_q.printable import printable
 
 
 def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) -> Path:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.device import computing_on, device_option, print_note
 from qwen2vl_q.cli.options import SEED
 from qwen2vl_q.cli.output import say
-from qwen2vl_q.printable import printable
 
 if TYPE_CHECKING:
-    from qwen2vl_q.cards import Thing
-    from qwen2vl_q.stats import GenerationStats
+    from qwen2vl_q.demo.cards import Thing
+    from qwen2vl_q.engine.stats import GenerationStats
 
 
 def _png_path(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
@@ -52,10 +52,11 @@ def demo(output: Path | None, seed: int, threads: int | None, device: str, force
       qwen2vl-q demo --seed 7 -o /tmp/card.png
       qwen2vl-q chat --image card-0.png -p "What is in the picture?"    # the same model, your question
     """
-    from qwen2vl_q import DEMO_MODEL, cards
+    from qwen2vl_q import DEMO_MODEL
     from qwen2vl_q.cli.conversation import Conversation
     from qwen2vl_q.cli.settings import Settings
     from qwen2vl_q.cli.turn import answer
+    from qwen2vl_q.demo import cards
     from qwen2vl_q.model import Qwen2VL
 
     card, things = cards.example(seed)
@@ -83,7 +84,7 @@ def demo(output: Path | None, seed: int, threads: int | None, device: str, force
 
 def _talks(things: Sequence[Thing]) -> list[list[tuple[str, str]]]:
     """Conversations about a card: questions, each with its right answer."""
-    from qwen2vl_q.cards import article, listing
+    from qwen2vl_q.demo.cards import article, listing
 
     everything = listing([article(thing.full_name) for thing in things])
     first = things[0]
@@ -98,7 +99,7 @@ def _talks(things: Sequence[Thing]) -> list[list[tuple[str, str]]]:
 
 def _save(path: Path, png: bytes, force: bool) -> None:
     """Writes the card, unless it is there already."""
-    from qwen2vl_q.atomic_file import whole_or_not_at_all
+    from qwen2vl_q.base.atomic_file import whole_or_not_at_all
 
     if not path.absolute().parent.is_dir():
         raise click.UsageError(f"there is no folder '{path.absolute().parent}'")

@@ -8,7 +8,7 @@ from qwen2vl_q.cli.output import say
 
 
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    from qwen2vl_q.devices import require_name
+    from qwen2vl_q.engine.devices import require_name
 
     try:
         return require_name(value)

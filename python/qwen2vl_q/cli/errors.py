@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qwen2vl_q.base.errors import Qwen2VLError
 from qwen2vl_q.cli.output import say
-from qwen2vl_q.errors import Qwen2VLError
 
 
 def complain(message: str) -> None:

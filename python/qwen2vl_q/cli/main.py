@@ -97,8 +97,8 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 
 def _device_lines() -> list[str]:
     """The plug-in's devices, or why it has none; nothing where it is not installed."""
-    from qwen2vl_q import devices
-    from qwen2vl_q.errors import DeviceError
+    from qwen2vl_q.base.errors import DeviceError
+    from qwen2vl_q.engine import devices
 
     if devices.cuda_plugin() is None:
         return []

@@ -7,7 +7,7 @@ import re
 
 import click
 
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.printable import printable
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
 _LONGEST = 4000  # characters of a line on stderr

@@ -39,7 +39,7 @@ def picture_path(name: str) -> str:
     """The path of what may be a file:// address or begin with ~. OSError where no such file is, ValueError
     for an address on the network."""
     if _ADDRESS.match(name):
-        from qwen2vl_q.messages import read_source
+        from qwen2vl_q.chat.messages import read_source
 
         name = str(read_source(name, "picture"))
     path = typed_path(name)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qwen2vl_q.image_processor import ImageProcessor
+from qwen2vl_q.engine.sampling import Sampling
 from qwen2vl_q.model import Qwen2VL
-from qwen2vl_q.sampling import Sampling
+from qwen2vl_q.vision.image_processor import ImageProcessor
 
 _BOUNDS = ("min_pixels", "max_pixels")
 

@@ -10,9 +10,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from qwen2vl_q.atomic_file import whole_or_not_at_all
-from qwen2vl_q.errors import FormatError
-from qwen2vl_q.messages import ImagePart, Message, normalize
+from qwen2vl_q.base.atomic_file import whole_or_not_at_all
+from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.chat.messages import ImagePart, Message, normalize
 
 _MAX_BYTES = 256 * 1024 * 1024  # room for a few pictures as data: URIs
 

@@ -23,9 +23,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2vl_q.arguments import integer
-from qwen2vl_q.image_processor import MAX_BOUND, ImageInput, require_image
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.arguments import integer
+from qwen2vl_q.base.printable import printable
+from qwen2vl_q.vision.image_processor import MAX_BOUND, ImageInput, require_image
 
 ROLES = ("system", "user", "assistant")
 MAX_DATA_URI_BYTES = 64 * 1024 * 1024  # decoded; a 50-megapixel JPEG of the best quality stays below

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q import _native
-from qwen2vl_q.config import Qwen2VLConfig
-from qwen2vl_q.embedding_cache import EmbeddingCache
-from qwen2vl_q.image_processor import ImageProcessor, ProcessedImage
-from qwen2vl_q.scheduler import Prepared, Progress, Request, Scheduler
-from qwen2vl_q.stats import FinishReason, GenerationStats
-from qwen2vl_q.text_stream import TextStream
+from qwen2vl_q.engine.config import Qwen2VLConfig
+from qwen2vl_q.engine.embedding_cache import EmbeddingCache
+from qwen2vl_q.engine.scheduler import Prepared, Progress, Request, Scheduler
+from qwen2vl_q.engine.stats import FinishReason, GenerationStats
+from qwen2vl_q.text.text_stream import TextStream
+from qwen2vl_q.vision.image_processor import ImageProcessor, ProcessedImage
 
 TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
 

@@ -14,8 +14,8 @@ from typing import Any
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from qwen2vl_q.errors import FormatError, UnsupportedError
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.printable import printable
 
 # transformers, models/qwen2/tokenization_qwen2.py, PRETOKENIZE_REGEX
 PRETOKENIZE_REGEX = (

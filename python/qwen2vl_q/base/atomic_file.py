@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.printable import printable
 
 # Where others may write in the folder, a link would lead to a file of their choice.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from qwen2vl_q.arguments import integer
-from qwen2vl_q.errors import FormatError, UnsupportedError
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.arguments import integer
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.printable import printable
 
 # The released preprocessor_config.json: 4 to 16,384 visual tokens.
 MIN_PIXELS = 4 * 28 * 28

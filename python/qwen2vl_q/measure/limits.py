@@ -7,24 +7,9 @@ from dataclasses import astuple, dataclass
 from itertools import chain
 
 from qwen2vl_q import _native
-from qwen2vl_q.devices import cuda_devices, require_plugin
-from qwen2vl_q.errors import DeviceError
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a part of a forward pass took, and what it had to do at least (a multiply and an add are two)."""
-
-    name: str  # "text ..." or "image ..."
-    calls: float  # a mean over runs need not be whole
-    seconds: float
-    int8_ops: float
-    float_ops: float
-    bytes: float
-
-    @property
-    def is_attention(self) -> bool:
-        return self.name.endswith(" attention")
+from qwen2vl_q.base.errors import DeviceError
+from qwen2vl_q.engine.devices import cuda_devices, require_plugin
+from qwen2vl_q.engine.stats import Stage
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qwen2vl_q import _native
-from qwen2vl_q.errors import DeviceError
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.errors import DeviceError
+from qwen2vl_q.base.printable import printable
 
 PLUGIN_VARIABLE = "QWEN2VL_CUDA_PLUGIN"
 _PACKAGE = "qwen2vl_q_cuda"

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.exceptions import SecurityError
 
-from qwen2vl_q.errors import FormatError
-from qwen2vl_q.printable import printable
-from qwen2vl_q.template_sandbox import METER, Environment, Meter, weight
-from qwen2vl_q.tokenizer import GROUNDING_TOKENS, MAX_SPECIAL_TOKENS, any_of, require_characters
+from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.base.printable import printable
+from qwen2vl_q.chat.template_sandbox import METER, Environment, Meter, weight
+from qwen2vl_q.text.tokenizer import GROUNDING_TOKENS, MAX_SPECIAL_TOKENS, any_of, require_characters
 
 # Qwen/Qwen2-VL-2B-Instruct, chat_template.json
 DEFAULT_TEMPLATE = (

@@ -11,9 +11,9 @@ from numbers import Real
 from typing import Any
 
 from qwen2vl_q._native import Sampler
-from qwen2vl_q.arguments import integer
-from qwen2vl_q.errors import FormatError
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.arguments import integer
+from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.base.printable import printable
 
 _KEYS = {
     "temperature": "temp",

@@ -37,6 +37,22 @@ class GenerationStats:
         return _rate(max(self.generated_tokens - 1, 0), self.decode_seconds)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a part of a forward pass took, and what it had to do at least (a multiply and an add are two)."""
+
+    name: str  # "text ..." or "image ..."
+    calls: float  # a mean over runs need not be whole
+    seconds: float
+    int8_ops: float
+    float_ops: float
+    bytes: float
+
+    @property
+    def is_attention(self) -> bool:
+        return self.name.endswith(" attention")
+
+
 def peak_memory_bytes() -> int | None:
     """The most physical memory that this process has held; None on systems without getrusage."""
     if sys.platform == "win32":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
-from qwen2vl_q.printable import printable
+from qwen2vl_q.base.printable import printable
 
 
 def integer(name: str, value: Any, least: int, most: int) -> int:

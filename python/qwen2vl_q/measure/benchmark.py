@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q import _native
-from qwen2vl_q.image_processor import ImageInput
-from qwen2vl_q.limits import Limits, Stage, mean_stages
+from qwen2vl_q.engine.sampling import Sampling
+from qwen2vl_q.engine.stats import Stage, peak_memory_bytes
+from qwen2vl_q.measure.limits import Limits, mean_stages
 from qwen2vl_q.model import Qwen2VL
-from qwen2vl_q.sampling import Sampling
-from qwen2vl_q.stats import peak_memory_bytes
+from qwen2vl_q.vision.image_processor import ImageInput
 
 Part = Literal["image", "question", "prefill", "decode", "sampled", "streams"]
 PARTS: tuple[Part, ...] = get_args(Part)

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q import _native
-from qwen2vl_q.errors import CacheFullError, Qwen2VLError
-from qwen2vl_q.image_processor import ProcessedImage
-from qwen2vl_q.stats import FinishReason, GenerationStats, peak_memory_bytes
-from qwen2vl_q.text_stream import TextStream
+from qwen2vl_q.base.errors import CacheFullError, Qwen2VLError
+from qwen2vl_q.engine.stats import FinishReason, GenerationStats, peak_memory_bytes
+from qwen2vl_q.text.text_stream import TextStream
+from qwen2vl_q.vision.image_processor import ProcessedImage
 
 # Called with a stage ("load", "image", "prefill") and how far it is, at most every 50 ms. An exception
 # raised in it cancels the call.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 
-from qwen2vl_q.printable import printable
-from qwen2vl_q.tokenizer import Tokenizer
+from qwen2vl_q.base.printable import printable
+from qwen2vl_q.text.tokenizer import Tokenizer
 
 
 class TextStream:

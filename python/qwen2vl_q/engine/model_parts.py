@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen2vl_q import _native
-from qwen2vl_q.chat_template import DEFAULT_TEMPLATE, ChatTemplate
-from qwen2vl_q.errors import FormatError, UnsupportedError
-from qwen2vl_q.image_processor import ImageProcessor
-from qwen2vl_q.printable import printable
-from qwen2vl_q.sampling import Sampling
-from qwen2vl_q.tokenizer import Tokenizer
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.printable import printable
+from qwen2vl_q.chat.chat_template import DEFAULT_TEMPLATE, ChatTemplate
+from qwen2vl_q.engine.sampling import Sampling
+from qwen2vl_q.text.tokenizer import Tokenizer
+from qwen2vl_q.vision.image_processor import ImageProcessor
 
 _PATH_CHARS = 1000  # of a path in an error
 

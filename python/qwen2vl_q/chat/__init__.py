@@ -1,0 +1,1 @@
+"""Conversations, and the prompts that a template makes of them."""

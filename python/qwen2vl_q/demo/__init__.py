@@ -1,0 +1,1 @@
+"""What the packaged model knows: its cards."""

@@ -1,0 +1,1 @@
+"""A loaded model: its configuration and parts, prompts, and many answers at once."""

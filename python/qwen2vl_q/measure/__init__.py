@@ -1,0 +1,1 @@
+"""What a model takes, against what the machine gives."""

@@ -1,0 +1,1 @@
+"""Pictures, as the vision tower takes them."""
