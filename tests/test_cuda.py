@@ -23,6 +23,7 @@ from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
 from qwen2vl_q.engine.devices import cuda_plugin
 from shapes import SHAPES
 from test_demo_answers import FIRST_SEED, same
+from test_sequences import accept_together
 from weight_types import with_weights
 
 FloatArray = NDArray[np.float32]
@@ -218,7 +219,7 @@ def test_streams_together_equal_each_alone(model: Qwen2VL, streams: int) -> None
     for step in range(4):
         tokens = [state.sample(greedy) for state in states]
         assert tokens == [found[0][step] for found in expected]
-        _native.accept_together(states, tokens)
+        accept_together(states, tokens)
         for state, found in zip(states, expected, strict=True):
             np.testing.assert_array_equal(state.logits, found[1][step])
 

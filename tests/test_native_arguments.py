@@ -27,7 +27,7 @@ def calls(model: Qwen2VL, path: Path) -> dict[str, Callable[[Any], object]]:
         "index": lambda n: _native.measure_device_limits("none.so", n),
         "top_k": lambda n: _native.Sampler(top_k=n),
         "token": sequence.accept,
-        "token of many": lambda n: _native.accept_together([sequence], [n]),
+        "token of a step": sequence.push,
         "grid_thw": lambda n: native.position_ids(np.array([1], np.int32), [(1, n, 2)]),
         "image start": lambda n: _native.Prompt(native, np.array([1], np.int32), [(n, (1, 4, 4), bytes(16))]),
     }

@@ -13,6 +13,7 @@ from checkpoints import CheckpointSpec, write_checkpoint
 from conversations import IMAGE_PAD, N_TEXT_TOKENS
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
+from test_sequences import accept_together
 
 SPEC = CheckpointSpec(
     hidden_size=256,
@@ -96,7 +97,7 @@ def test_a_decoded_token_may_stand_among_others(model: Qwen2VL) -> None:
     for n in (2, 16, 48):
         together = states(n)
         for step in range(2):
-            _native.accept_together(together, [tokens[i][step] for i in range(n)])
+            accept_together(together, [tokens[i][step] for i in range(n)])
         for one, other in zip(alone, together, strict=False):
             np.testing.assert_array_equal(other.logits, one.logits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,13 @@ def test_logits_of_a_prompt_longer_than_one_batch(tiny: Qwen2VL) -> None:
 # --- batches ---
 
 
+def accept_together(states: Sequence[_native.SequenceState], tokens: Sequence[int]) -> None:
+    """Computes a token of each in one step."""
+    for state, token in zip(states, tokens, strict=True):
+        state.push(token)
+    _native.step(states, [1] * len(states))
+
+
 def test_sequences_in_a_batch_equal_each_alone(tiny: Qwen2VL) -> None:
     """At other places of the cache, at positions that a picture has moved, each with logits of its own."""
     rng = np.random.default_rng(4)
@@ -126,7 +134,7 @@ def test_sequences_in_a_batch_equal_each_alone(tiny: Qwen2VL) -> None:
         tokens = random_ids(rng, len(pairs))
         for state, token in zip(alone, tokens, strict=True):
             state.accept(token)
-        _native.accept_together(together, tokens)
+        accept_together(together, tokens)
         for one, other in zip(alone, together, strict=True):
             assert one.n_cells == other.n_cells
             assert_same(other.logits, one.logits)
@@ -157,23 +165,33 @@ def test_batches_are_checked(tiny: Qwen2VL, tiny_gguf: Path) -> None:
     empty = _native.SequenceState(tiny._native, 8)
     full = _native.SequenceState(tiny._native, 2)
     full.prefill(prompt, [])
+    long = _native.SequenceState(tiny._native, 2 * ROWS)
+    long.begin(_native.Prompt(tiny._native, np.ones(2 * ROWS, np.int32)), [])
     before = a.logits
-    _native.accept_together([], [])
-    for states, tokens, message in (
-        ([a, b], [1], "a token for each of 2 sequences, found 1"),
+    for state, token, message in (
+        (empty, 1, "nothing has been evaluated yet"),
+        (full, 1, "the context is full: it holds 2 tokens"),
+        (a, 1040, "expected an id below 1040, found 1040"),
+        (a, -1, "token: expected 0 to 2147483647, found -1"),
+    ):
+        for call in (state.accept, state.push):
+            with pytest.raises(ValueError, match=message):
+                call(token)
+    _native.step([], [])
+    for state in (a, b, other):
+        state.push(1)
+    for states, rows, message in (
+        ([a, b], [1], "rows for each of 2 sequences, found 1"),
         ([a, a], [1, 1], "different sequences of one model"),
         ([b, a, b], [1, 1, 1], "different sequences of one model"),
         ([a, other], [1, 1], "different sequences of one model"),
-        ([a, empty], [1, 1], "nothing has been evaluated yet"),
-        ([a, full], [1, 1], "the context is full: it holds 2 tokens"),
-        ([a, b], [1, 1040], "expected an id below 1040, found 1040"),
-        ([a, b], [1, -1], "token: expected 0 to 2147483647, found -1"),
-        ([a] * (ROWS + 1), [1] * (ROWS + 1), f"expected {ROWS} sequences at most, found {ROWS + 1}"),
+        ([a, b], [1, 2], "expected 1 to 1 rows of a sequence, found 2"),
+        ([a, long], [1, ROWS], f"expected {ROWS} rows at most, found {ROWS + 1}"),
     ):
         with pytest.raises(ValueError, match=message):
-            _native.accept_together(states, tokens)
+            _native.step(states, rows)
         np.testing.assert_array_equal(a.logits, before)
-        assert (a.n_cells, b.n_cells) == (2, 2)
+        assert [(s.n_cells, s.waiting) for s in (a, b)] == [(2, 1)] * 2
 
 
 # --- videos ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Thread
+
 import numpy as np
 import pytest
 
@@ -93,6 +95,30 @@ def test_a_cancelled_step_can_be_taken_again(tiny: Qwen2VL) -> None:
             _native.step([state], [rows])
     with pytest.raises(ValueError, match="rows for each of 1 sequences, found 0"):
         _native.step([state], [])
+
+
+def test_threads_take_steps_of_their_own(tiny: Qwen2VL) -> None:
+    """Sequences, and what may be asked of the model meanwhile, without a scheduler above them."""
+
+    def tokens(seed: int) -> list[int]:
+        state, greedy, drawn = sequence(tiny, text(tiny, seed, 70), []), _native.Sampler(), []
+        for _ in range(8):
+            drawn.append(state.sample(greedy))
+            state.accept(drawn[-1])
+        return drawn
+
+    expected = [tokens(seed) for seed in range(4)]
+    native = tiny._native
+    found: dict[int, list[int]] = {}
+    threads = [Thread(target=lambda i: found.update({i: tokens(i)}), args=[seed]) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        native.forget()
+        assert native.idle_pages >= 0 and native.cache_bytes >= 0 and native.weight_bytes > 0
+    assert [found[seed] for seed in range(4)] == expected
+    native.forget()
+    assert (native.idle_pages, native.cache_bytes) == (0, 0)
 
 
 def test_only_allowed_tokens_are_drawn(tiny: Qwen2VL) -> None:

@@ -269,7 +269,20 @@ class PySequence {
     return out;
   }
 
-  void accept(const py::object& token) { accept_together({this}, {token}); }
+  void accept(const py::object& token) {
+    const int32_t id = token_id(token);
+    const auto mine = turn();
+    engine_->push(sequence_, id);
+    const StepRows row{&sequence_};
+    const Progress report = make_progress(std::nullopt);
+    const py::gil_scoped_release release;
+    try {
+      engine_->step({&row, 1}, report);
+    } catch (...) {
+      sequence_.drop_waiting();
+      throw;
+    }
+  }
 
   int32_t sample(Sampler& sampler, const std::optional<AllowedArray>& allowed) {
     static_assert(sizeof(bool) == 1);
@@ -292,36 +305,6 @@ class PySequence {
     }
     if (values.empty()) throw std::invalid_argument("logits: nothing has been evaluated yet");
     return FloatArray(static_cast<py::ssize_t>(values.size()), values.data());
-  }
-
-  static void accept_together(const std::vector<PySequence*>& states, const std::vector<py::object>& tokens) {
-    if (states.empty()) return;
-    if (states.size() != tokens.size())
-      throw std::invalid_argument("accept_together: expected a token for each of " +
-                                  std::to_string(states.size()) + " sequences, found " +
-                                  std::to_string(tokens.size()));
-    Engine& engine = engine_of(states);
-    const int64_t most = engine.backend().max_batch_rows();
-    if (std::ssize(states) > most)
-      throw std::invalid_argument("accept_together: expected " + std::to_string(most) +
-                                  " sequences at most, found " + std::to_string(states.size()));
-    std::vector<int32_t> ids;
-    for (const py::object& token : tokens) ids.push_back(token_id(token));
-    const auto mine = turns(states);
-    for (size_t i = 0; i < states.size(); ++i) engine.require_pushable(states[i]->sequence_, ids[i]);
-    std::vector<StepRows> batch;
-    for (size_t i = 0; i < states.size(); ++i) {
-      engine.push(states[i]->sequence_, ids[i]);
-      batch.push_back({&states[i]->sequence_});
-    }
-    const Progress report = make_progress(std::nullopt);
-    const py::gil_scoped_release release;
-    try {
-      engine.step(batch, report);
-    } catch (...) {
-      for (const StepRows& s : batch) s.sequence->drop_waiting();
-      throw;
-    }
   }
 
   static void step(const std::vector<PySequence*>& states, const std::vector<int64_t>& rows,
@@ -495,7 +478,6 @@ void register_engine(py::module_& m) {
       .def("sample", &PySequence::sample, py::arg("sampler"), py::arg("allowed") = py::none());
   m.def("read_config", &read_config_of, py::arg("path"), py::arg("mmproj") = py::none());
   m.def("step", &PySequence::step, py::arg("states"), py::arg("rows"), py::arg("progress") = py::none());
-  m.def("accept_together", &PySequence::accept_together, py::arg("states"), py::arg("tokens"));
 }
 
 }  // namespace qwen2vl::bindings

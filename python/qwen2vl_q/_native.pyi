@@ -283,10 +283,6 @@ def step(
     """Computes the first rows[i] of the cells that wait in states[i], in one forward pass, whose layers
     `progress` counts. Cancelled, or with CacheFullError: the sequences are as before."""
 
-def accept_together(states: AbstractSequence[SequenceState], tokens: AbstractSequence[int]) -> None:
-    """One more token of each of several sequences of one model, in one forward pass. ValueError: a sequence
-    twice or of another model; as accept."""
-
 class Sampler:
     """temperature 0 is greedy (the first of equal logits). Order: repetition penalty, temperature,
     top_k, top_p, min_p, draw."""
