@@ -11,7 +11,7 @@
 namespace qwen2vl::cpu {
 
 /// What becomes of a quantized layer's input rows in the fast precision: the one choice of what its products
-/// lose and cost (bench/README.md has both by layer).
+/// lose and cost (docs/decisions/0011, 0016, 0023).
 enum class Inputs {
   Groups,  ///< 8 bits per 256 columns of a prompt's rows, and the weights requantized: 8e-5 of the energy
   Blocks,  ///< 8 bits per 32 columns: 2e-5, a fifth more time
