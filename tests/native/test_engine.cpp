@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -24,9 +25,9 @@ ModelOptions two_threads() {
 
 /// Every third begins as the others of its kind do, for more than a page.
 Prompt prompt(const Engine& engine, int seed) {
-  std::vector<int32_t> ids;
+  std::vector<int64_t> ids;
   for (int i = 0; i < 70 + 5 * seed; ++i) ids.push_back((i < 66 ? seed % 3 : seed) * 31 % 200 + i % 50);
-  return Prompt(engine.config(), ids, {});
+  return Prompt(engine.config(), ids, {}, kContext);
 }
 
 /// The greedy tokens after each prompt, whose rows are computed in shared steps, `chunk` of a prompt.
@@ -56,12 +57,20 @@ std::vector<std::vector<int32_t>> answers(Engine& engine, const std::vector<Prom
   return drawn;
 }
 
+/// The tower's rows of a still, a piece in each turn.
 std::vector<float> seen(Engine& engine, const std::vector<uint8_t>& pixels, const GridTHW& grid) {
   const VisionConfig& vision = *engine.config().vision;
   std::vector<float> levels(static_cast<size_t>(vision.in_channels) * 256);
   for (size_t i = 0; i < levels.size(); ++i) levels[i] = static_cast<float>(i % 256) / 128 - 1;
   std::vector<float> out(static_cast<size_t>(vision_cells(grid, vision) * vision.hidden_size));
-  Engine::Turn(engine).backend.encode_pixels(pixels.data(), levels.data(), grid, out.data(), kQuiet);
+  std::unique_ptr<VisionPass> pass;
+  for (bool done = false; !done;) {
+    Engine::Turn turn(engine);
+    if (!pass) pass = turn.backend.begin_vision({grid, nullptr, pixels.data(), levels.data()}, out.data());
+    done = pass->advance(0, kQuiet);
+  }
+  Engine::Turn turn(engine);
+  pass.reset();
   return out;
 }
 
