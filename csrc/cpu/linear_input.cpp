@@ -21,11 +21,10 @@ QuantizedInput quantize_input(Context& ctx, const PackedLinear& layer, const Inp
   const int64_t cols = layer.in_features;
   const bool grouped = !fine && x.decoded == 0 && has_groups(ctx, layer), centered = !center.mean.empty();
   QuantizedInput input;
-  input.count = x.rows;
   if (grouped)
     input.grouped = ctx.scratch.grouped_rows(x.rows, cols);
   else
-    input.rows = ctx.scratch.quantized_rows(fine ? 2 * x.rows : x.rows, cols);
+    input.rows = ctx.scratch.quantized_rows(x.rows, cols, fine ? 2 : 1);
   for (auto& found : ctx.scratch.outliers) found.clear();
   ctx.for_rows_on_threads(x.rows, [&](int64_t r, int thread) {
     const float* row = x.data + r * x.stride;
@@ -49,11 +48,6 @@ QuantizedInput quantize_input(Context& ctx, const PackedLinear& layer, const Inp
       ctx.kernels.quantize_groups(row, cols, 1, input.grouped, r);
     else
       ctx.kernels.quantize_rows(row, cols, 1, input.rows, r);
-    if (fine) {
-      const QuantizedRows& q = input.rows;
-      ctx.kernels.subtract_quantized(row, q.values + r * cols, q.scales + r * (cols / kBlock32), cols, rest);
-      ctx.kernels.quantize_rows(rest, cols, 1, q, x.rows + r);
-    }
   });
   input.outliers = gather_outliers(ctx.scratch.outliers, x.rows, ctx.scratch.outlier_values);
   return input;

@@ -36,8 +36,7 @@ bool has_groups(const Context& ctx, const PackedLinear& layer);
 
 /// What the quantized parts of a layer multiply: the rows in 8 bits, less their outlier columns, and these.
 struct QuantizedInput {
-  int64_t count = 0;
-  QuantizedRows rows;   ///< [count]; of fine parts [2][count]: the rows, and what 8 bits have left of them
+  QuantizedRows rows;   ///< of two planes where a part is fine
   GroupedRows grouped;  ///< instead, where these have rows
   OutlierMatrix outliers;
 };

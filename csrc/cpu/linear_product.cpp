@@ -29,45 +29,18 @@ void LinearProduct::operator()(const PanelMatrix& w, const MatmulTask& task, con
                                int thread, bool fine) const {
   std::byte* scratch = ctx_.scratch.threads[thread].kernel_bytes();
   if (!in_8_bits(w)) return multiply_float(w, task, out, scratch);
-  if (fine)
-    multiply_fine(w, task, out, ctx_.scratch.threads[thread]);
-  else
-    multiply_quantized(w, task, out, scratch);
+  multiply_quantized(w, task, out, scratch, fine);
   add_outliers(w, task, out, scratch);
 }
 
 void LinearProduct::multiply_quantized(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
-                                       std::byte* scratch) const {
-  if (quantized_.grouped.rows > 0)
+                                       std::byte* scratch, bool fine) const {
+  if (quantized_.grouped.rows > 0) {
     ctx_.kernels.matmul_groups(w, quantized_.grouped, task, out, scratch);
-  else
-    ctx_.kernels.matmul_q8(w, quantized_.rows, task, out, scratch);
-}
-
-void LinearProduct::multiply_fine(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
-                                  ThreadScratch& scratch) const {
-  const int64_t width = task.panels() * kPanelRows;
-  const int64_t rows = quantized_.count;
-  float* sums = scratch.fine_sums.resize(2 * rows * width);
-  const auto multiply = [&](int64_t row_begin, int64_t row_end) {
-    ctx_.kernels.matmul_q8(from_panel(w, task.panel_begin), quantized_.rows,
-                           {0, task.panels(), row_begin, row_end}, {sums, width, nullptr, Store::Overwrite},
-                           scratch.kernel_bytes());
-  };
-  if (task.rows() == rows) {  // the weights are read once
-    multiply(0, 2 * rows);
   } else {
-    multiply(task.row_begin, task.row_end);
-    multiply(rows + task.row_begin, rows + task.row_end);
-  }
-  const int64_t first = task.panel_begin * kPanelRows, columns = std::min(width, w.rows - first);
-  for (int64_t m = task.row_begin; m < task.row_end; ++m) {
-    const float *coarse = sums + m * width, *rest = coarse + rows * width;
-    float* row = out.data + m * out.stride + first;
-    for (int64_t c = 0; c < columns; ++c) {
-      const float sum = coarse[c] + rest[c] + (out.bias != nullptr ? out.bias[first + c] : 0.0f);
-      row[c] = out.store == Store::Accumulate ? row[c] + sum : sum;
-    }
+    QuantizedRows rows = quantized_.rows;
+    if (!fine) rows.planes = 1;
+    ctx_.kernels.matmul_q8(w, rows, task, out, scratch);
   }
 }
 

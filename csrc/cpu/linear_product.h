@@ -22,9 +22,7 @@ class LinearProduct {
  private:
   bool in_8_bits(const PanelMatrix& w) const;
   void multiply_quantized(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
-                          std::byte* scratch) const;
-  void multiply_fine(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
-                     ThreadScratch& scratch) const;
+                          std::byte* scratch, bool fine) const;
   void add_outliers(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
                     std::byte* scratch) const;
   void multiply_float(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,

@@ -14,7 +14,7 @@ namespace qwen2vl::cpu {
 enum class Inputs {
   Groups,  ///< 8 bits per 256 columns of a prompt's rows, and the weights requantized: 8e-5 of the energy
   Blocks,  ///< 8 bits per 32 columns: 2e-5, a fifth more time
-  Fine,    ///< 16 bits, as two rows of 8: 1e-9, twice the products; of one row, the weights are read once
+  Fine,    ///< 16 bits, as two planes of 8: 1e-9, twice the products, the weights read once
 };
 
 /// One or several Linear layers over the same input, repacked for the kernels and run as one matmul whose

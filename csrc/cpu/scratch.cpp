@@ -8,13 +8,14 @@ int64_t round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
-QuantizedRows Scratch::quantized_rows(int64_t rows, int64_t cols) {
-  const int64_t values = round64(rows * cols);
-  const int64_t per_block = round64(rows * (cols / kBlock32) * 4);
+QuantizedRows Scratch::quantized_rows(int64_t rows, int64_t cols, int planes) {
+  const int64_t values = round64(planes * rows * cols);
+  const int64_t per_block = round64(planes * rows * (cols / kBlock32) * 4);
   uint8_t* p = grow(quantized, values + 4 * per_block);
   QuantizedRows q;
   q.rows = rows;
   q.cols = cols;
+  q.planes = planes;
   q.values = reinterpret_cast<int8_t*>(p);
   q.scales = reinterpret_cast<float*>(p + values);
   q.corrections32 = reinterpret_cast<int32_t*>(p + values + per_block);

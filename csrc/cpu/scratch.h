@@ -16,9 +16,8 @@ struct ThreadScratch {
   /// Of a kernel: matmul_scratch_bytes or an attention tile; while weights are packed, their rows as a file
   /// has them.
   AlignedBuffer kernel;
-  FloatBuffer row;        ///< [in_features] a row less its mean and outliers, [in_features / 32] its maxima
-  FloatBuffer fine_sums;  ///< [2 rows][columns of a task]: products of the rows, and of what 8 bits have left
-  FloatBuffer up;         ///< [rows][columns of a task]: SwiGLU's factor of silu(gate)
+  FloatBuffer row;  ///< [in_features] a row less its mean and outliers, [in_features / 32] its maxima
+  FloatBuffer up;   ///< [rows][columns of a task]: SwiGLU's factor of silu(gate)
 
   std::byte* kernel_bytes() const { return reinterpret_cast<std::byte*>(kernel.data()); }
 };
@@ -36,7 +35,7 @@ struct Scratch {
   FloatBuffer outlier_values;                  ///< [rows][columns that have outliers]
   AlignedBuffer quantized;                     ///< what one of the following two has last returned
 
-  QuantizedRows quantized_rows(int64_t rows, int64_t cols);
+  QuantizedRows quantized_rows(int64_t rows, int64_t cols, int planes);
   GroupedRows grouped_rows(int64_t rows, int64_t cols);
 
   /// Room for ThreadScratch::kernel of every thread, outside parallel loops; within one, at most so much is
