@@ -170,7 +170,7 @@ class Bench {
     std::vector<float> expected(w.rows * x.rows);
     AlignedBuffer scratch(matmul_scratch_bytes(w.cols));
     const int64_t panels = std::min<int64_t>(w.panel_count(), 64);
-    select_kernels("generic").matmul_q8(w, 0, panels, x, x.rows - 1, x.rows,
+    select_kernels("generic").matmul_q8(w, x, {0, panels, x.rows - 1, x.rows},
                                         {expected.data(), w.rows, nullptr, Store::Overwrite},
                                         scratch.as<std::byte>());
     const int64_t begin = (x.rows - 1) * w.rows;
@@ -191,8 +191,9 @@ class Bench {
     const Timing t = time_of([&] {
       for (int64_t m = 0; m < x.rows; m += rows_per_task)
         pool_.parallel_for(tasks, 1, [&](int64_t begin, int64_t end, int thread) {
-          kernels_.matmul_q8(w, begin * panels_per_task, std::min(end * panels_per_task, w.panel_count()), x,
-                             m, std::min(m + rows_per_task, x.rows),
+          kernels_.matmul_q8(w, x,
+                             {begin * panels_per_task, std::min(end * panels_per_task, w.panel_count()), m,
+                              std::min(m + rows_per_task, x.rows)},
                              {out.data(), w.rows, nullptr, Store::Overwrite},
                              scratch[thread].as<std::byte>());
         });
@@ -234,7 +235,7 @@ class Bench {
     const int64_t panels = w.panels.panel_count();
     const auto run = [&](const KernelTable& kernels, int64_t first, int64_t n, int64_t m, int64_t end,
                          float* to, int thread) {
-      kernels.matmul_groups(w.panels, first, std::min(first + n, panels), x, m, end,
+      kernels.matmul_groups(w.panels, x, {first, std::min(first + n, panels), m, end},
                             {to, s.n, nullptr, Store::Overwrite}, scratch[thread].as<std::byte>());
     };
     const Timing t = time_of([&] {

@@ -59,6 +59,14 @@ struct MatmulOutput {
   Store store = Store::Overwrite;
 };
 
+/// What one call of a quantized matmul multiplies: panels of the weights with rows of the activations.
+struct MatmulTask {
+  int64_t panel_begin, panel_end, row_begin, row_end;
+
+  int64_t panels() const { return panel_end - panel_begin; }
+  int64_t rows() const { return row_end - row_begin; }
+};
+
 /// Loops that do nothing but the most that one core can do with an instruction set (peaks.cpp): ceilings to
 /// measure kernels against. The arithmetic ones go `iterations` rounds and return how many operations (a
 /// multiply and an add are two) they did.
@@ -83,12 +91,12 @@ struct KernelTable {
   void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, const QuantizedRows& out,
                         int64_t row_begin);
 
-  /// out[m][n] for m in [row_begin, row_end) and n of panels [panel_begin, panel_end), with activations of 8
-  /// or 16 bits. The planes' integer sums are added before they become floats.
+  /// out[m][n] for the task's rows m and the n of its panels, with activations of 8 or 16 bits. The planes'
+  /// integer sums are added before they become floats.
   /// `w` is quantized. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's thread's own
   /// (only the plain kernels use it). Only columns below w.rows are written.
-  void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
-                    int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
+  void (*matmul_q8)(const PanelMatrix& w, const QuantizedRows& x, const MatmulTask& task,
+                    const MatmulOutput& out, std::byte* scratch);
 
   // --- quantized matmul of many rows ---
 
@@ -105,9 +113,9 @@ struct KernelTable {
   /// and n round(127 * 256 / largest * scale or minimum). Products within a group are then exact integers and
   /// only groups cost float arithmetic; they are added as fma(sum, w_scale * x_scale, total), in order: the
   /// same bits on every set.
-  /// `scratch`: matmul_scratch_bytes. row_end - row_begin is at most kMaxGroupedRows.
-  void (*matmul_groups)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
-                        int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
+  /// `scratch`: matmul_scratch_bytes. The task has at most kMaxGroupedRows rows.
+  void (*matmul_groups)(const PanelMatrix& w, const GroupedRows& x, const MatmulTask& task,
+                        const MatmulOutput& out, std::byte* scratch);
 
   // --- float32 matmul ---
 

@@ -240,41 +240,41 @@ void multiply_rows(int64_t rows, GroupTile t) {
 struct GroupedProblem {
   const PanelMatrix& w;
   const GroupedRows& x;
-  int64_t row_begin, row_end;
+  const MatmulTask& task;
   const MatmulOutput& out;
   std::byte* scratch;
 };
 
-/// All rows with P panels from `panel`.
+/// The task's rows with P panels from `panel`.
 template <DType T, int P>
 void multiply_panels(const GroupedProblem& t, int64_t panel) {
   const GroupedRows& x = t.x;
-  const int64_t rows = t.row_end - t.row_begin;
   auto* weights = reinterpret_cast<uint8_t*>(t.scratch);
   auto* scales = reinterpret_cast<float*>(weights + kTilePanels * kPanelRows * kGroupColumns);
   float* sums = scales + kTilePanels * kPanelRows;
   for (int64_t g = 0; g < x.groups(); ++g) {
-    const int64_t columns = x.columns(g), at = g * x.rows + t.row_begin;
+    const int64_t columns = x.columns(g), at = g * x.rows + t.task.row_begin;
     for (int p = 0; p < P; ++p)
       requantize_panel<T>(t.w, panel + p, g * kGroupBlocks, columns / kBlock32,
                           weights + p * kPanelRows * kGroupColumns, scales + p * kPanelRows);
-    multiply_rows<P>(
-        rows, {x.values + at * kGroupColumns, x.scales + at, x.corrections + at, weights, scales, columns,
-               sums, g == 0, g + 1 == x.groups(), t.out, t.row_begin, panel * kPanelRows, t.w.rows});
+    multiply_rows<P>(t.task.rows(), {x.values + at * kGroupColumns, x.scales + at, x.corrections + at,
+                                     weights, scales, columns, sums, g == 0, g + 1 == x.groups(), t.out,
+                                     t.task.row_begin, panel * kPanelRows, t.w.rows});
   }
 }
 
 template <DType T>
-void multiply(const GroupedProblem& t, int64_t panel_begin, int64_t panel_end) {
-  int64_t panel = panel_begin;
-  for (; panel + kTilePanels <= panel_end; panel += kTilePanels) multiply_panels<T, kTilePanels>(t, panel);
-  for (; panel < panel_end; ++panel) multiply_panels<T, 1>(t, panel);
+void multiply(const GroupedProblem& t) {
+  int64_t panel = t.task.panel_begin;
+  for (; panel + kTilePanels <= t.task.panel_end; panel += kTilePanels)
+    multiply_panels<T, kTilePanels>(t, panel);
+  for (; panel < t.task.panel_end; ++panel) multiply_panels<T, 1>(t, panel);
 }
 
-void matmul_groups(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
-                   int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch) {
-  const GroupedProblem t{w, x, row_begin, row_end, out, scratch};
-  visit_quantized(w.type, [&]<DType T>() { multiply<T>(t, panel_begin, panel_end); });
+void matmul_groups(const PanelMatrix& w, const GroupedRows& x, const MatmulTask& task,
+                   const MatmulOutput& out, std::byte* scratch) {
+  const GroupedProblem t{w, x, task, out, scratch};
+  visit_quantized(w.type, [&]<DType T>() { multiply<T>(t); });
 }
 
 }  // namespace
