@@ -11,6 +11,8 @@
 namespace qwen2vl::cpu {
 namespace {
 
+constexpr double kRopeTheta = 10000;  // of transformers' VisionRotaryEmbedding: no file says it
+
 // Rows that go through the row-wise stages together: their activations stay in cache, the buffers of the
 // wide layers do not grow with the image, and a piece of work takes a few hundredths of a second.
 constexpr int64_t kRows = 512;
@@ -154,8 +156,8 @@ Rotation VisionEncoder::rotation(const GridTHW& grid) const {
   const int64_t half = config_.head_dim / 2, quarter = config_.head_dim / 4;
   std::vector<float> inv_freq(quarter);
   for (int64_t i = 0; i < quarter; ++i)
-    inv_freq[i] =
-        static_cast<float>(1.0 / std::pow(10000.0, static_cast<double>(2 * i) / static_cast<double>(half)));
+    inv_freq[i] = static_cast<float>(
+        1.0 / std::pow(kRopeTheta, static_cast<double>(2 * i) / static_cast<double>(half)));
   const int64_t step_rows = grid.h * grid.w;
   Rotation rotation{std::vector<float>(step_rows * half), std::vector<float>(step_rows * half)};
   for (int64_t r = 0; r < step_rows; ++r) {
