@@ -240,9 +240,9 @@ Pieces FullAttention::run(Context& ctx, float* qkv, int64_t rows, const Rotation
     co_yield 0;
     const int64_t n = std::min(of_a_piece, n_tasks - first);
     const auto counted = stage(static_cast<double>(n) / static_cast<double>(n_tasks));
-    ctx.reserve_scratch(FullTile<T>::scratch_bytes(head_dim_));
+    ctx.scratch.reserve_kernel(FullTile<T>::scratch_bytes(head_dim_));
     ctx.pool.parallel_for(n, 1, [&](int64_t begin, int64_t end, int thread) {
-      FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch(thread));
+      FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch.threads[thread].kernel_bytes());
       for (int64_t t = first + begin; t < first + end; ++t) {
         const int64_t h = t / tiles, row = t % tiles * kTileRows;
         tile(qkv + row * stride + h * head_dim_, stride, std::min(kTileRows, rows - row), rotation, row, rows,

@@ -34,7 +34,7 @@ Prompt::Prompt(const ModelConfig& config, std::span<const int64_t> token_ids,
     for (int64_t at = items_[i].start; at < items_[i].end; ++at) {
       cells_[at].patch = static_cast<int32_t>(at - items_[i].start);
       cells_[at].grid = images[i].grid;
-      cells_[at].item = images[i].key;
+      cells_[at].image = images[i].key;
     }
 }
 

@@ -17,7 +17,7 @@ struct PromptImage {
   std::array<uint8_t, 16> key{};
 };
 
-/// Token ids with the vision items that stand in them, checked against the model.
+/// Token ids with the images and videos that stand in them, checked against the model.
 class Prompt {
  public:
   /// Throws std::invalid_argument for more than n_ctx tokens, for ids out of range and for images that do not
