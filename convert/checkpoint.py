@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,17 @@ from safetensors import SafetensorError, safe_open
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.files import quoted, read_json
-from qwen2vl_q.convert.tensor_map import MappedTensor
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# Little-endian storage; numpy has no bfloat16, so its bits are read and widened here.
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+FLOATS = ("F32", "F16", "BF16")
+# Little-endian storage; numpy has no bfloat16, so its bits are read and widened here. I32 are packed words.
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I32": np.dtype("<u4"),
+}
 # Tables that old versions of transformers saved and every runtime computes.
 _DERIVED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
 _SHOWN = 3  # of the tensors that do not fit
@@ -37,6 +42,13 @@ class StoredTensor:
 
     def __str__(self) -> str:
         return f"{printable(self.name, 80)} {printable(list(self.shape), 40)}"
+
+
+class ExpectedTensor(NamedTuple):
+    name: str  # canonical
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+    optional: bool = False
 
 
 def canonical_name(name: str) -> str:
@@ -65,22 +77,26 @@ class Checkpoint:
                     )
                 self.tensors[name] = tensor
 
-    def check(self, expected: Iterable[MappedTensor], ignored: Iterable[str]) -> None:
+    def check(self, expected: Iterable[ExpectedTensor], ignored: Iterable[str]) -> None:
         """Raises one FormatError for all missing, unexpected, misshapen and unreadable tensors; it names the
         first few."""
-        wanted = {tensor.source: tensor.source_shape for tensor in expected}
+        wanted = {tensor.name: tensor for tensor in expected}
         problems = [
-            f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in self.tensors
+            f"missing: {tensor.name} {list(tensor.shape)}"
+            for tensor in wanted.values()
+            if tensor.name not in self.tensors and not tensor.optional
         ]
         skip = set(ignored)
         for name, stored in self.tensors.items():
             if name not in wanted:
                 if name not in skip and not name.endswith(_DERIVED):
                     problems.append(f"unexpected: {stored} in {stored.file.name}")
-            elif stored.shape != wanted[name]:
-                problems.append(f"misshapen: {stored}, expected {list(wanted[name])}")
-            elif stored.dtype not in _DTYPES:
-                problems.append(f"type: {stored} is {stored.dtype}, expected F32, F16 or BF16")
+            elif stored.shape != wanted[name].shape:
+                problems.append(f"misshapen: {stored}, expected {list(wanted[name].shape)}")
+            elif stored.dtype not in wanted[name].dtypes:
+                *most, last = wanted[name].dtypes
+                names = f"{', '.join(most)} or {last}" if most else last
+                problems.append(f"type: {stored} is {stored.dtype}, expected {names}")
         if problems:
             listing = "; ".join(problems[:_SHOWN])
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -90,7 +106,19 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop of a tensor's first axis, as float32 [stop - start, ...]."""
+        values = self._load(self.tensors[name], start, stop)
+        if self.tensors[name].dtype == "BF16":
+            wide = values.astype(np.uint32)
+            wide <<= 16
+            values = wide.view(np.float32)
+        return np.asarray(values, np.float32)
+
+    def load(self, name: str) -> NDArray[Any]:
+        """A whole tensor as it is stored."""
         tensor = self.tensors[name]
+        return self._load(tensor, 0, tensor.shape[0])
+
+    def _load(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[Any]:
         dtype = _DTYPES[tensor.dtype]
         row = math.prod(tensor.shape[1:])
         count = (stop - start) * row
@@ -100,11 +128,7 @@ class Checkpoint:
         )
         if values.size != count:
             raise FormatError(f"{tensor.file}: tensor '{tensor.name}': the file ends within it")
-        if tensor.dtype == "BF16":
-            wide = values.astype(np.uint32)
-            wide <<= 16
-            values = wide.view(np.float32)
-        return np.asarray(values, np.float32).reshape(stop - start, *tensor.shape[1:])
+        return values.reshape(stop - start, *tensor.shape[1:])
 
 
 def _shard_files(folder: Path) -> list[Path]:

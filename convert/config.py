@@ -10,6 +10,7 @@ from pathlib import Path
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.files import as_float32, quoted, read_json
+from qwen2vl_q.convert.quantization import Packing, read_packing
 
 # Values that transformers leaves out of a saved config.json where they equal its defaults
 # (Qwen2VLTextConfig, Qwen2VLVisionConfig). Shapes are checked against the tensors afterwards.
@@ -87,6 +88,7 @@ class CheckpointConfig:
     vision: VisionConfig
     tie_word_embeddings: bool
     token_ids: Mapping[str, int]  # "image_token_id": 151655, ...: those that config.json gives
+    packing: Packing | None  # of the matrices that are quantized already
 
 
 class _Section:
@@ -156,7 +158,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         for key, value in section.items()
         if key.endswith("_token_id") and isinstance(value, int) and not isinstance(value, bool)
     }
-    return CheckpointConfig(path, text, vision, tied, ids)
+    return CheckpointConfig(path, text, vision, tied, ids, read_packing(path, root))
 
 
 def _object(path: Path, root: Mapping[str, object], key: str) -> dict[str, object]:
@@ -172,13 +174,6 @@ def _check_architecture(path: Path, root: Mapping[str, object]) -> None:
         raise UnsupportedError(
             f"{path}: model_type: expected 'qwen2_vl', found {quoted(model_type)} "
             f"({printable(root.get('architectures'))})"
-        )
-    quantization = root.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(
-            f"{path}: the checkpoint is already quantized ({printable(method)}): "
-            "convert the original one instead"
         )
 
 

@@ -22,7 +22,7 @@ from rich.progress import (
 
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
-from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint
+from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint, default_recipe
 from qwen2vl_q.convert.files import download, is_hub_id
 
 
@@ -44,9 +44,7 @@ def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) 
     "--type",
     "type_",
     type=click.Choice(FILE_TYPES, case_sensitive=False),
-    default="q4_0",
-    show_default=True,
-    help="Of the weights.",
+    help="Of the weights.  [default: q4_0; of quantized checkpoints the one that keeps their integers]",
 )
 @click.option(
     "--vision-type",
@@ -56,7 +54,12 @@ def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) 
 @click.option("--name", help="The model's name in the file.  [default: from SRC]")
 @click.option("--force", is_flag=True, help="Overwrite OUT.gguf where it exists.")
 def convert(
-    source: str, out: Path, type_: FileType, vision_type: FileType | None, name: str | None, force: bool
+    source: str,
+    out: Path,
+    type_: FileType | None,
+    vision_type: FileType | None,
+    name: str | None,
+    force: bool,
 ) -> None:
     """Convert a Qwen2-VL checkpoint to one GGUF file.
 
@@ -66,6 +69,10 @@ def convert(
 
     Norms and biases stay F32. In q4_0 files the embeddings and the head are Q6_K, the vision tower Q8_0. A
     matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says which.
+
+    Of GPTQ and AWQ checkpoints the integers are kept as they are, in Q4_0, Q5_0 or Q8_0, unless --type asks
+    for another type; where they cannot be (act-order), matrices become Q8_0. Notes at the end say what was
+    done and what it cost.
 
     \b
     Examples:
@@ -88,7 +95,7 @@ def convert(
         report = convert_checkpoint(
             folder,
             out,
-            Recipe(type_, vision_type),
+            Recipe(type_, vision_type) if type_ else default_recipe(folder, vision_type),
             name,
             force,
             lambda done, total: progress.update(task, completed=done, total=total),
