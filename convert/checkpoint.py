@@ -20,12 +20,14 @@ from qwen2vl_q.convert.files import quoted, read_json
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 FLOATS = ("F32", "F16", "BF16")
-# Little-endian storage; numpy has no bfloat16, so its bits are read and widened here. I32 are packed words.
+# Little-endian storage; numpy has no bfloat16, so its bits are read and widened here. I32 are packed words,
+# U8 packed bytes.
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "I32": np.dtype("<u4"),
+    "U8": np.dtype("u1"),
 }
 # Tables that old versions of transformers saved and every runtime computes.
 _DERIVED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
@@ -106,19 +108,17 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop of a tensor's first axis, as float32 [stop - start, ...]."""
-        values = self._load(self.tensors[name], start, stop)
+        values = self.load(name, start, stop)
         if self.tensors[name].dtype == "BF16":
             wide = values.astype(np.uint32)
             wide <<= 16
             values = wide.view(np.float32)
         return np.asarray(values, np.float32)
 
-    def load(self, name: str) -> NDArray[Any]:
-        """A whole tensor as it is stored."""
+    def load(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows start..stop of a tensor, or the whole, as it is stored."""
         tensor = self.tensors[name]
-        return self._load(tensor, 0, tensor.shape[0])
-
-    def _load(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[Any]:
+        stop = tensor.shape[0] if stop is None else stop
         dtype = _DTYPES[tensor.dtype]
         row = math.prod(tensor.shape[1:])
         count = (stop - start) * row

@@ -35,7 +35,9 @@ def is_packed(checkpoint: Checkpoint, name: str) -> bool:
     return f"{_module(name)}.qweight" in checkpoint.tensors
 
 
-def packed_tensors(packing: Packing, name: str, rows: int, columns: int) -> list[ExpectedTensor]:
+def packed_tensors(
+    checkpoint: Checkpoint, packing: Packing, name: str, rows: int, columns: int
+) -> list[ExpectedTensor]:
     """What stands for the weight `name` [rows, columns]. FormatError where its sizes cannot be packed."""
     per_word = 32 // packing.bits
     group = packing.group_size or columns
@@ -68,7 +70,7 @@ def packed_tensors(packing: Packing, name: str, rows: int, columns: int) -> list
 class PackedWeight:
     """One packed matrix [rows, columns]; its words are read when the first integers are wanted."""
 
-    def __init__(self, checkpoint: Checkpoint, packing: Packing, name: str, columns: int):
+    def __init__(self, checkpoint: Checkpoint, packing: Packing, name: str, rows: int, columns: int):
         """Raises FormatError where a column's group is none or a scale is not finite."""
         self.origin = str(packing)
         self._checkpoint, self._packing, self._module = checkpoint, packing, _module(name)

@@ -15,7 +15,7 @@ _MAX_GROUP = 1 << 20
 
 @dataclass(frozen=True)
 class Packing:
-    method: str  # "GPTQ" or "AWQ"
+    method: str  # "GPTQ", "AWQ" or "bitsandbytes"
     bits: int
     group_size: int  # columns that share a scale and a zero point; 0: a whole row
     zero_offset: int = 0  # what is added to a stored zero point
@@ -44,9 +44,13 @@ def read_packing(path: Path, config: Mapping[str, object]) -> Packing | None:
             return _gptq(path, section)
         case "awq":
             return _awq(path, section)
+        case "bitsandbytes":
+            if section.get("load_in_4bit") is not True:
+                raise _unsupported(path, "load_in_4bit", "true", quoted(section.get("load_in_4bit")))
+            return Packing("bitsandbytes", 4, 0)
         case method:
             raise UnsupportedError(
-                f"{path}: quant_method: expected 'gptq' or 'awq', found {quoted(method)}: "
+                f"{path}: quant_method: expected 'gptq', 'awq' or 'bitsandbytes', found {quoted(method)}: "
                 "convert the original checkpoint instead"
             )
 

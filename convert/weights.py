@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q.base.errors import UnsupportedError
-from qwen2vl_q.convert.checkpoint import Checkpoint, ExpectedTensor
-from qwen2vl_q.convert.packed import PackedWeight, is_packed, packed_tensors
+from qwen2vl_q.convert import bitsandbytes, packed
+from qwen2vl_q.convert.checkpoint import FLOATS, Checkpoint, ExpectedTensor
 from qwen2vl_q.convert.quantization import Packing
 from qwen2vl_q.convert.tensor_map import MappedTensor
 
@@ -47,6 +47,22 @@ class StoredWeight:
         raise ValueError(f"{self._name}: {type}: not packed")
 
 
+class _Reader(NamedTuple):
+    """How a method's matrices are found, checked and read."""
+
+    is_packed: Callable[[Checkpoint, str], bool]
+    tensors: Callable[[Checkpoint, Packing, str, int, int], list[ExpectedTensor]]
+    open: Callable[[Checkpoint, Packing, str, int, int], Weight]
+
+
+_WORDS = _Reader(packed.is_packed, packed.packed_tensors, packed.PackedWeight)
+_READERS = {
+    "GPTQ": _WORDS,
+    "AWQ": _WORDS,
+    "bitsandbytes": _Reader(bitsandbytes.is_packed, bitsandbytes.packed_tensors, bitsandbytes.PackedWeight),
+}
+
+
 class Weights:
     """The checkpoint's tensors, each opened when it is wanted: a packed one holds its words meanwhile."""
 
@@ -62,8 +78,7 @@ class Weights:
         self.checkpoint = checkpoint
         self._packing = packing
         names = {m.source for m in mapped}
-        packed = [m.source for m in mapped if self._is_packed(m)]
-        biases = [name.removesuffix("weight") + "bias" for name in packed]
+        biases = [m.source.removesuffix("weight") + "bias" for m in mapped if self._is_packed(m)]
         self.empty_biases = [b for b in biases if b not in names and b in checkpoint.tensors]
         checkpoint.check(
             [tensor for m in mapped for tensor in self._expected(m)], [*ignored, *self.empty_biases]
@@ -73,9 +88,11 @@ class Weights:
 
     def open(self, mapped: MappedTensor) -> Weight:
         """Raises FormatError where a packed tensor's parts do not fit together."""
-        if self._packing is not None and self._is_packed(mapped):
-            return PackedWeight(self.checkpoint, self._packing, mapped.source, mapped.source_shape[1])
-        return StoredWeight(self.checkpoint, mapped.source)
+        name, shape = mapped.source, mapped.source_shape
+        if self._packing is None or not self._is_packed(mapped):
+            return StoredWeight(self.checkpoint, name)
+        reader = _READERS[self._packing.method]
+        return reader.open(self.checkpoint, self._packing, name, shape[0], shape[1])
 
     def place(self, mapped: MappedTensor) -> str:
         """Its file and name, for messages."""
@@ -85,23 +102,24 @@ class Weights:
         stored = self.checkpoint.tensors[name]
         return f"{stored.file}: tensor '{stored.name}'"
 
+    def _expected(self, mapped: MappedTensor) -> list[ExpectedTensor]:
+        name, shape = mapped.source, mapped.source_shape
+        if self._packing is None or not self._is_packed(mapped):
+            return [ExpectedTensor(name, shape)]
+        reader = _READERS[self._packing.method]
+        return reader.tensors(self.checkpoint, self._packing, name, shape[0], shape[1])
+
     def _is_packed(self, mapped: MappedTensor) -> bool:
         return (
             self._packing is not None
             and len(mapped.source_shape) == 2
-            and is_packed(self.checkpoint, mapped.source)
+            and _READERS[self._packing.method].is_packed(self.checkpoint, mapped.source)
         )
-
-    def _expected(self, mapped: MappedTensor) -> list[ExpectedTensor]:
-        if self._packing is not None and self._is_packed(mapped):
-            rows, columns = mapped.source_shape
-            return packed_tensors(self._packing, mapped.source, rows, columns)
-        return [ExpectedTensor(mapped.source, mapped.source_shape)]
 
     def _require_zeros(self, name: str) -> None:
         """GPTQ's writers give every packed layer a bias."""
         stored = self.checkpoint.tensors[name]
-        if stored.dtype in ("F32", "F16", "BF16") and not self.checkpoint.load(name).any():
+        if stored.dtype in FLOATS and stored.shape and not self.checkpoint.load(name).any():
             return
         raise UnsupportedError(
             f"{stored.file}: tensor '{stored.name}': Qwen2-VL has no bias there: expected zeros, found "

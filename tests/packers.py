@@ -1,4 +1,4 @@
-"""Checkpoints as GPTQ and AWQ writers pack them, from weights that are known (no torch needed)."""
+"""Checkpoints as GPTQ, AWQ and bitsandbytes pack them, from weights that are known (no torch needed)."""
 
 from __future__ import annotations
 
@@ -91,6 +91,65 @@ def pack(module: str, matrix: Matrix, spec: PackSpec) -> dict[str, NDArray[Any]]
     if spec.g_idx:
         packed[f"{module}.g_idx"] = matrix.group_of.astype(np.int32)
     return packed
+
+
+NF4 = np.array(  # bitsandbytes: quantiles of the normal distribution
+    [-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0, 0.0795803, 0.1609302,
+     0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1],
+    np.float32,
+)  # fmt: skip
+
+
+def pack_bitsandbytes(
+    name: str, rng: np.random.Generator, rows: int, columns: int, nested: bool, block: int = 64
+) -> tuple[dict[str, NDArray[Any]], Array]:
+    """A weight's tensors by their names, and its values [rows, columns]."""
+    indices = rng.integers(0, 16, rows * columns, np.uint8)
+    n_blocks = math.ceil(indices.size / block)
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16"}
+    state["shape"] = [rows, columns]
+    packed: dict[str, NDArray[Any]] = {
+        name: (indices[::2] << 4 | indices[1::2]).reshape(-1, 1),
+        f"{name}.quant_map": NF4,
+    }
+    if nested:
+        table = np.linspace(-1, 1, 256, dtype=np.float32)
+        bytes_ = rng.integers(0, 256, n_blocks, np.uint8)
+        nested_scales = rng.uniform(0.01, 0.02, math.ceil(n_blocks / 256)).astype(np.float32)
+        offset = np.float32(0.1)
+        scales = table[bytes_] * np.repeat(nested_scales, 256)[:n_blocks] + offset
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": float(offset)}
+        packed |= {
+            f"{name}.absmax": bytes_,
+            f"{name}.nested_absmax": nested_scales,
+            f"{name}.nested_quant_map": table,
+        }
+    else:
+        scales = rng.uniform(0.05, 0.15, n_blocks).astype(np.float32)
+        packed[f"{name}.absmax"] = scales
+    text = json.dumps(state).encode()
+    packed[f"{name}.quant_state.bitsandbytes__nf4"] = np.frombuffer(text, np.uint8)
+    values = NF4[indices] * np.repeat(scales, block)[: indices.size]
+    return packed, values.reshape(rows, columns)
+
+
+def write_bitsandbytes_checkpoint(folder: Path, spec: CheckpointSpec, nested: bool) -> dict[str, Array]:
+    """As `write_packed_checkpoint`; returns the packed weights' values."""
+    rng = np.random.default_rng(7)
+    write_checkpoint(folder, spec)
+    values: dict[str, Array] = {}
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, weights in random_tensors(spec, 0).items():
+        if name.startswith("model.layers.") and name.endswith("_proj.weight"):
+            packed, values[name] = pack_bitsandbytes(name, rng, len(weights), weights.shape[1], nested)
+            tensors |= packed
+        else:
+            tensors[name] = weights
+    write_safetensors(folder / "model.safetensors", tensors, spec.dtype)
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return values
 
 
 def write_packed_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ from safetensors.numpy import load_file
 
 from checkpoints import Array, CheckpointSpec, write_checkpoint, write_safetensors
 from conversion import convert, edit_json, keys_of
-from packers import Matrix, PackSpec, unpacked_tensors, write_packed_checkpoint
+from packers import (
+    PackSpec,
+    unpacked_tensors,
+    write_bitsandbytes_checkpoint,
+    write_packed_checkpoint,
+)
 from qwen2vl_q._native import quantize
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.convert import Recipe, Report, convert_checkpoint, default_recipe
@@ -37,7 +42,7 @@ def keep(source: Path, out: Path) -> Report:
     return convert_checkpoint(source, out, default_recipe(source), overwrite=True)
 
 
-def written(path: Path, matrices: dict[str, Matrix]) -> dict[str, tuple[str, Array]]:
+def written(path: Path, matrices: Iterable[str]) -> dict[str, tuple[str, Array]]:
     """The type and the values, by the gguf package, of what the packed weights became."""
     tensors = {t.name: t for t in GGUFReader(path).tensors}
     found = {}
@@ -280,6 +285,11 @@ def test_damaged_tensors(tmp_path: Path, damage: Callable[[Tensors], None], mess
         ({"group_size": 64}, FormatError, r"misshapen: .*q_proj\.qzeros \[2, 8\], expected \[1, 8\]"),
         ({"checkpoint_format": "marlin"}, UnsupportedError, "expected 'gptq' or 'gptq_v2', found 'marlin'"),
         ({"dynamic": {"+:.*down.*": {"bits": 8}}}, UnsupportedError, "dynamic: expected no settings of sing"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            UnsupportedError,
+            "load_in_4bit: expected true",
+        ),
         ({"quant_method": "awq", "version": "gemv"}, UnsupportedError, "version: expected 'gemm', found 'ge"),
         ({"quant_method": "awq", "zero_point": False}, UnsupportedError, "zero_point: expected true, found"),
         (
@@ -288,7 +298,11 @@ def test_damaged_tensors(tmp_path: Path, damage: Callable[[Tensors], None], mess
             r"q_proj\.weight \[64, 64\] as AWQ 4 bit: columns: expected a multiple of 48, found 64",
         ),
         *(
-            ({"quant_method": method}, UnsupportedError, f"quant_method: expected 'gptq' or 'awq'.* {found}:")
+            (
+                {"quant_method": method},
+                UnsupportedError,
+                f"quant_method: expected 'gptq', 'awq' or .* {found}:",
+            )
             for method, found in (
                 ("fp8", "'fp8'"),
                 ("compressed-tensors", "'compressed-tensors'"),
@@ -324,6 +338,71 @@ def test_sizes_that_words_do_not_divide(tmp_path: Path) -> None:
         FormatError, match=r"\[64, 100\] as GPTQ 4 bit: packed values: expected a multiple of 8"
     ):
         keep(tmp_path / "c", tmp_path / "m.gguf")
+
+
+# --- bitsandbytes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["scales as floats", "double quantization"])
+@pytest.mark.parametrize("columns", [160, 100], ids=["", "blocks that cross rows"])
+def test_bitsandbytes(tmp_path: Path, nested: bool, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen2vl_q.convert.convert._CHUNK_VALUES", 1000)
+    spec = dataclasses.replace(SPEC, intermediate_size=columns)
+    values = write_bitsandbytes_checkpoint(tmp_path / "c", spec, nested)
+    convert(tmp_path / "c", tmp_path / "m.gguf", "f32")
+    for name, (kind, found) in written(tmp_path / "m.gguf", values).items():
+        assert kind == "F32"
+        np.testing.assert_array_equal(found, values[name], err_msg=name)
+    report = keep(tmp_path / "c", tmp_path / "m.gguf")
+    assert {kind for kind, _ in written(tmp_path / "m.gguf", values).values()} <= {"Q8_0", "F16"}
+    assert "bitsandbytes 4 bit" in report.notes[0]
+    assert "language model matrix quantized anew to Q8_0: relative error up to 0.00" in report.notes[0]
+
+
+def state_of(changes: dict[str, Any] | bytes) -> Callable[[Tensors], None]:
+    def damage(tensors: Tensors) -> None:
+        name = f"{Q}.weight.quant_state.bitsandbytes__nf4"
+        if isinstance(changes, bytes):
+            text = changes
+        else:
+            text = json.dumps(json.loads(tensors[name].tobytes()) | changes).encode()
+        tensors[name] = np.frombuffer(text, np.uint8)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop("weight.quant_map"), rf"missing: {Q}\.weight\.quant_map \[16\]"),
+        (drop("weight.nested_quant_map"), rf"missing: {Q}\.weight\.nested_quant_map \[256\]"),
+        (drop("weight.quant_state.bitsandbytes__nf4"), "missing: .*quant_state.bitsandbytes__nf4"),
+        (drop("weight.nested_absmax"), r"absmax \[64\] is U8, expected F32"),
+        (drop("weight.absmax"), r"misshapen: .*q_proj\.weight \[2048, 1\], expected \[64, 64\]"),
+        (change("weight", lambda w: w[:-1]), r"misshapen: .*weight \[2047, 1\], expected \[2048, 1\]"),
+        (state_of({"shape": [64, 65]}), r"quant_state.*: shape: expected \[64, 64\], found \[64, 65\]"),
+        (state_of({"blocksize": 0}), "blocksize: expected from 1 to 65536, found 0"),
+        (state_of({"blocksize": 32}), r"misshapen: .*absmax \[64\], expected \[128\]"),
+        (state_of({"nested_blocksize": 1 << 40}), "nested_blocksize: expected from 1 to 65536, found 109951"),
+        (state_of({"nested_offset": None}), "nested_offset: expected a number, found None"),
+        (state_of(b"["), "quant_state.*: not valid JSON"),
+        (state_of(b"[" * 4000), "quant_state.*: not valid JSON"),
+        (state_of(b"3"), "quant_state.*: expected a JSON object, found int"),
+        (state_of(b" " * 5000), "quant_state.*: expected 1 to 4096 bytes, found .* "),
+        (
+            change("weight.quant_map", lambda t: put(t, 3, np.inf)),
+            r"weight' holds values that are not finite",
+        ),
+    ],
+)
+def test_damaged_bitsandbytes(tmp_path: Path, damage: Callable[[Tensors], None], message: str) -> None:
+    write_bitsandbytes_checkpoint(tmp_path / "c", SPEC, nested=True)
+    tensors: Tensors = dict(load_file(tmp_path / "c" / "model.safetensors"))
+    damage(tensors)
+    write_safetensors(tmp_path / "c" / "model.safetensors", tensors)
+    with pytest.raises(FormatError, match=message) as raised:
+        keep(tmp_path / "c", tmp_path / "m.gguf")
+    assert str(tmp_path / "c") in str(raised.value)
 
 
 # --- the model ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Our reading of packed matrices against the packages that write them, where these are installed: auto-gptq
-(its layer packs and unpacks) and autoawq (its unpacking). Only single files of theirs are imported: the
-packages want a transformers of their time.
+(its layer packs and unpacks), autoawq (its unpacking), bitsandbytes. Of the first two single files alone are
+imported: the packages want a transformers of their time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import pytest
 
 from checkpoints import write_safetensors
 from packers import PackSpec, pack, random_matrix
+from qwen2vl_q.convert.bitsandbytes import PackedWeight as BitsAndBytesWeight
+from qwen2vl_q.convert.bitsandbytes import packed_tensors
 from qwen2vl_q.convert.checkpoint import Checkpoint
 from qwen2vl_q.convert.packed import PackedWeight
 from qwen2vl_q.convert.quantization import Packing
@@ -43,7 +45,7 @@ def reference(package: str, path: str) -> Any:
 def read(folder: Path, tensors: dict[str, Any], packing: Packing) -> PackedWeight:
     arrays = {f"{MODULE}.{name}": np.ascontiguousarray(values) for name, values in tensors.items()}
     write_safetensors(folder / "model.safetensors", arrays)
-    return PackedWeight(Checkpoint(folder), packing, f"{MODULE}.weight", COLUMNS)
+    return PackedWeight(Checkpoint(folder), packing, f"{MODULE}.weight", ROWS, COLUMNS)
 
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["in order", "act-order"])
@@ -86,3 +88,20 @@ def test_autoawq_unpacks_as_we_do(tmp_path: Path) -> None:
     ours = read(tmp_path, tensors, Packing("AWQ", 4, spec.group_size))
     np.testing.assert_array_equal(ours.read(0, ROWS), theirs)
     np.testing.assert_array_equal(ours.read(3, 21), theirs[3:21])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True], ids=["scales as floats", "double quantization"])
+def test_bitsandbytes_packs_what_we_read(tmp_path: Path, kind: str, nested: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes").functional
+    weights = torch.from_numpy(np.random.default_rng(3).normal(0, 0.1, (ROWS, COLUMNS)).astype(np.float32))
+    packed, state = functional.quantize_4bit(weights, quant_type=kind, compress_statistics=nested)
+    tensors = {"weight": packed.numpy()}
+    tensors |= {f"weight.{name}": part.numpy() for name, part in state.as_dict(packed=True).items()}
+    arrays = {f"{MODULE}.{name}": values for name, values in tensors.items()}
+    write_safetensors(tmp_path / "model.safetensors", arrays)
+    checkpoint, packing = Checkpoint(tmp_path), Packing("bitsandbytes", 4, 0)
+    checkpoint.check(packed_tensors(checkpoint, packing, f"{MODULE}.weight", ROWS, COLUMNS), [])
+    ours = BitsAndBytesWeight(checkpoint, packing, f"{MODULE}.weight", ROWS, COLUMNS).read(0, ROWS)
+    theirs = functional.dequantize_4bit(packed, state).numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)

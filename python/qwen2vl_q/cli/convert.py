@@ -71,8 +71,8 @@ def convert(
     matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says which.
 
     Of GPTQ and AWQ checkpoints the integers are kept as they are, in Q4_0, Q5_0 or Q8_0, unless --type asks
-    for another type; where they cannot be (act-order), matrices become Q8_0. Notes at the end say what was
-    done and what it cost.
+    for another type; where they cannot be (act-order, and bitsandbytes in 4 bits), matrices become Q8_0. Notes
+    at the end say what was done and what it cost.
 
     \b
     Examples:
