@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 # Tables that old versions of transformers saved and every runtime computes.
 _DERIVED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
+_PREFIXES = (
+    ("model.visual.", "visual."),
+    ("model.language_model.", "model."),
+    ("language_model.", "model."),  # of a model without its head
+)
 _SHOWN = 3  # of the tensors that do not fit
 
 
@@ -55,7 +60,7 @@ class ExpectedTensor(NamedTuple):
 
 def canonical_name(name: str) -> str:
     """The hub's style (`visual.*`, `model.*`) of a name in that style or in transformers' newer one."""
-    for prefix, replacement in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+    for prefix, replacement in _PREFIXES:
         if name.startswith(prefix):
             return replacement + name[len(prefix) :]
     return name
@@ -64,13 +69,19 @@ def canonical_name(name: str) -> str:
 class Checkpoint:
     """The tensors of a folder by canonical name. Opening it reads the headers only."""
 
-    def __init__(self, folder: Path):
-        """Raises FormatError where a shard is missing or damaged, or a name occurs twice."""
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[Path] | None = None,
+        canonical: Callable[[str], str] = canonical_name,
+    ):
+        """Of the folder's shards, or of `files`. Raises FormatError where one is missing or damaged, or a
+        name occurs twice."""
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        for file in _shard_files(folder):
+        for file in _shard_files(folder) if files is None else files:
             for tensor in _read_header(file):
-                name = canonical_name(tensor.name)
+                name = canonical(tensor.name)
                 if name in self.tensors:
                     other = self.tensors[name]
                     raise FormatError(

@@ -18,6 +18,7 @@ from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.checkpoint import Checkpoint
 from qwen2vl_q.convert.config import read_config
 from qwen2vl_q.convert.files import model_name
+from qwen2vl_q.convert.lora import Adapter
 from qwen2vl_q.convert.metadata import metadata
 from qwen2vl_q.convert.recipe import FileType, Recipe, type_for_row
 from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
@@ -84,8 +85,10 @@ def convert_checkpoint(
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> Report:
     """Converts the checkpoint in the folder `source` to the file `out`, which appears whole or not at all.
+    `adapters` are merged in float32, one after the other, before anything is quantized.
 
     What it becomes has to pass the runtime's own checks, before the tensors are quantized. Raises FormatError
     or UnsupportedError for a checkpoint that is damaged or not a Qwen2-VL, FileExistsError where `out` exists
@@ -96,7 +99,9 @@ def convert_checkpoint(
     mapped = map_tensors(config)
     checkpoint = Checkpoint(source)
     ignored = ["lm_head.weight"] if config.tie_word_embeddings else []
-    weights = Weights(checkpoint, config.packing, mapped, ignored)
+    for adapter in adapters if config.tie_word_embeddings else ():
+        adapter.check_tied()
+    weights = Weights(checkpoint, config.packing, mapped, ignored, adapters)
     tokenizer = read_tokenizer(source, config)
     tensors = [tensor for m in mapped for tensor in _plan(m, weights.open(m), recipe)]
     text = (name or model_name(source)).encode(errors="replace").decode()  # a path may be no Unicode
@@ -129,6 +134,7 @@ def convert_checkpoint(
     ]
     if "default" not in tokenizer.chat_templates:
         notes.append("the checkpoint has no chat template: Qwen2-VL's own is used")
+    notes += [adapter.summary() for adapter in adapters]
     return Report(out, size, tensors, notes + _packed_notes(weights, tensors, differences), differences)
 
 

@@ -8,9 +8,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2vl_q.base.errors import UnsupportedError
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.convert import bitsandbytes, packed
 from qwen2vl_q.convert.checkpoint import FLOATS, Checkpoint, ExpectedTensor
+from qwen2vl_q.convert.lora import Adapter, Update
 from qwen2vl_q.convert.quantization import Packing
 from qwen2vl_q.convert.tensor_map import MappedTensor
 
@@ -47,6 +48,41 @@ class StoredWeight:
         raise ValueError(f"{self._name}: {type}: not packed")
 
 
+class AdaptedWeight:
+    """Another one with the updates of adapters, one after the other."""
+
+    kept = ()
+
+    def __init__(self, base: Weight, updates: Sequence[Update]):
+        self.origin = f"{base.origin} and LoRA" if base.origin else None
+        self._base, self._updates = base, updates
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        values = self._base.read(start, stop)
+        for update in self._updates:
+            values = update.apply(values, start, stop)
+        return values
+
+    def blocks(self, start: int, stop: int, type: str) -> NDArray[np.uint8]:
+        raise ValueError(f"{type} does not hold what is added")
+
+
+class SavedWeight:
+    """A whole tensor of an adapter, in place of the base's."""
+
+    origin = None
+    kept = ()
+
+    def __init__(self, adapter: Adapter, name: str):
+        self._adapter, self._name = adapter, name
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        return self._adapter.read_whole(self._name, start, stop)
+
+    def blocks(self, start: int, stop: int, type: str) -> NDArray[np.uint8]:
+        raise ValueError(f"{self._name}: {type}: not packed")
+
+
 class _Reader(NamedTuple):
     """How a method's matrices are found, checked and read."""
 
@@ -72,6 +108,7 @@ class Weights:
         packing: Packing | None,
         mapped: Sequence[MappedTensor],
         ignored: Sequence[str] = (),
+        adapters: Sequence[Adapter] = (),
     ):
         """Checks names, shapes and types of all. Raises FormatError, or UnsupportedError for biases that the
         model does not have."""
@@ -85,9 +122,24 @@ class Weights:
         )
         for name in self.empty_biases:
             self._require_zeros(name)
+        self._adapters = adapters
+        shapes = {m.source: m.source_shape for m in mapped}
+        for i, adapter in enumerate(adapters):
+            adapter.check(shapes)
+            for other in adapters[:i]:
+                both = adapter.whole.keys() & other.whole.keys()
+                if both:
+                    raise FormatError(f"{adapter.folder} and {other.folder}: both replace {min(both)}")
 
     def open(self, mapped: MappedTensor) -> Weight:
         """Raises FormatError where a packed tensor's parts do not fit together."""
+        name = mapped.source
+        saved = [adapter for adapter in self._adapters if name in adapter.whole]
+        base = SavedWeight(saved[-1], name) if saved else self._open_stored(mapped)
+        updates = [adapter.update(name) for adapter in self._adapters if name in adapter.targets]
+        return AdaptedWeight(base, updates) if updates else base
+
+    def _open_stored(self, mapped: MappedTensor) -> Weight:
         name, shape = mapped.source, mapped.source_shape
         if self._packing is None or not self._is_packed(mapped):
             return StoredWeight(self.checkpoint, name)
