@@ -60,6 +60,7 @@ class ExpectedTensor(NamedTuple):
 
 def canonical_name(name: str) -> str:
     """The hub's style (`visual.*`, `model.*`) of a name in that style or in transformers' newer one."""
+    name = name.removeprefix("vlm.")  # of ColQwen2
     for prefix, replacement in _PREFIXES:
         if name.startswith(prefix):
             return replacement + name[len(prefix) :]

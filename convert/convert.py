@@ -21,7 +21,7 @@ from qwen2vl_q.convert.files import model_name
 from qwen2vl_q.convert.lora import Adapter
 from qwen2vl_q.convert.metadata import metadata
 from qwen2vl_q.convert.recipe import FileType, Recipe, type_for_row
-from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
+from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_heads, map_tensors, other_modules
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
 from qwen2vl_q.convert.weights import Weight, Weights
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
@@ -96,9 +96,13 @@ def convert_checkpoint(
     """
     notes = _leftover_notes(out)
     config = read_config(source)
-    mapped = map_tensors(config)
     checkpoint = Checkpoint(source)
-    ignored = ["lm_head.weight"] if config.tie_word_embeddings else []
+    shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+    heads = map_heads(config, shapes)
+    others = other_modules(shapes, heads)
+    mapped = [*map_tensors(config), *heads]
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    ignored = [*tied, *(name for names in others.values() for name in names)]
     for adapter in adapters if config.tie_word_embeddings else ():
         adapter.check_tied()
     weights = Weights(checkpoint, config.packing, mapped, ignored, adapters)
@@ -106,7 +110,8 @@ def convert_checkpoint(
     tensors = [tensor for m in mapped for tensor in _plan(m, weights.open(m), recipe)]
     text = (name or model_name(source)).encode(errors="replace").decode()  # a path may be no Unicode
     n_parameters = sum(t.output.n_elements for t in tensors)
-    entries = metadata(text, config, _file_type(tensors, recipe), tokenizer, n_parameters)
+    head_names = [h.source.removesuffix(".weight") for h in heads if h.role is Role.HEAD]
+    entries = metadata(text, config, _file_type(tensors, recipe), tokenizer, n_parameters, head_names)
     by_name = {tensor.output.name: tensor for tensor in tensors}
     differences = {tensor.output.name: Difference() for tensor in tensors if tensor.origin}
     total = sum(tensor.output.n_bytes for tensor in tensors)
@@ -129,11 +134,16 @@ def convert_checkpoint(
     )
     notes += [
         f"{name} is not written: config.json ties the head to the embeddings"
-        for name in ignored
+        for name in tied
         if name in checkpoint.tensors
     ]
     if "default" not in tokenizer.chat_templates:
         notes.append("the checkpoint has no chat template: Qwen2-VL's own is used")
+    notes += [f"{name}, a linear map of the hidden states, is kept as head.{name}" for name in head_names]
+    notes += [
+        f"{printable(name)} ({len(names)} tensors) is not written: it is no linear map of the hidden states"
+        for name, names in others.items()
+    ]
     notes += [adapter.summary() for adapter in adapters]
     return Report(out, size, tensors, notes + _packed_notes(weights, tensors, differences), differences)
 

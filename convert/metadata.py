@@ -31,10 +31,16 @@ class Entry:
 
 
 def metadata(
-    name: str, config: CheckpointConfig, type: str, tokenizer: Tokenizer, n_parameters: int
+    name: str,
+    config: CheckpointConfig,
+    type: str,
+    tokenizer: Tokenizer,
+    n_parameters: int,
+    heads: Sequence[str] = (),
 ) -> list[Entry]:
     """Every key of the file but general.architecture, which the writer puts first. `type` is the file's, by
-    its name in FILE_TYPE_NUMBERS."""
+    its name in FILE_TYPE_NUMBERS. `heads`: the names of linear maps of the last hidden states (after the last
+    norm), which the file holds as head.NAME.weight [outputs, hidden] and perhaps head.NAME.bias."""
     folder = config.path.parent
     return [
         Entry("general.type", "model", T.STRING),
@@ -46,6 +52,7 @@ def metadata(
         *_vision(config, _preprocessing(folder, config.vision)),
         Entry("general.quantization_version", _QUANTIZATION_VERSION, T.UINT32),
         *_tokenizer(tokenizer),
+        *([Entry(f"{ARCHITECTURE}.heads", list(heads), T.ARRAY)] if heads else []),
     ]
 
 

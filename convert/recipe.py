@@ -36,6 +36,8 @@ class Recipe:
         # in the 2B model, and its errors enter every visual token. 8 bits are the floor unless asked for.
         vision = self.vision_type or ("q8_0" if self.type == "q4_0" else self.type)
         match role:
+            case Role.HEAD:
+                return "F32"  # some hundred rows at most, and what they give is compared
             case Role.VECTOR:
                 return "F32"  # under 0.1 % of the bytes, and added to or multiplied with every activation
             case Role.LANGUAGE:
