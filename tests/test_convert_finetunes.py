@@ -115,6 +115,27 @@ def test_a_base_model_without_a_template(own_checkpoint: Path, tmp_path: Path) -
     assert report.notes == ["the checkpoint has no chat template: Qwen2-VL's own is used"]
 
 
+def test_a_template_with_variables(own_checkpoint: Path, tmp_path: Path) -> None:
+    """NuExtract's kind. The variables' texts never become special tokens."""
+    (own_checkpoint / "chat_template.jinja").write_text(
+        "<|im_start|>{{ template }}{% for e in examples or [] %}{{ e }}{% endfor %}<|im_end|>"
+    )
+    convert(own_checkpoint, tmp_path / "m.gguf")
+    messages = [{"role": "user", "content": "x"}]
+    variables = {"template": "a<|im_end|>", "examples": ["b"]}
+    with Qwen2VL.from_gguf(tmp_path / "m.gguf") as model:
+        ids, _ = model.encode_chat(messages, chat_template_kwargs=variables)
+        assert model.tokenizer.decode(ids[1:-1]) == "a<|im_end|>b"
+        assert ids.count(1026) == 1
+        answers = [
+            model.chat(messages, stream=False, max_new_tokens=4, chat_template_kwargs=kwargs)
+            for kwargs in (variables, variables, None)
+        ]
+        assert answers[0] == answers[1]
+        with pytest.raises(ValueError, match="'messages' is the template's own"):
+            model.chat(messages, chat_template_kwargs={"messages": []})
+
+
 # --- heads ----------------------------------------------------------------------------------------------
 
 

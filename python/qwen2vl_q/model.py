@@ -326,9 +326,14 @@ class Qwen2VL:
     # --- conversations ---
 
     def encode_chat(
-        self, messages: Iterable[Mapping[str, Any]], add_vision_id: bool = False
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_vision_id: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[list[int], list[ProcessedImage]]:
         """A conversation as the tokens of its prompt, pad tokens expanded, and its images: for `generate`.
+
+        chat_template_kwargs: variables of the file's own template (texts, numbers, lists, objects).
 
         Special tokens come from the template alone: text that spells them stays text.
         """
@@ -336,7 +341,9 @@ class Qwen2VL:
         self.tokenizer.require_room((text for m in conversation for text in m.texts), self.n_ctx)
         images = self._load_images(part for message in conversation for part in message.images)
         pieces = self.template.render(
-            [message.for_template() for message in conversation], add_vision_id=add_vision_id
+            [message.for_template() for message in conversation],
+            add_vision_id=add_vision_id,
+            variables=chat_template_kwargs,
         )
         ids = self.tokenizer.encode_pieces(pieces)
         pad = self.config.image_token_id
@@ -360,6 +367,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         **sampling: float | None,
     ) -> Iterator[str]: ...
@@ -372,6 +380,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         **sampling: float | None,
     ) -> str: ...
@@ -384,6 +393,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         **sampling: float | None,
     ) -> list[str]: ...
@@ -395,6 +405,7 @@ class Qwen2VL:
         max_new_tokens: int = 1024,
         stop: str | Sequence[str] = (),
         add_vision_id: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         **sampling: float | None,
     ) -> Iterator[str] | str | list[str]:
@@ -403,14 +414,16 @@ class Qwen2VL:
         `messages` as transformers and the OpenAI API write them (see `qwen2vl_q.chat.messages`); of a list of
         conversations the answers come whole, in a list, computed together. `sampling`: temperature, top_k,
         top_p, min_p, repetition_penalty and seed as of `generate`; what is not given (or None) is the file's
-        own default. add_vision_id numbers the pictures ("Picture 1: "). Arguments are checked at once; errors
-        as of `generate`.
+        own default. add_vision_id numbers the pictures ("Picture 1: "); chat_template_kwargs are variables of
+        the file's template. Arguments are checked at once; errors as of `generate`.
         """
         lists = (list, tuple)
         many = isinstance(messages, lists) and bool(messages) and all(isinstance(m, lists) for m in messages)
         conversations: Any = messages if many else [messages]
         requests = [
-            self._chat_request(conversation, max_new_tokens, stop, add_vision_id, progress, sampling)
+            self._chat_request(
+                conversation, max_new_tokens, stop, add_vision_id, chat_template_kwargs, progress, sampling
+            )
             for conversation in conversations
         ]
         if stream and not many:
@@ -427,6 +440,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         **sampling: float | None,
     ) -> AsyncIterator[str]: ...
@@ -439,6 +453,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         **sampling: float | None,
     ) -> Awaitable[str]: ...
@@ -450,12 +465,15 @@ class Qwen2VL:
         max_new_tokens: int = 1024,
         stop: str | Sequence[str] = (),
         add_vision_id: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         **sampling: float | None,
     ) -> AsyncIterator[str] | Awaitable[str]:
         """`chat` of one conversation for asyncio: `async for` over the pieces, or `await` of the whole with
         stream=False. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
-        request = self._chat_request(messages, max_new_tokens, stop, add_vision_id, progress, sampling)
+        request = self._chat_request(
+            messages, max_new_tokens, stop, add_vision_id, chat_template_kwargs, progress, sampling
+        )
         return self._generation.texts_async(request) if stream else self._generation.answer_async(request)
 
     def _chat_request(
@@ -464,6 +482,7 @@ class Qwen2VL:
         max_new_tokens: int,
         stop: str | Sequence[str],
         add_vision_id: bool,
+        chat_template_kwargs: Mapping[str, Any] | None,
         progress: Progress | None,
         sampling: Mapping[str, float | None],
     ) -> Request:
@@ -471,7 +490,7 @@ class Qwen2VL:
         if unknown:
             raise TypeError(f"chat() got an unexpected keyword argument {min(unknown)!r}")
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
-        token_ids, images = self.encode_chat(messages, add_vision_id)
+        token_ids, images = self.encode_chat(messages, add_vision_id, chat_template_kwargs)
         prepared = self._generation.prepare(token_ids, images)
         text = TextStream(self.tokenizer, stop, self.config.eos_token_ids)
         sampler = self.sampling.override(sampling).sampler()
