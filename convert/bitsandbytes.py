@@ -24,6 +24,7 @@ from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.convert.checkpoint import Checkpoint, ExpectedTensor
 from qwen2vl_q.convert.files import as_float32, quoted
 from qwen2vl_q.convert.quantization import Packing
+from qwen2vl_q.convert.weight import Weight
 
 _BYTES, _FLOATS = ("U8",), ("F32",)
 _STATES = tuple(f"quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
@@ -55,15 +56,17 @@ def packed_tensors(
     return expected
 
 
-class PackedWeight:
+class PackedWeight(Weight):
     """One such matrix; no type of GGUF has its table."""
 
-    kept = ()
-
     def __init__(self, checkpoint: Checkpoint, packing: Packing, name: str, rows: int, columns: int):
-        self.origin = str(packing)
+        self._packing = packing
         self._checkpoint, self._name, self._columns = checkpoint, name, columns
         self._state = _State(checkpoint, name, rows, columns)
+
+    @property
+    def origin(self) -> str:
+        return str(self._packing)
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop as float32 [stop - start, columns]."""
@@ -74,9 +77,6 @@ class PackedWeight:
         scales = np.repeat(self._scales[first : -(-end // block)], block)[begin - first * block :]
         values: NDArray[np.float32] = self._table[indices] * scales[: end - begin]
         return values.reshape(stop - start, self._columns)
-
-    def blocks(self, start: int, stop: int, type: str) -> NDArray[np.uint8]:
-        raise ValueError(f"{self._name}: {type} does not hold {self.origin}")
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:

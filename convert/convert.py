@@ -23,7 +23,8 @@ from qwen2vl_q.convert.metadata import metadata
 from qwen2vl_q.convert.recipe import FileType, Recipe, type_for_row
 from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_heads, map_tensors, other_modules
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
-from qwen2vl_q.convert.weights import Weight, Weights
+from qwen2vl_q.convert.weight import Weight
+from qwen2vl_q.convert.weights import Weights
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
 from qwen2vl_q.engine.model_parts import check_model_file
 
@@ -167,7 +168,7 @@ def _check(part: Path, config_path: Path) -> None:
 
 def _plan(mapped: MappedTensor, weight: Weight, recipe: Recipe) -> list[ConvertedTensor]:
     wanted = recipe.wanted(mapped.role)
-    if recipe.keep_packed and weight.origin:
+    if recipe.keeps(mapped.role) and weight.origin:
         wanted = weight.kept[0] if weight.kept else "Q8_0"
     type = type_for_row(wanted, mapped.target_shape[-1])
     kept = type in weight.kept

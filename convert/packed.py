@@ -23,6 +23,7 @@ from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.convert.checkpoint import FLOATS, Checkpoint, ExpectedTensor
 from qwen2vl_q.convert.integer_blocks import BLOCK, integer_blocks, types_that_hold
 from qwen2vl_q.convert.quantization import Packing
+from qwen2vl_q.convert.weight import Weight
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _WORDS = ("I32",)
@@ -67,12 +68,11 @@ def packed_tensors(
     ]
 
 
-class PackedWeight:
+class PackedWeight(Weight):
     """One packed matrix [rows, columns]; its words are read when the first integers are wanted."""
 
     def __init__(self, checkpoint: Checkpoint, packing: Packing, name: str, rows: int, columns: int):
         """Raises FormatError where a column's group is none or a scale is not finite."""
-        self.origin = str(packing)
         self._checkpoint, self._packing, self._module = checkpoint, packing, _module(name)
         self._columns = columns
         scales = f"{self._module}.scales"
@@ -87,6 +87,10 @@ class PackedWeight:
         # Within its bits, as the packers' own kernels: a stored 15 is the zero point 0.
         self._zeros = ((zeros + packing.zero_offset) & mask).T.astype(np.int16)  # [rows, groups]
         self._group_of = self._groups()
+
+    @property
+    def origin(self) -> str:
+        return str(self._packing)
 
     @property
     def kept(self) -> tuple[str, ...]:

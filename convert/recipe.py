@@ -30,6 +30,10 @@ class Recipe:
     vision_type: FileType | None = None
     keep_packed: bool = False
 
+    def keeps(self, role: Role) -> bool:
+        """Whether a packed tensor of this role keeps its integers, if a type holds them."""
+        return self.keep_packed and not (role is Role.VISION and self.vision_type)
+
     def wanted(self, role: Role) -> str:
         """The type of a role, before it is known whether its blocks divide the rows."""
         # 4 bits for the vision tower cost the most accuracy for the least memory: 0.67 of 2.2 G parameters

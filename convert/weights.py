@@ -1,9 +1,9 @@
-"""A checkpoint's tensors as float32 rows, however they are stored."""
+"""A checkpoint's tensors, found and checked: as floats, packed, or with adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,48 +14,18 @@ from qwen2vl_q.convert.checkpoint import FLOATS, Checkpoint, ExpectedTensor
 from qwen2vl_q.convert.lora import Adapter, Update
 from qwen2vl_q.convert.quantization import Packing
 from qwen2vl_q.convert.tensor_map import MappedTensor
+from qwen2vl_q.convert.weight import StoredWeight, Weight
 
 
-class Weight(Protocol):
-    """One tensor of the checkpoint."""
+class AdaptedWeight(Weight):
+    """Another one with the updates of adapters, one after the other."""
+
+    def __init__(self, base: Weight, updates: Sequence[Update]):
+        self._base, self._updates = base, updates
 
     @property
     def origin(self) -> str | None:
-        """What it was quantized with; None for floats."""
-
-    @property
-    def kept(self) -> Sequence[str]:
-        """The types whose blocks hold its integers as they are, the smallest first."""
-
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows start..stop of the first axis."""
-
-    def blocks(self, start: int, stop: int, type: str) -> NDArray[np.uint8]:
-        """The same rows as bytes of a type of `kept`."""
-
-
-class StoredWeight:
-    origin = None
-    kept = ()
-
-    def __init__(self, checkpoint: Checkpoint, name: str):
-        self._checkpoint, self._name = checkpoint, name
-
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        return self._checkpoint.read(self._name, start, stop)
-
-    def blocks(self, start: int, stop: int, type: str) -> NDArray[np.uint8]:
-        raise ValueError(f"{self._name}: {type}: not packed")
-
-
-class AdaptedWeight:
-    """Another one with the updates of adapters, one after the other."""
-
-    kept = ()
-
-    def __init__(self, base: Weight, updates: Sequence[Update]):
-        self.origin = f"{base.origin} and LoRA" if base.origin else None
-        self._base, self._updates = base, updates
+        return f"{self._base.origin} and LoRA" if self._base.origin else None
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         values = self._base.read(start, stop)
@@ -63,24 +33,15 @@ class AdaptedWeight:
             values = update.apply(values, start, stop)
         return values
 
-    def blocks(self, start: int, stop: int, type: str) -> NDArray[np.uint8]:
-        raise ValueError(f"{type} does not hold what is added")
 
-
-class SavedWeight:
+class SavedWeight(Weight):
     """A whole tensor of an adapter, in place of the base's."""
-
-    origin = None
-    kept = ()
 
     def __init__(self, adapter: Adapter, name: str):
         self._adapter, self._name = adapter, name
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         return self._adapter.read_whole(self._name, start, stop)
-
-    def blocks(self, start: int, stop: int, type: str) -> NDArray[np.uint8]:
-        raise ValueError(f"{self._name}: {type}: not packed")
 
 
 class _Reader(NamedTuple):

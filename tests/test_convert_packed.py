@@ -19,6 +19,8 @@ from checkpoints import Array, CheckpointSpec, write_checkpoint, write_safetenso
 from conversion import convert, edit_json, keys_of
 from packers import (
     PackSpec,
+    pack,
+    random_matrix,
     unpacked_tensors,
     write_bitsandbytes_checkpoint,
     write_packed_checkpoint,
@@ -31,6 +33,7 @@ SPEC = CheckpointSpec()
 WIDE = CheckpointSpec(  # groups of 128
     hidden_size=256, intermediate_size=640, mrope_section=(8, 12, 12), num_hidden_layers=1, dtype="F16"
 )
+Tensors = dict[str, NDArray[Any]]
 GPTQ_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -167,6 +170,30 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
     assert "kept as Q4_0: relative error up to 0.00" in report.notes[0]
 
 
+def test_a_packed_tower_and_head(tmp_path: Path) -> None:
+    """Of the fused q, k and v each gets its rows; --vision-type counts for the tower."""
+    spec = dataclasses.replace(SPEC, tie_word_embeddings=False)
+    folder, packs = tmp_path / "c", PackSpec("awq", symmetric=False)
+    write_packed_checkpoint(folder, spec, packs)
+    tensors: Tensors = dict(load_file(folder / "model.safetensors"))
+    matrices = {}
+    for module, rows in (("visual.blocks.1.attn.qkv", 192), ("lm_head", 1040)):
+        matrices[module] = random_matrix(np.random.default_rng(rows), rows, 64, packs)
+        del tensors[f"{module}.weight"]
+        tensors |= pack(module, matrices[module], packs)
+    write_safetensors(folder / "model.safetensors", tensors)
+    for vision_type, kind in ((None, "Q5_0"), ("f32", "F32")):
+        convert_checkpoint(folder, tmp_path / "m.gguf", default_recipe(folder, vision_type), overwrite=True)
+        found = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}
+        parts = [found[f"v.blk.1.attn_{name}.weight"] for name in "qkv"]
+        assert {t.tensor_type.name for t in parts} == {kind}
+        values = np.concatenate([dequantize(t.data, t.tensor_type) for t in parts])
+        np.testing.assert_array_equal(values, matrices["visual.blocks.1.attn.qkv"].weights)
+        head = found["output.weight"]
+        assert head.tensor_type.name == "Q5_0"
+        np.testing.assert_array_equal(dequantize(head.data, head.tensor_type), matrices["lm_head"].weights)
+
+
 def test_a_padded_feed_forward(tmp_path: Path) -> None:
     """The 72B's: config.json counts the padding, whose weights are zeros."""
     matrices = write_packed_checkpoint(tmp_path / "c", SPEC, PackSpec())
@@ -211,7 +238,6 @@ def test_biases_that_the_writers_add(tmp_path: Path) -> None:
 # --- refusals -------------------------------------------------------------------------------------------
 
 Q = "model.layers.0.self_attn.q_proj"
-Tensors = dict[str, NDArray[Any]]
 
 
 def change(name: str, edit: Callable[[NDArray[Any]], NDArray[Any]]) -> Callable[[Tensors], None]:
