@@ -27,7 +27,7 @@ from packers import (
 )
 from qwen2vl_q._native import quantize
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
-from qwen2vl_q.convert import Recipe, Report, convert_checkpoint, default_recipe
+from qwen2vl_q.convert import FileType, Recipe, Report, convert_checkpoint, default_recipe
 
 SPEC = CheckpointSpec()
 WIDE = CheckpointSpec(  # groups of 128
@@ -182,7 +182,8 @@ def test_a_packed_tower_and_head(tmp_path: Path) -> None:
         del tensors[f"{module}.weight"]
         tensors |= pack(module, matrices[module], packs)
     write_safetensors(folder / "model.safetensors", tensors)
-    for vision_type, kind in ((None, "Q5_0"), ("f32", "F32")):
+    choices: list[tuple[FileType | None, str]] = [(None, "Q5_0"), ("f32", "F32")]
+    for vision_type, kind in choices:
         convert_checkpoint(folder, tmp_path / "m.gguf", default_recipe(folder, vision_type), overwrite=True)
         found = {t.name: t for t in GGUFReader(tmp_path / "m.gguf").tensors}
         parts = [found[f"v.blk.1.attn_{name}.weight"] for name in "qkv"]
