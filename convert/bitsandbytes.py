@@ -68,6 +68,10 @@ class PackedWeight(Weight):
     def origin(self) -> str:
         return str(self._packing)
 
+    @property
+    def hindrance(self) -> str:
+        return "no type has its table"
+
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop as float32 [stop - start, columns]."""
         begin, end, block = start * self._columns, stop * self._columns, self._state.block

@@ -44,6 +44,7 @@ class ConvertedTensor:
     wanted: str  # the recipe's type; output.type is another where its blocks do not divide a row
     origin: str | None  # what the checkpoint's tensor was quantized with
     kept: bool  # whether its integers are written as they are
+    hindrance: str  # why no type would
 
 
 @dataclass
@@ -174,7 +175,13 @@ def _plan(mapped: MappedTensor, weight: Weight, recipe: Recipe) -> list[Converte
     kept = type in weight.kept
     return [
         ConvertedTensor(
-            mapped, part, OutputTensor(target, type, mapped.target_shape), wanted, weight.origin, kept
+            mapped,
+            part,
+            OutputTensor(target, type, mapped.target_shape),
+            wanted,
+            weight.origin,
+            kept,
+            weight.hindrance,
         )
         for part, target in enumerate(mapped.targets)
     ]
@@ -190,16 +197,17 @@ def _packed_notes(
     weights: Weights, tensors: Sequence[ConvertedTensor], differences: Mapping[str, Difference]
 ) -> list[str]:
     """For each kind of quantized tensor, what became of it."""
-    groups: dict[tuple[str, str, str, bool], list[float]] = {}
+    groups: dict[tuple[str, str, str, bool, str], list[float]] = {}
     for t in tensors:
         if t.origin:
-            key = (t.origin, t.mapped.role.value, t.output.type, t.kept)
+            key = (t.origin, t.mapped.role.value, t.output.type, t.kept, t.hindrance)
             groups.setdefault(key, []).append(differences[t.output.name].relative)
     notes = []
-    for (origin, role, type, kept), errors in groups.items():
-        done = "kept as" if kept else "quantized anew to"
+    for (origin, role, type, kept, hindrance), errors in groups.items():
+        done = f"kept as {type}" if kept else f"quantized anew to {type}"
+        why = f" ({hindrance})" if hindrance else ""
         loss = f"relative error up to {max(errors):.2g}" if max(errors) else "nothing lost"
-        notes.append(f"{origin}: {len(errors)} of {role} {done} {type}: {loss}")
+        notes.append(f"{origin}: {len(errors)} of {role} {done}{why}: {loss}")
     if weights.empty_biases:
         n = len(weights.empty_biases)
         notes.append(f"{n} biases of zeros, which the model does not have, are left out")

@@ -94,15 +94,22 @@ class PackedWeight(Weight):
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The types that hold the integers as they are, the smallest first; none where a block would have
-        columns of several groups (act-order)."""
+        return () if self.hindrance else types_that_hold(*self._range)
+
+    @cached_property
+    def hindrance(self) -> str:
         if self._columns % BLOCK:
-            return ()
+            return f"blocks of {BLOCK} do not divide a row"
         blocks = self._group_of.reshape(-1, BLOCK)
-        if (blocks != blocks[:, :1]).any():
-            return ()
+        if (blocks != blocks[:, :1]).any():  # act-order
+            return "a block's columns are of several groups"
+        return "" if types_that_hold(*self._range) else "integers of more than 8 bits"
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        """Of q - zero, as far as the zero points tell."""
         highest = 2**self._packing.bits - 1 - int(self._zeros.min())
-        return types_that_hold(-int(self._zeros.max()), highest)
+        return -int(self._zeros.max()), highest
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop as float32 [stop - start, columns]."""

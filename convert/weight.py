@@ -23,6 +23,11 @@ class Weight:
         """The types whose blocks hold its integers as they are, the smallest first."""
         return ()
 
+    @property
+    def hindrance(self) -> str:
+        """Why no type holds them, where one was quantized."""
+        return ""
+
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop of the first axis."""
         raise NotImplementedError

@@ -27,6 +27,10 @@ class AdaptedWeight(Weight):
     def origin(self) -> str | None:
         return f"{self._base.origin} and LoRA" if self._base.origin else None
 
+    @property
+    def hindrance(self) -> str:
+        return "what is added changes them"
+
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         values = self._base.read(start, stop)
         for update in self._updates:

@@ -112,20 +112,26 @@ def relative_error(values: Array, weights: Array) -> float:
     return float(np.sqrt(np.square(values - weights).sum() / np.square(weights).sum()))
 
 
+SEVERAL = " (a block's columns are of several groups)"
 ANEW = {
-    "act-order": (PackSpec(act_order=True), None, "Q8_0"),
-    "act-order of 8 bits": (PackSpec(act_order=True, bits=8), None, "Q8_0"),
-    "act-order, asked for 4 bits": (PackSpec(act_order=True), "q4_0", "Q4_0"),
-    "8 bits with zero points": (PackSpec(bits=8, symmetric=False), None, "Q8_0"),
-    "groups of half a block": (PackSpec(group_size=16), None, "Q8_0"),
-    "asked for 4 bits": (PackSpec(symmetric=False), "q4_0", "Q4_0"),
-    "8 to 4 bits": (PackSpec(bits=8), "q4_0", "Q4_0"),
-    "asked for f16": (PackSpec(), "f16", "F16"),
+    "act-order": (PackSpec(act_order=True), None, "Q8_0", SEVERAL),
+    "act-order of 8 bits": (PackSpec(act_order=True, bits=8), None, "Q8_0", SEVERAL),
+    "act-order, asked for 4 bits": (PackSpec(act_order=True), "q4_0", "Q4_0", SEVERAL),
+    "8 bits with zero points": (
+        PackSpec(bits=8, symmetric=False),
+        None,
+        "Q8_0",
+        " (integers of more than 8 bits)",
+    ),
+    "groups of half a block": (PackSpec(group_size=16), None, "Q8_0", SEVERAL),
+    "asked for 4 bits": (PackSpec(symmetric=False), "q4_0", "Q4_0", ""),
+    "8 to 4 bits": (PackSpec(bits=8), "q4_0", "Q4_0", ""),
+    "asked for f16": (PackSpec(), "f16", "F16", ""),
 }
 
 
-@pytest.mark.parametrize(("packs", "asked", "type"), ANEW.values(), ids=ANEW)
-def test_what_is_quantized_anew(tmp_path: Path, packs: PackSpec, asked: Any, type: str) -> None:
+@pytest.mark.parametrize(("packs", "asked", "type", "why"), ANEW.values(), ids=ANEW)
+def test_what_is_quantized_anew(tmp_path: Path, packs: PackSpec, asked: Any, type: str, why: str) -> None:
     matrices = write_packed_checkpoint(tmp_path / "c", SPEC, packs)
     out = tmp_path / "m.gguf"
     report = convert(tmp_path / "c", out, asked) if asked else keep(tmp_path / "c", out)
@@ -140,7 +146,7 @@ def test_what_is_quantized_anew(tmp_path: Path, packs: PackSpec, asked: Any, typ
     [note] = report.notes
     kind = f"GPTQ {packs.bits} bit"
     assert note == (
-        f"{kind}: 14 of language model matrix quantized anew to {type}: relative error up to {worst:.2g}"
+        f"{kind}: 14 of language model matrix quantized anew to {type}{why}: relative error up to {worst:.2g}"
     )
     assert 0 < worst < {"Q8_0": 0.01, "Q4_0": 0.2, "F16": 1e-3}[type]
     assert max(d.relative for d in report.differences.values()) == pytest.approx(worst, rel=1e-5)
@@ -383,7 +389,9 @@ def test_bitsandbytes(tmp_path: Path, nested: bool, columns: int, monkeypatch: p
     report = keep(tmp_path / "c", tmp_path / "m.gguf")
     assert {kind for kind, _ in written(tmp_path / "m.gguf", values).values()} <= {"Q8_0", "F16"}
     assert "bitsandbytes 4 bit" in report.notes[0]
-    assert "language model matrix quantized anew to Q8_0: relative error up to 0.00" in report.notes[0]
+    assert (
+        "matrix quantized anew to Q8_0 (no type has its table): relative error up to 0.00" in report.notes[0]
+    )
 
 
 def state_of(changes: dict[str, Any] | bytes) -> Callable[[Tensors], None]:

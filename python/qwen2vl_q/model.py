@@ -444,10 +444,10 @@ class Qwen2VL:
                 max_new_tokens,
                 stop,
                 add_vision_id,
-                chat_template_kwargs,
                 progress,
                 constraint,
                 sampling,
+                chat_template_kwargs,
             )
             for conversation in conversations
         ]
@@ -504,10 +504,10 @@ class Qwen2VL:
             max_new_tokens,
             stop,
             add_vision_id,
-            chat_template_kwargs,
             progress,
             constraint,
             sampling,
+            chat_template_kwargs,
         )
         return self._generation.texts_async(request) if stream else self._generation.answer_async(request)
 
@@ -517,10 +517,10 @@ class Qwen2VL:
         max_new_tokens: int,
         stop: str | Sequence[str],
         add_vision_id: bool,
-        chat_template_kwargs: Mapping[str, Any] | None,
         progress: Progress | None,
         constraint: Constraint | None,
         sampling: Mapping[str, float | None],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Request:
         unknown = sampling.keys() - Sampling.__dataclass_fields__.keys()
         if unknown:
