@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Barrier, Thread
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from demo import cases
 from qwen2vl_q import DEMO_MODEL, CacheFullError, Qwen2VL, Qwen2VLError, _native
+from qwen2vl_q.engine import scheduler
 from qwen2vl_q.engine.pictures import Encoding
 from qwen2vl_q.engine.request import Request
 from qwen2vl_q.engine.scheduler import Scheduler
@@ -267,7 +269,7 @@ def test_two_who_want_one_picture_encode_it_once(
     slices.clear()
     assert demo.chat(talks, max_new_tokens=9, temperature=0) == expected
     assert len(slices) == pieces
-    scheduler = demo._generation.scheduler
+    steps = demo._generation.scheduler
 
     def request(talk: Messages) -> Request:
         return demo._chat_request(talk, 9, (), False, None, None, {"temperature": 0})
@@ -275,8 +277,8 @@ def test_two_who_want_one_picture_encode_it_once(
     def run_for(request: Request, n: int) -> None:
         slices.clear()
         while len(slices) < n:
-            with scheduler.turn():
-                scheduler._step()
+            with steps.turn():
+                steps._step()
 
     def interrupt(first: Request) -> None:
         def raising(*arguments: Any) -> bool:
@@ -285,7 +287,7 @@ def test_two_who_want_one_picture_encode_it_once(
         with monkeypatch.context() as patch:
             patch.setattr(Encoding, "advance", raising)
             with pytest.raises(KeyboardInterrupt):
-                scheduler.next(first)
+                steps.next(first)
 
     def fail(first: Request) -> None:
         def progress(*arguments: Any) -> None:
@@ -299,37 +301,37 @@ def test_two_who_want_one_picture_encode_it_once(
                 lambda self, seconds, report: report(0, 2),  # as a slow slice does
             )
             with pytest.raises(InterruptedError):
-                scheduler.next(first)
+                steps.next(first)
 
-    for leave in (interrupt, fail, scheduler.close):
+    for leave in (interrupt, fail, steps.close):
         demo.reset()
         first, second = map(request, talks)
         for r in (first, second):
-            scheduler.submit(r)
+            steps.submit(r)
         run_for(first, pieces // 2)
         leave(first)
-        scheduler.close(first)
+        steps.close(first)
         assert "".join(demo._generation.texts(second)) == expected[1]
         assert len(slices) == pieces
         assert second.image_tokens and not first.image_tokens
         demo.reset()
         alone = request(talks[0])
-        scheduler.submit(alone)
+        steps.submit(alone)
         run_for(alone, pieces // 2)
         leave(alone)
-        scheduler.close(alone)
+        steps.close(alone)
         alone.error = None  # its traceback
         gc.collect()
-        assert not scheduler._pictures._under_way
+        assert not steps._pictures._under_way
         assert_all_given_back(demo)
     demo.reset()
     slices.clear()
     begun = request(talks[0])
-    scheduler.submit(begun)
+    steps.submit(begun)
     run_for(begun, 3)
     demo.close()
     with pytest.raises(Qwen2VLError, match="closed"):
-        scheduler.next(begun)
+        steps.next(begun)
 
 
 def test_short_prompts_do_not_wait_for_long_ones(tiny: Qwen2VL, rows: list[list[int]]) -> None:
@@ -427,8 +429,11 @@ def test_conversations_that_have_no_room_wait(picture: bool, rows: list[list[int
     assert_all_given_back(model)
 
 
-def test_a_call_that_waits_for_room_begins_when_another_ends(tiny_gguf: Path) -> None:
-    """Whether it had drawn or not, what it has given out stays; seeds too."""
+def test_a_call_that_waits_for_room_begins_when_another_ends(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it had drawn or not, what it has given out stays; seeds too. However slow the readers are."""
+    monkeypatch.setattr(scheduler, "_PATIENCE", 60.0)
     model = Qwen2VL.from_gguf(tiny_gguf, n_threads=1, n_ctx=256, precision="exact")
 
     def tokens(ids: list[int]) -> Iterator[int]:
@@ -439,7 +444,13 @@ def test_a_call_that_waits_for_room_begins_when_another_ends(tiny_gguf: Path) ->
     model.reset()
     model._native.limit_cache(4 * PAGE * model._native.cell_bytes)  # any of them needs three
     together: list[list[int]] = [[] for _ in prompts]
-    in_threads([lambda i=i: together[i].extend(tokens(prompts[i])) for i in range(3)])  # type: ignore[misc]
+
+    def read(i: int) -> None:
+        for token in tokens(prompts[i]):
+            together[i].append(token)
+            sleep(0.002 * i)
+
+    in_threads([partial(read, i) for i in range(3)])
     assert together == alone
     assert_all_given_back(model)
 

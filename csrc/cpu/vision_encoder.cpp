@@ -142,8 +142,10 @@ Pieces VisionEncoder::operator()(Context& ctx, VisionInput input, float* out) co
 // PatchEmbed: a convolution whose patches do not overlap.
 void VisionEncoder::embed(Context& ctx, const VisionInput& input, int64_t row, int64_t n, Buffers& b) const {
   const int64_t width = config_.embed_dim, patch = config_.patch_dim();
-  const float* patches = input.pixel_values + row * patch;
-  if (input.pixel_values == nullptr) {
+  const float* patches = nullptr;
+  if (input.pixel_values != nullptr) {
+    patches = input.pixel_values + row * patch;
+  } else {
     float* made = b.wide.resize(n * patch);
     pixel_values(input.pixels, input.levels, input.grid, config_, row, n, made);
     patches = made;

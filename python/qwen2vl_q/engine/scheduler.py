@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from threading import get_ident
-from time import perf_counter
+from time import perf_counter, sleep
 
 from qwen2vl_q import _native
 from qwen2vl_q.base.errors import CacheFullError, Qwen2VLError
@@ -22,6 +22,7 @@ from qwen2vl_q.vision.image_processor import ProcessedImage
 _MOST_RUNNING = 64
 _SLICE = 0.1  # seconds of a picture between two steps: so long does a token wait for it, about
 _CHUNK = 128  # rows of prompts beside streams: so long does a token wait for them at most
+_PATIENCE = 1.0  # seconds that a full cache's streams may stay unread before they count as left
 _WORTH_WAITING = 64  # cells that another request is about to compute
 
 _is_over = attrgetter("over")
@@ -196,7 +197,7 @@ class Scheduler:
         """The newest request waits until another has ended; where none of them goes on, it ends."""
         active = [r for r in self._running if not r.over]
         newest = active.pop()
-        if all(r.stalled for r in active):
+        if not _go_on(active):
             newest.fail(error)
             return
         self._waiting.insert(0, newest)
@@ -333,6 +334,16 @@ class Scheduler:
         r.history.append(token)
         r.fed += 1
         r.tokens.append((token, piece))
+
+
+def _go_on(requests: Sequence[Request]) -> bool:
+    """Whether somebody reads one of them, now or soon."""
+    end = perf_counter() + _PATIENCE
+    while all(r.stalled for r in requests):
+        if not requests or perf_counter() > end:
+            return False
+        sleep(0.01)
+    return True
 
 
 def _worth_waiting(r: Request, other: Request) -> bool:
