@@ -337,9 +337,14 @@ class Qwen2VL:
     # --- conversations ---
 
     def encode_chat(
-        self, messages: Iterable[Mapping[str, Any]], add_vision_id: bool = False
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_vision_id: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[list[int], list[ProcessedImage]]:
         """A conversation as the tokens of its prompt, pad tokens expanded, and its images: for `generate`.
+
+        chat_template_kwargs: variables of the file's own template (texts, numbers, lists, objects).
 
         Special tokens come from the template alone: text that spells them stays text.
         """
@@ -347,7 +352,9 @@ class Qwen2VL:
         self.tokenizer.require_room((text for m in conversation for text in m.texts), self.n_ctx)
         images = self._load_images(part for message in conversation for part in message.images)
         pieces = self.template.render(
-            [message.for_template() for message in conversation], add_vision_id=add_vision_id
+            [message.for_template() for message in conversation],
+            add_vision_id=add_vision_id,
+            variables=chat_template_kwargs,
         )
         ids = self.tokenizer.encode_pieces(pieces)
         pad = self.config.image_token_id
@@ -371,6 +378,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         constraint: Constraint | None = ...,
         **sampling: float | None,
@@ -384,6 +392,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         constraint: Constraint | None = ...,
         **sampling: float | None,
@@ -397,6 +406,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         constraint: Constraint | None = ...,
         **sampling: float | None,
@@ -409,6 +419,7 @@ class Qwen2VL:
         max_new_tokens: int = 1024,
         stop: str | Sequence[str] = (),
         add_vision_id: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         constraint: Constraint | None = None,
         **sampling: float | None,
@@ -419,8 +430,8 @@ class Qwen2VL:
         conversations the answers come whole, in a list, computed together as far as the cache has room.
         `sampling`: temperature, top_k, top_p, min_p, repetition_penalty and seed as of `generate`; what is
         not given (or None) is the file's own default. constraint as of `generate`, for one conversation.
-        add_vision_id numbers the pictures ("Picture 1: "). Arguments are checked at once; errors as of
-        `generate`.
+        add_vision_id numbers the pictures ("Picture 1: "); chat_template_kwargs are variables of the file's
+        template. Arguments are checked at once; errors as of `generate`.
         """
         lists = (list, tuple)
         many = isinstance(messages, lists) and bool(messages) and all(isinstance(m, lists) for m in messages)
@@ -429,7 +440,14 @@ class Qwen2VL:
         conversations: Any = messages if many else [messages]
         requests = [
             self._chat_request(
-                conversation, max_new_tokens, stop, add_vision_id, progress, constraint, sampling
+                conversation,
+                max_new_tokens,
+                stop,
+                add_vision_id,
+                progress,
+                constraint,
+                sampling,
+                chat_template_kwargs,
             )
             for conversation in conversations
         ]
@@ -447,6 +465,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         constraint: Constraint | None = ...,
         **sampling: float | None,
@@ -460,6 +479,7 @@ class Qwen2VL:
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         progress: Progress | None = ...,
         constraint: Constraint | None = ...,
         **sampling: float | None,
@@ -472,6 +492,7 @@ class Qwen2VL:
         max_new_tokens: int = 1024,
         stop: str | Sequence[str] = (),
         add_vision_id: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         constraint: Constraint | None = None,
         **sampling: float | None,
@@ -479,7 +500,14 @@ class Qwen2VL:
         """`chat` of one conversation for asyncio: `async for` over the pieces, or `await` of the whole with
         stream=False. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
         request = self._chat_request(
-            messages, max_new_tokens, stop, add_vision_id, progress, constraint, sampling
+            messages,
+            max_new_tokens,
+            stop,
+            add_vision_id,
+            progress,
+            constraint,
+            sampling,
+            chat_template_kwargs,
         )
         return self._generation.texts_async(request) if stream else self._generation.answer_async(request)
 
@@ -492,12 +520,13 @@ class Qwen2VL:
         progress: Progress | None,
         constraint: Constraint | None,
         sampling: Mapping[str, float | None],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Request:
         unknown = sampling.keys() - Sampling.__dataclass_fields__.keys()
         if unknown:
             raise TypeError(f"chat() got an unexpected keyword argument {min(unknown)!r}")
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
-        token_ids, images = self.encode_chat(messages, add_vision_id)
+        token_ids, images = self.encode_chat(messages, add_vision_id, chat_template_kwargs)
         prepared = self._generation.prepare(token_ids, images)
         text = TextStream(self.tokenizer, stop, self.config.eos_token_ids)
         sampler = self.sampling.override(sampling).sampler()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,15 @@ from rich.progress import (
 
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
-from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint
+from qwen2vl_q.convert import (
+    FILE_TYPES,
+    Adapter,
+    FileType,
+    Recipe,
+    Report,
+    convert_checkpoint,
+    default_recipe,
+)
 from qwen2vl_q.convert.files import download, is_hub_id
 
 
@@ -35,6 +44,27 @@ def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) 
     return value
 
 
+def _adapters(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[Path, float]]:
+    """Folders with their scales."""
+    found = []
+    for value in values:
+        folder, colon, scale = value.rpartition(":")
+        if not colon or Path(value).is_dir():
+            folder, scale = value, "1"
+        if not Path(folder).is_dir():
+            raise click.BadParameter(f"'{printable(folder)}' is not a folder")
+        try:
+            number = float(scale)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise click.BadParameter(f"'{printable(value)}': expected a number after the colon")
+        found.append((Path(folder), number))
+    return found
+
+
 @click.command(short_help="Convert a Hugging Face checkpoint to one GGUF file.")
 @click.argument("source", metavar="SRC")
 @click.argument(
@@ -44,19 +74,31 @@ def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) 
     "--type",
     "type_",
     type=click.Choice(FILE_TYPES, case_sensitive=False),
-    default="q4_0",
-    show_default=True,
-    help="Of the weights.",
+    help="Of the weights.  [default: q4_0; of quantized checkpoints the one that keeps their integers]",
 )
 @click.option(
     "--vision-type",
     type=click.Choice(FILE_TYPES, case_sensitive=False),
     help="Of the vision tower's weights.  [default: q8_0 in q4_0 files, else as --type]",
 )
+@click.option(
+    "--lora",
+    "adapters",
+    metavar="DIR[:SCALE]",
+    multiple=True,
+    callback=_adapters,
+    help="A PEFT adapter to merge, with its own scale times SCALE; may be repeated.",
+)
 @click.option("--name", help="The model's name in the file.  [default: from SRC]")
 @click.option("--force", is_flag=True, help="Overwrite OUT.gguf where it exists.")
 def convert(
-    source: str, out: Path, type_: FileType, vision_type: FileType | None, name: str | None, force: bool
+    source: str,
+    out: Path,
+    type_: FileType | None,
+    vision_type: FileType | None,
+    adapters: list[tuple[Path, float]],
+    name: str | None,
+    force: bool,
 ) -> None:
     """Convert a Qwen2-VL checkpoint to one GGUF file.
 
@@ -67,11 +109,16 @@ def convert(
     Norms and biases stay F32. In q4_0 files the embeddings and the head are Q6_K, the vision tower Q8_0. A
     matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says which.
 
+    Of GPTQ and AWQ checkpoints the integers are kept as they are, in Q4_0, Q5_0 or Q8_0, unless --type asks
+    for another type; where they cannot be (act-order, bitsandbytes in 4 bits), matrices become Q8_0. Notes at
+    the end say what was done and what it cost.
+
     \b
     Examples:
       qwen2vl-q convert Qwen/Qwen2-VL-2B-Instruct qwen2-vl-2b.gguf
       qwen2vl-q convert ./my-finetune my-finetune-q8_0.gguf --type q8_0
       qwen2vl-q convert ./my-finetune m.gguf --type q4_0 --vision-type f16 --force
+      qwen2vl-q convert ./base m.gguf --lora ./adapter --lora ./another:0.5
     """
     if out.exists() and not force:  # before a download, not after
         raise click.UsageError(f"{printable(str(out))} exists: pass --force to overwrite it")
@@ -88,10 +135,11 @@ def convert(
         report = convert_checkpoint(
             folder,
             out,
-            Recipe(type_, vision_type),
+            Recipe(type_, vision_type) if type_ else default_recipe(folder, vision_type),
             name,
             force,
             lambda done, total: progress.update(task, completed=done, total=total),
+            [Adapter(path, scale) for path, scale in adapters],
         )
     _print_report(stdout_console(), report)
 
