@@ -15,6 +15,10 @@ def u32(value: int) -> Value:
     return gguf.GGUFValueType.UINT32, value
 
 
+def u16(value: int) -> Value:
+    return gguf.GGUFValueType.UINT16, value
+
+
 def i32(value: int) -> Value:
     return gguf.GGUFValueType.INT32, value
 
@@ -39,13 +43,30 @@ def rewritten(
     architecture: str = "qwen2vl",
 ) -> Path:
     """A file with the keys and tensors of `model` whose names `keep` takes, and with `keys`, as `out`."""
+    _write(model, gguf.GGUFWriter(out, architecture), keys or {}, keep)
+    return out
+
+
+def split_file(model: Path, folder: Path, n_tensors: int, name: str = "m") -> list[Path]:
+    """Parts of `model` as llama.cpp names and marks them, `n_tensors` in each."""
+    folder.mkdir(exist_ok=True)
+    architecture = gguf.GGUFReader(model).fields["general.architecture"].contents()
+    _write(model, gguf.GGUFWriter(folder / f"{name}.gguf", architecture, split_max_tensors=n_tensors), {})
+    return sorted(folder.glob(f"{name}-*-of-*.gguf"))
+
+
+def _write(
+    model: Path,
+    writer: gguf.GGUFWriter,
+    keys: Mapping[str, Value],
+    keep: Callable[[str], bool] = lambda name: True,
+) -> None:
     reader = gguf.GGUFReader(model)
-    writer = gguf.GGUFWriter(out, architecture)
     for field in reader.fields.values():
         if not field.name.startswith(("GGUF.", "general.architecture")) and keep(field.name):
             kind, *element = field.types
             writer.add_key_value(field.name, field.contents(), kind, element[-1] if element else None)
-    for name, (kind, value) in (keys or {}).items():
+    for name, (kind, value) in keys.items():
         writer.kv_data[0].pop(name, None)
         writer.add_key_value(name, value, kind, gguf.GGUFValueType.INT32 if isinstance(value, list) else None)
     for tensor in reader.tensors:
@@ -55,7 +76,6 @@ def rewritten(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return out
 
 
 def is_vision(name: str) -> bool:

@@ -60,9 +60,9 @@ py::object to_python(const gguf::File& file, const gguf::Value& value, const std
 
 py::dict metadata(const gguf::File& file) {
   py::dict out;
-  for (const auto& [key, value] : file.metadata()) {
-    const std::string where = "key " + gguf::in_quotes(key);
-    out[utf8(file, key, where)] = to_python(file, value, where);
+  for (const gguf::Key& key : file.keys()) {
+    const std::string where = "key " + gguf::in_quotes(key.name);
+    out[utf8(file, key.name, where)] = to_python(file, key.value, where);
   }
   return out;
 }
@@ -106,7 +106,7 @@ py::array_t<float> read(const gguf::File& file, const py::str& name) {
   const py::gil_scoped_release release;
   std::vector<uint8_t> stored(static_cast<size_t>(bytes));
   for (int64_t row = 0; row < rows; ++row) {
-    file.input().read(tensor.offset + static_cast<uint64_t>(row * bytes), stored);
+    tensor.input->read(tensor.offset + static_cast<uint64_t>(row * bytes), stored);
     dequantize_row(traits->type, stored.data(), cols, to + row * cols);
   }
   return out;
@@ -117,7 +117,7 @@ py::array_t<uint8_t> raw(const gguf::File& file, const py::str& name) {
   py::array_t<uint8_t> out(static_cast<py::ssize_t>(tensor.data_bytes));
   uint8_t* to = out.mutable_data();
   const py::gil_scoped_release release;
-  file.input().read(tensor.offset, {to, static_cast<size_t>(tensor.data_bytes)});
+  tensor.input->read(tensor.offset, {to, static_cast<size_t>(tensor.data_bytes)});
   return out;
 }
 
@@ -140,6 +140,7 @@ void register_gguf(py::module_& m) {
            py::arg("path"))
       .def_property_readonly("version", &gguf::File::version)
       .def_property_readonly("alignment", &gguf::File::alignment)
+      .def_property_readonly("n_bytes", &gguf::File::n_bytes)
       .def_property_readonly("metadata", &metadata)
       .def_property_readonly("tensors", &tensors)
       .def("read", &read, py::arg("name"), "A tensor, dequantized to float32 in its shape.")

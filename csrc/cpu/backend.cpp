@@ -64,7 +64,7 @@ class CpuBackend final : public Backend {
 
  private:
   void load_vision(const Progress& progress) {
-    for (const auto& file : vision_source_->files) file->input().require_unchanged();
+    for (const auto& file : vision_source_->files) file->require_unchanged();
     vision_encoder_.emplace(*config_.vision, *vision_source_->vision, ctx_, progress);
     weight_bytes_ += vision_encoder_->weight_bytes();
     vision_source_.reset();

@@ -209,7 +209,7 @@ class PluginBackend final : public Backend {
     if (!has_vision_) throw std::invalid_argument("this model has no vision tower");
     const bool first = !vision_loaded_;
     if (first)
-      for (const auto& file : handle_.files()) file->input().require_unchanged();
+      for (const auto& file : handle_.files()) file->require_unchanged();
     Reporter reporter(progress);
     qwen2vl_error error{};
     reporter.check(call(reporter.get(), &error), error);

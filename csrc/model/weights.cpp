@@ -81,7 +81,7 @@ class Loader {
                         ", which is not computed; computed are " + dtype_names();
       return {};
     }
-    return {traits->type, rows, cols, nullptr, found.file, found.tensor->offset};
+    return {traits->type, rows, cols, nullptr, found.tensor->input, found.tensor->offset};
   }
 
   std::span<const gguf::File* const> files_;
@@ -140,7 +140,7 @@ VisionWeights load_vision(Loader& load, const VisionConfig& c) {
 const uint8_t* MatrixView::read_rows(int64_t begin, int64_t n, uint8_t* room) const {
   const int64_t stride = row_bytes(type, cols);
   if (data != nullptr) return data + begin * stride;
-  file->input().read(offset + static_cast<uint64_t>(begin * stride), {room, static_cast<size_t>(n * stride)});
+  file->read(offset + static_cast<uint64_t>(begin * stride), {room, static_cast<size_t>(n * stride)});
   return room;
 }
 

@@ -84,12 +84,13 @@ class TensorInfo:
         """numpy order: the contiguous dimension last."""
     @property
     def offset(self) -> int:
-        """From the start of the file."""
+        """From the start of the file, or of the part that it lies in."""
     @property
     def n_bytes(self) -> int: ...
 
 class GgufFile:
-    """A checked GGUF file, kept open; what is read after it was cut short raises Error."""
+    """A checked GGUF file, or all of those that one was split in (NAME-00001-of-00003.gguf ...), of which any
+    may be named. Kept open; what is read after it was cut short raises Error."""
 
     def __init__(self, path: _Path) -> None: ...
     @property
@@ -97,8 +98,12 @@ class GgufFile:
     @property
     def alignment(self) -> int: ...
     @property
+    def n_bytes(self) -> int:
+        """Of the file, or of all its parts."""
+    @property
     def metadata(self) -> dict[str, Any]:
-        """Key -> int, float, bool, str or list of these. Strings that are not UTF-8 raise FormatError.
+        """Key -> int, float, bool, str or list of these; of several parts, the first one's. Strings that are
+        not UTF-8 raise FormatError.
 
         Built anew at each access: keep it."""
     @property

@@ -64,10 +64,9 @@ def _summary(settings: Settings) -> FileSummary:
     from qwen2vl_q._native import GgufFile
     from qwen2vl_q.cli.tables import bits_per_weight, main_type
 
-    names = [name for name in (settings.model, settings.mmproj) if name is not None]
-    n_bytes = sum(Path(name).stat().st_size for name in names)
-    tensors = [tensor for name in names for tensor in GgufFile(name).tensors]
-    return FileSummary(main_type(tensors), n_bytes, bits_per_weight(tensors))
+    files = [GgufFile(name) for name in (settings.model, settings.mmproj) if name is not None]
+    tensors = [tensor for file in files for tensor in file.tensors]
+    return FileSummary(main_type(tensors), sum(file.n_bytes for file in files), bits_per_weight(tensors))
 
 
 def _in_own_process(settings: Settings, tell: Tell) -> Measured:
