@@ -19,6 +19,7 @@ void register_errors(py::module_& m);    // errors.cpp
 void register_machine(py::module_& m);   // machine.cpp: instruction sets, threads
 void register_quantize(py::module_& m);  // quantize.cpp
 void register_gguf(py::module_& m);      // gguf.cpp
+void register_config(py::module_& m);    // config.cpp: what a file is
 void register_engine(py::module_& m);    // engine.cpp
 
 }  // namespace qwen2vl::bindings

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "model/architecture.h"
 
 namespace qwen2vl::bindings {
 namespace {
@@ -50,6 +51,14 @@ py::dict config_dict(const ModelConfig& config) {
   d["image_token_id"] = config.text.image_token_id;
   d["video_token_id"] = config.text.video_token_id;
   return d;
+}
+
+void register_config(py::module_& m) {
+  m.def("require_language_model", &require_language_model, py::arg("file"));
+  m.def("has_vision_tower", &has_vision_tower, py::arg("file"));
+  m.def("require_vision_tower", &require_vision_tower, py::arg("file"));
+  m.def("vision_tower_width", &vision_tower_width, py::arg("file"));
+  m.def("has_swapped_feed_forward", &has_swapped_feed_forward, py::arg("file"));
 }
 
 }  // namespace qwen2vl::bindings

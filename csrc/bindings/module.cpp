@@ -7,5 +7,6 @@ PYBIND11_MODULE(_native, m) {
   qwen2vl::bindings::register_machine(m);
   qwen2vl::bindings::register_quantize(m);
   qwen2vl::bindings::register_gguf(m);
+  qwen2vl::bindings::register_config(m);
   qwen2vl::bindings::register_engine(m);
 }

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "gguf/types.h"
+#include "model/architecture.h"
 #include "quant/quantize.h"
 
 namespace qwen2vl {
@@ -48,6 +49,11 @@ class Loader {
   }
   LinearWeights linear_with_bias(const std::string& name, int64_t out, int64_t in) {
     return {matrix(name + ".weight", out, in), vector(name + ".bias", out)};
+  }
+
+  /// Of the vision tower, which is there.
+  bool has_swapped_feed_forward() const {
+    return qwen2vl::has_swapped_feed_forward(*find_tensor(files_, "v.blk.0.ffn_up.weight").file);
   }
 
   void finish() const {
@@ -113,6 +119,8 @@ TextWeights load_text(Loader& load, const TextConfig& c) {
 
 VisionWeights load_vision(Loader& load, const VisionConfig& c) {
   VisionWeights w;
+  const bool swapped = load.has_swapped_feed_forward();
+  const std::string fc1 = swapped ? "ffn_down" : "ffn_up", fc2 = swapped ? "ffn_up" : "ffn_down";
   w.patch_embed[0] = load.patch_slice("v.patch_embd.weight", c);
   w.patch_embed[1] = load.patch_slice("v.patch_embd.weight.1", c);
   for (int64_t i = 0; i < c.depth; ++i) {
@@ -124,8 +132,8 @@ VisionWeights load_vision(Loader& load, const VisionConfig& c) {
     b.v = load.linear_with_bias(blk + "attn_v", c.embed_dim, c.embed_dim);
     b.proj = load.linear_with_bias(blk + "attn_out", c.embed_dim, c.embed_dim);
     b.norm2 = load.layer_norm(blk + "ln2", c.embed_dim);
-    b.fc1 = load.linear_with_bias(blk + "ffn_up", c.intermediate_size, c.embed_dim);
-    b.fc2 = load.linear_with_bias(blk + "ffn_down", c.embed_dim, c.intermediate_size);
+    b.fc1 = load.linear_with_bias(blk + fc1, c.intermediate_size, c.embed_dim);
+    b.fc2 = load.linear_with_bias(blk + fc2, c.embed_dim, c.intermediate_size);
     w.blocks.push_back(std::move(b));
   }
   const int64_t merged = c.embed_dim * c.merge_unit();

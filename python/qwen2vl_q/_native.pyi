@@ -114,6 +114,23 @@ class GgufFile:
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes as stored (a copy)."""
 
+def require_language_model(file: GgufFile) -> None:
+    """UnsupportedError, saying what the file is, where it is not Qwen2-VL's language model, with or without
+    the vision tower."""
+
+def has_vision_tower(file: GgufFile) -> bool:
+    """Of whatever model."""
+
+def require_vision_tower(file: GgufFile) -> None:
+    """UnsupportedError, saying whose it is, where the file's vision tower is not Qwen2-VL's; FormatError
+    where it has none."""
+
+def vision_tower_width(file: GgufFile) -> int:
+    """The features of the language model that the file's vision tower is made for."""
+
+def has_swapped_feed_forward(file: GgufFile) -> bool:
+    """Whether fc1 is named ffn_down and fc2 ffn_up, as in llama.cpp's files of 2024."""
+
 # --- the engine ---------------------------------------------------------------------------------------
 
 Progress = Callable[[int, int], None]  # (done, total); an exception raised in it cancels the call cleanly
