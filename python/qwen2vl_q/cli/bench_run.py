@@ -44,7 +44,11 @@ class Runner:
 
     def run(self, model: str, tell: Tell) -> Result:
         """Raises what loading and running the model raise; Qwen2VLError where its process dies."""
-        settings = replace(self._settings, model=model)
+        from qwen2vl_q.engine.tower_file import TowerFile
+
+        # Found here, so that its size counts.
+        mmproj = self._settings.mmproj or TowerFile.find(model).path
+        settings = replace(self._settings, model=model, mmproj=mmproj)
         file = _summary(settings)
         before = self._latest or self._limits(tell)
         measured = _in_own_process(settings, tell)
