@@ -130,6 +130,7 @@ def _plan(mapped: MappedTensor, recipe: Recipe) -> list[ConvertedTensor]:
 def _chunks(checkpoint: Checkpoint, tensor: ConvertedTensor) -> Iterator[NDArray[np.uint8]]:
     """The tensor's bytes, a slice of rows at a time."""
     mapped, shape = tensor.mapped, tensor.output.shape
+    stored = checkpoint.tensors[mapped.source]
     first = tensor.part * shape[0] if mapped.split_axis == 0 else 0
     step = max(1, _CHUNK_VALUES // math.prod(mapped.source_shape[1:]))
     for start in range(0, shape[0], step):
@@ -137,20 +138,19 @@ def _chunks(checkpoint: Checkpoint, tensor: ConvertedTensor) -> Iterator[NDArray
         values = checkpoint.read(mapped.source, first + start, first + stop)
         if mapped.role is Role.PATCH:
             values = values[:, :, tensor.part]
-        _check_range(checkpoint, tensor, values)
+        require_range(values, tensor.output.type, f"{stored.file}: tensor '{stored.name}'")
         yield quantize(
             np.ascontiguousarray(values.reshape(-1, shape[-1] if len(shape) > 1 else values.size)),
             tensor.output.type,
         )
 
 
-def _check_range(checkpoint: Checkpoint, tensor: ConvertedTensor, values: NDArray[np.float32]) -> None:
+def require_range(values: NDArray[np.float32], type: str, place: str) -> None:
+    """FormatError where `type` does not reach to the values; `place` is their file and tensor."""
     largest = max(float(values.max()), -float(values.min()))  # NaN where any value is
-    stored = checkpoint.tensors[tensor.mapped.source]
     if not math.isfinite(largest):
-        raise FormatError(f"{stored.file}: tensor '{stored.name}' holds values that are not finite")
-    if tensor.output.type not in ("F32", "BF16") and largest > _F16_MAX:
+        raise FormatError(f"{place} holds values that are not finite")
+    if type not in ("F32", "BF16") and largest > _F16_MAX:
         raise FormatError(
-            f"{stored.file}: tensor '{stored.name}': {tensor.output.type} reaches to {_F16_MAX:g}, "
-            f"found {largest:g}: convert to bf16 or f32"
+            f"{place}: {type} reaches to {_F16_MAX:g}, found {largest:g}: convert to bf16 or f32"
         )

@@ -76,6 +76,8 @@ def _write(
     for name, (kind, value) in keys.items():
         writer.kv_data[0].pop(name, None)
         writer.add_key_value(name, value, kind, _element(value) if isinstance(value, list) else None)
+    if "general.alignment" in keys:
+        writer.data_alignment = keys["general.alignment"][1]
     for tensor in reader.tensors:
         if keep(tensor.name):
             writer.add_tensor(named(tensor.name), tensor.data, raw_dtype=tensor.tensor_type)

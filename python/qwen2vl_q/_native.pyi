@@ -107,12 +107,16 @@ class GgufFile:
 
         Built anew at each access: keep it."""
     @property
+    def entries(self) -> list[tuple[str, bytes]]:
+        """Each key and its whole entry (name, type, value) as the file has it."""
+    @property
     def tensors(self) -> list[TensorInfo]: ...
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor, dequantized to float32 in its shape. KeyError: no such tensor; UnsupportedError: a type
         that `quantize` does not know."""
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes as stored (a copy)."""
+    def raw(self, name: str, begin: int = 0, n_bytes: int | None = None) -> NDArray[np.uint8]:
+        """A tensor's bytes as stored (a copy): all, or n_bytes of them from `begin` on. ValueError for more
+        than there are."""
 
 def require_language_model(file: GgufFile) -> None:
     """UnsupportedError, saying what the file is, where it is not Qwen2-VL's language model, with or without

@@ -67,8 +67,9 @@ def fitted(processor: ImageProcessor, vision: Mapping[str, Any] | None, path: st
     )
 
 
-def check_model_file(path: str) -> None:
-    """Raises what `Qwen2VL.from_gguf(path)` would for the file's content; of the weights it reads next to
-    nothing."""
-    parts = ModelParts.read(path, path)
-    fitted(parts.processor, _native.read_config(path)["vision_config"], path)
+def check_model_file(path: str, mmproj: str | None = None) -> None:
+    """Raises what `Qwen2VL.from_gguf(path, mmproj=mmproj)` would for the files' content; of the weights it
+    reads next to nothing."""
+    vision_path = mmproj or path
+    parts = ModelParts.read(path, vision_path)
+    fitted(parts.processor, _native.read_config(path, mmproj)["vision_config"], vision_path)
