@@ -64,6 +64,9 @@ class Bench {
     for (const DType type : {DType::Q4_0, DType::Q8_0, DType::Q6_K, DType::Q4_1, DType::Q5_0, DType::Q5_1,
                              DType::Q4_K, DType::Q5_K})
       for (const int64_t rows : {1, 2, 4, 8}) matmul_few_rows(type, rows);
+    for (const DType type : {DType::Q4_0, DType::Q6_K})
+      for (const int64_t rows : {8, 16, 32, 64})
+        for (const int planes : {1, 2}) matmul_streams(type, rows, planes);
     gemm();
     rows();
     packing();
@@ -145,14 +148,19 @@ class Bench {
     std::vector<int32_t> corrections32, corrections16;
     QuantizedRows rows;
   };
-  Activations activations(int64_t rows, int64_t cols) {
-    Activations a{AlignedBuffer(rows * cols),
+  Activations activations(int64_t rows, int64_t cols, int planes = 1) {
+    Activations a{AlignedBuffer(planes * rows * cols),
                   std::vector<float>(rows * cols / 32),
-                  std::vector<int32_t>(rows * cols / 32),
-                  std::vector<int32_t>(rows * cols / 16),
+                  std::vector<int32_t>(planes * rows * cols / 32),
+                  std::vector<int32_t>(planes * rows * cols / 16),
                   {}};
-    a.rows = {
-        rows, cols, a.values.as<int8_t>(), a.scales.data(), a.corrections32.data(), a.corrections16.data()};
+    a.rows = {rows,
+              cols,
+              planes,
+              a.values.as<int8_t>(),
+              a.scales.data(),
+              a.corrections32.data(),
+              a.corrections16.data()};
     kernels_.quantize_rows(normal(rows * cols).data(), cols, rows, a.rows, 0);
     return a;
   }
@@ -254,6 +262,18 @@ class Bench {
     const Activations x = activations(rows, cols);
     report(name, static_cast<double>(w.panels.panel_count() * w.panels.panel_bytes), "GB/s ",
            peaks_.read_bytes, time_matmul(w.panels, x.rows, 16, rows));
+  }
+
+  /// Rows of so many streams: memory and arithmetic take about as long.
+  void matmul_streams(DType type, int64_t rows, int planes) {
+    const int64_t cols = 1536, n = (400 << 20) / panel_parts(type, cols).bytes * kPanelRows;
+    const std::string name = "matmul_q8 " + std::string(dtype_traits(type).name) + " M " +
+                             std::to_string(rows) + (planes == 2 ? ", 16 bits" : "") + ", 400 MB of weights";
+    if (!wanted(name)) return;
+    const Matrix w = matrix({type, n, cols});
+    const Activations x = activations(rows, cols, planes);
+    report(name, 2.0 * static_cast<double>(planes * rows * n * cols), "Gop/s", peaks_.int8_ops,
+           time_matmul(w.panels, x.rows, 4, rows));
   }
 
   void gemm() {

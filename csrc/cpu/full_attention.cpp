@@ -205,7 +205,7 @@ void FullAttention::run(Context& ctx, float* qkv, int64_t rows, const Rotation& 
   const int64_t value_size = HeadPanels<T>::value_elements(rows, head_dim_);
   T* packed = reinterpret_cast<T*>(
       packed_.resize(((key_size + value_size) * num_heads_ * static_cast<int64_t>(sizeof(T)) + 3) / 4));
-  ctx.reserve_scratch(FullTile<T>::scratch_bytes(head_dim_));
+  ctx.scratch.reserve_kernel(FullTile<T>::scratch_bytes(head_dim_));
   const auto panels_of = [&](int64_t h) {
     T* keys = packed + h * (key_size + value_size);
     return HeadPanels<T>{keys, keys + key_size};
@@ -226,7 +226,7 @@ void FullAttention::run(Context& ctx, float* qkv, int64_t rows, const Rotation& 
   });
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   ctx.pool.parallel_for(num_heads_ * tiles, 1, [&](int64_t begin, int64_t end, int thread) {
-    FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch(thread));
+    FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch.threads[thread].kernel_bytes());
     for (int64_t t = begin; t < end; ++t) {
       const int64_t h = t / tiles, row = t % tiles * kTileRows;
       tile(qkv + row * stride + h * head_dim_, stride, std::min(kTileRows, rows - row), rotation, row, rows,

@@ -65,4 +65,23 @@ void take_columns(float* row, std::span<const int32_t> columns, int64_t index, s
   }
 }
 
+OutlierMatrix gather_outliers(std::span<const std::vector<Outlier>> found, int64_t rows, FloatBuffer& room) {
+  OutlierMatrix matrix;
+  std::vector<int32_t>& columns = matrix.columns;
+  for (const auto& some : found)
+    for (const Outlier& o : some) columns.push_back(o.column);
+  std::sort(columns.begin(), columns.end());
+  columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
+  const int64_t n = static_cast<int64_t>(columns.size());
+  if (n == 0) return matrix;
+  float* values = room.resize(rows * n);
+  std::fill_n(values, rows * n, 0.0f);
+  for (const auto& some : found)
+    for (const Outlier& o : some)
+      values[o.row * n + (std::lower_bound(columns.begin(), columns.end(), o.column) - columns.begin())] =
+          o.value;
+  matrix.values = values;
+  return matrix;
+}
+
 }  // namespace qwen2vl::cpu

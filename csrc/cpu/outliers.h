@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "cpu/float_buffer.h"
 #include "cpu/kernels/kernel_table.h"
 
 namespace qwen2vl::cpu {
@@ -34,6 +35,14 @@ std::vector<int32_t> outlier_columns(std::span<const float> norm_weights);
 
 /// Takes these columns out of a row likewise.
 void take_columns(float* row, std::span<const int32_t> columns, int64_t index, std::vector<Outlier>& found);
+
+/// The outliers of some rows as a matrix of the columns that have any.
+struct OutlierMatrix {
+  std::vector<int32_t> columns;
+  const float* values = nullptr;  ///< [rows][columns.size()], zero where a row has none there
+};
+/// Of outliers found in any order; the values lie in `room`.
+OutlierMatrix gather_outliers(std::span<const std::vector<Outlier>> found, int64_t rows, FloatBuffer& room);
 
 // 26 deviations of a normal distribution. The products that SwiGLU makes have long tails: fewer than one in
 // ten million lies above.

@@ -62,7 +62,7 @@ struct VisionEncoder::CenteredLinear {
   const PackedLinear& layer;
   std::optional<Center> center = {};
 
-  void operator()(Context& ctx, const Rows& x, float* out, int64_t out_stride, Store store) {
+  void operator()(Context& ctx, const InputRows& x, float* out, int64_t out_stride, Store store) {
     if (!center) center = center_of(ctx, layer, x);
     linear(ctx, layer, x, out, out_stride, store, *center);
   }

@@ -41,7 +41,7 @@ Prompt::Prompt(const ModelConfig& config, std::vector<int32_t> token_ids, std::v
       CellKey& cell = cells_[image.start + c];
       cell.patch = static_cast<int32_t>(c);
       cell.grid = image.grid;
-      cell.item = image.key;
+      cell.image = image.key;
     }
     end = last + 1;
   }

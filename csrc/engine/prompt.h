@@ -10,17 +10,17 @@
 
 namespace qwen2vl {
 
-/// A vision item of a prompt: its pad tokens start at `start`.
+/// An image or video of a prompt: its pad tokens start at `start`.
 struct PromptImage {
   int64_t start = 0;
   GridTHW grid;
   std::array<uint8_t, 16> key{};
 };
 
-/// Token ids with the vision items that stand in them, checked against the model.
+/// Token ids with the images and videos that stand in them, checked against the model.
 class Prompt {
  public:
-  /// Throws std::invalid_argument for ids out of range and for items that do not fit the runs of pad tokens.
+  /// Throws std::invalid_argument for ids out of range and for images that do not fit the runs of pad tokens.
   Prompt(const ModelConfig& config, std::vector<int32_t> token_ids, std::vector<PromptImage> images);
 
   int64_t size() const { return static_cast<int64_t>(token_ids_.size()); }

@@ -186,7 +186,7 @@ class Model:
     def precision(self) -> str: ...
     @property
     def weight_bytes(self) -> int:
-        """Memory that the packed weights take: the vision tower's from the first picture on."""
+        """Memory that the packed weights take: the vision tower's from the first image on."""
     def encode_image(
         self,
         pixel_values: NDArray[np.float32],
@@ -234,7 +234,7 @@ class Model:
         """Reads all weights that decoding a token reads, and does nothing with them; returns their bytes."""
 
 class Prompt:
-    """Token ids with the vision items that stand in them.
+    """Token ids with the images and videos that stand in them.
 
     Each image is (start, grid_thw, key): the index of its first pad token, its grid in patches, and bytes
     that identify its pixels (a hash). Raises ValueError where a token id is out of range or the runs of pad

@@ -144,17 +144,25 @@ struct QuantizedBuffer {
   std::vector<int32_t> corrections32, corrections16;
   QuantizedRows rows;
 
-  QuantizedBuffer(int64_t n_rows, int64_t cols)
-      : values(n_rows * cols),
+  QuantizedBuffer(int64_t n_rows, int64_t cols, int planes = 1)
+      : values(planes * n_rows * cols),
         scales(n_rows * cols / 32),
-        corrections32(n_rows * cols / 32),
-        corrections16(n_rows * cols / 16),
-        rows{n_rows, cols, values.as<int8_t>(), scales.data(), corrections32.data(), corrections16.data()} {
-    std::memset(values.data(), 0x5a, n_rows * cols);
+        corrections32(planes * n_rows * cols / 32),
+        corrections16(planes * n_rows * cols / 16),
+        rows{n_rows,
+             cols,
+             planes,
+             values.as<int8_t>(),
+             scales.data(),
+             corrections32.data(),
+             corrections16.data()} {
+    std::memset(values.data(), 0x5a, planes * n_rows * cols);
   }
   /// [rows][cols] in double: what the integers stand for.
   double value(int64_t m, int64_t k) const {
-    return static_cast<double>(scales[m * (rows.cols / 32) + k / 32]) * rows.values[m * rows.cols + k];
+    const int8_t* at = rows.values + m * rows.cols + k;
+    const double rest = rows.planes == 2 ? at[rows.rows * rows.cols] / 256.0 : 0.0;
+    return static_cast<double>(scales[m * (rows.cols / 32) + k / 32]) * (*at + rest);
   }
 };
 

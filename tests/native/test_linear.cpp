@@ -209,7 +209,7 @@ TEST_CASE("swiglu is silu(gate) * up, the same bits as from two layers") {
           const Floats x = random_floats(rows, kCols, 8, true);
           Floats both(rows * 2 * n), out(rows * n);
           linear(ctx, layer, {x.data(), rows, kCols}, both.data(), 2 * n, Store::Overwrite);
-          const Rows result = linear_swiglu(ctx, layer, {x.data(), rows, kCols}, out.data());
+          const InputRows result = linear_swiglu(ctx, layer, {x.data(), rows, kCols}, out.data());
           CHECK(result.data == out.data());
           CHECK(result.rows == rows);
           CHECK(result.stride == n);

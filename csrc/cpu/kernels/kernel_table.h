@@ -11,14 +11,16 @@ namespace qwen2vl::cpu {
 
 /// Activations quantized to 8 bits per row and block of 32: x[m][k] = scales[m][k / 32] * values[m][k], with
 /// scale = max|x| / 127 of the block and values = round-to-nearest-even(x / scale). A block of zeros has
-/// scale 0.
+/// scale 0. Or to 16 bits, as two planes of 8: x = scale * (values[0] + values[1] / 256), the second what the
+/// first has rounded off, at most 127 / 256.
 struct QuantizedRows {
   int64_t rows = 0;
   int64_t cols = 0;                  ///< a multiple of 32
-  int8_t* values = nullptr;          ///< [rows][cols], 64-byte aligned
+  int planes = 1;                    ///< or 2; the first alone is the rows in 8 bits
+  int8_t* values = nullptr;          ///< [planes][rows][cols], 64-byte aligned
   float* scales = nullptr;           ///< [rows][cols / 32]
-  int32_t* corrections32 = nullptr;  ///< [rows][cols / 32]: -128 * sum of the block's values
-  int32_t* corrections16 = nullptr;  ///< [rows][cols / 16]: the same per half block (for parts of 16)
+  int32_t* corrections32 = nullptr;  ///< [planes][rows][cols / 32]: -128 * sum of the block's values
+  int32_t* corrections16 = nullptr;  ///< [planes][rows][cols / 16]: the same per half block (for parts of 16)
 };
 
 /// Columns that share a scale in GroupedRows.
@@ -75,11 +77,12 @@ struct KernelTable {
 
   // --- quantized matmul -------------------------------------------------------------------------------
 
-  /// x [rows, cols], row stride x_stride -> rows row_begin.. of `out`.
+  /// x [rows, cols], row stride x_stride -> rows row_begin.. of `out`, all its planes.
   void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, const QuantizedRows& out,
                         int64_t row_begin);
 
-  /// out[m][n] for m in [row_begin, row_end) and n of panels [panel_begin, panel_end), with int8 activations.
+  /// out[m][n] for m in [row_begin, row_end) and n of panels [panel_begin, panel_end), with activations of 8
+  /// or 16 bits. The planes' integer sums are added before they become floats.
   /// `w` is quantized. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's thread's own
   /// (only the plain kernels use it). Only columns below w.rows are written.
   void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
@@ -180,10 +183,6 @@ struct KernelTable {
   void (*scale_row)(float* x, float factor, int64_t n);
   /// y += x.
   void (*add_row)(float* y, const float* x, int64_t n);
-  /// out = x - scales * values, of one row of QuantizedRows: what quantize_rows has left of x. n is a
-  /// multiple of 32.
-  void (*subtract_quantized)(const float* x, const int8_t* values, const float* scales, int64_t n,
-                             float* out);
   /// Rounds to nearest even; overflow becomes infinity.
   void (*convert_f32_to_f16)(const float* x, uint16_t* out, int64_t n);
 

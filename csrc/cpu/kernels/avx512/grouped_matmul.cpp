@@ -241,7 +241,7 @@ void multiply_rows(int64_t rows, GroupTile t) {
   }
 }
 
-struct Task {
+struct GroupedProblem {
   const PanelMatrix& w;
   const GroupedRows& x;
   int64_t row_begin, row_end;
@@ -251,7 +251,7 @@ struct Task {
 
 /// All rows with P panels from `panel`.
 template <DType T, int P>
-void multiply_panels(const Task& t, int64_t panel) {
+void multiply_panels(const GroupedProblem& t, int64_t panel) {
   const GroupedRows& x = t.x;
   const int64_t rows = t.row_end - t.row_begin;
   auto* weights = reinterpret_cast<uint8_t*>(t.scratch);
@@ -269,7 +269,7 @@ void multiply_panels(const Task& t, int64_t panel) {
 }
 
 template <DType T>
-void multiply(const Task& t, int64_t panel_begin, int64_t panel_end) {
+void multiply(const GroupedProblem& t, int64_t panel_begin, int64_t panel_end) {
   int64_t panel = panel_begin;
   for (; panel + kTilePanels <= panel_end; panel += kTilePanels) multiply_panels<T, kTilePanels>(t, panel);
   for (; panel < panel_end; ++panel) multiply_panels<T, 1>(t, panel);
@@ -277,7 +277,7 @@ void multiply(const Task& t, int64_t panel_begin, int64_t panel_end) {
 
 void matmul_groups(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
                    int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch) {
-  const Task t{w, x, row_begin, row_end, out, scratch};
+  const GroupedProblem t{w, x, row_begin, row_end, out, scratch};
   visit_quantized(w.type, [&]<DType T>() { multiply<T>(t, panel_begin, panel_end); });
 }
 

@@ -8,7 +8,7 @@
 namespace qwen2vl::cpu {
 namespace {
 
-inline const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
+inline const uint16_t* as_16_bits(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
 
 /// A byte in every byte of a vector.
 inline IntVec set1_bytes(int byte) { return set1_int(static_cast<int32_t>(0x01010101u * (byte & 0xffu))); }
@@ -78,9 +78,9 @@ struct VectorDecoder {
   Vec part_value(const uint8_t* values, const uint8_t* block_values, int64_t b, int s, int v) const {
     const int64_t at = (b * kParts + s) * kPanelRows;
     if constexpr (kFormat.scale_bits == 16) {
-      return load_f16(halves(values + offset(v, 2)) + at);
+      return load_f16(as_16_bits(values + offset(v, 2)) + at);
     } else {
-      const Vec block = load_f16(halves(block_values + offset(v, 2)) + b / 8 * kPanelRows);
+      const Vec block = load_f16(as_16_bits(block_values + offset(v, 2)) + b / 8 * kPanelRows);
       return mul(block, to_float(load_int8(values + offset(v, 1) + at)));
     }
   }
