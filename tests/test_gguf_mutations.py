@@ -17,7 +17,7 @@ from gguf_files import is_vision, rewritten, split_file
 from gguf_mutations import mutated, places
 from qwen2vl_q import _native
 from qwen2vl_q.base.errors import Qwen2VLError
-from qwen2vl_q.convert import merge_models, split_model
+from qwen2vl_q.convert import Recipe, convert_gguf, merge_models, split_model
 from qwen2vl_q.engine.model_parts import check_model_file
 from qwen2vl_q.engine.tower_file import TowerFile
 
@@ -64,7 +64,10 @@ def test_one_file(tiny_gguf: Path, tmp_path: Path) -> None:
     def split() -> None:
         split_model(path, tmp_path / "half", overwrite=True)
 
-    attack(tiny_gguf, path, [read, lambda: check_model_file(str(path)), split], 1)
+    def convert() -> None:
+        convert_gguf(path, None, tmp_path / "converted.gguf", Recipe("q8_0"), overwrite=True)
+
+    attack(tiny_gguf, path, [read, lambda: check_model_file(str(path)), split, convert], 1)
     assert not list(tmp_path.glob("*.part"))
 
 

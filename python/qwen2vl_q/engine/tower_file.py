@@ -20,7 +20,7 @@ _USUAL = re.compile(r"mmproj|(?<![a-z0-9])vision(?![a-z0-9])")
 # What a name says beside the model's: types of weights, parts, and what file it is.
 _PART = re.compile(r"-(\d{5})-of-\d{5}$")
 _TYPE = re.compile(r"(?<![a-z0-9])(i?q\d\w*|bf16|fp?16|fp?32)(?![a-z0-9])")
-_WORDS = re.compile(r"mmproj|(?<![a-z0-9])(vision|model|gguf|ud|i1|imat)(?![a-z0-9])|[^a-z0-9]")
+_WORDS = re.compile(r"mmproj|(?<![a-z0-9])(vision|model|gguf|ud|i1|imat|imatrix)(?![a-z0-9])|[^a-z0-9]")
 _TYPES = ("F16", "BF16", "F32", "Q8_0")  # the ones to take first
 
 
