@@ -48,6 +48,8 @@ class Runner:
 
         # Found here, so that its size counts.
         mmproj = self._settings.mmproj or TowerFile.find(model).path
+        if mmproj is not None and self._settings.mmproj is None:
+            tell(f"with the vision tower {printable(mmproj, 1000)}")
         settings = replace(self._settings, model=model, mmproj=mmproj)
         file = _summary(settings)
         before = self._latest or self._limits(tell)
