@@ -117,6 +117,19 @@ def test_another_alignment(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert (tmp_path / "again.gguf").read_bytes() == DEMO_MODEL.read_bytes()
 
 
+def test_what_llama_cpps_language_model_does_not_know_goes_with_the_tower(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
+    """It refuses a file with a tensor more."""
+    head = {"head.score.weight": np.ones((1, 64), np.float32)}
+    rewritten(tiny_gguf, tmp_path / "m.gguf", added=head)
+    split_model(tmp_path / "m.gguf", tmp_path / "half")
+    language, tower = (stored_bytes(path) for path in pair_paths(tmp_path / "half"))
+    assert "head.score.weight" not in language and "head.score.weight" in tower
+    merge_models(*pair_paths(tmp_path / "half"), tmp_path / "again.gguf")
+    assert stored_bytes(tmp_path / "again.gguf") == stored_bytes(tmp_path / "m.gguf")
+
+
 def test_a_tower_of_2024(pair: tuple[Path, Path], tmp_path: Path) -> None:
     old = tower_of_2024(pair[1], tmp_path / "old.gguf")
     merge_models(pair[0], old, tmp_path / "m.gguf")
