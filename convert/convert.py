@@ -227,7 +227,7 @@ def _chunks(
         values = weight.read(start, stop)
         if mapped.role is Role.PATCH:
             values = values[:, :, tensor.part]
-        _check_range(weights, tensor, values)
+        require_range(values, type, weights.place(mapped))
         rows = np.ascontiguousarray(values.reshape(-1, shape[-1] if len(shape) > 1 else values.size))
         data = weight.blocks(start, stop, type) if tensor.kept else quantize(rows, type)
         if difference is not None:
@@ -235,12 +235,12 @@ def _chunks(
         yield data
 
 
-def _check_range(weights: Weights, tensor: ConvertedTensor, values: NDArray[np.float32]) -> None:
+def require_range(values: NDArray[np.float32], type: str, place: str) -> None:
+    """FormatError where `type` does not reach to the values; `place` is their file and tensor."""
     largest = max(float(values.max()), -float(values.min()))  # NaN where any value is
     if not math.isfinite(largest):
-        raise FormatError(f"{weights.place(tensor.mapped)} holds values that are not finite")
-    if tensor.output.type not in ("F32", "BF16") and largest > _F16_MAX:
+        raise FormatError(f"{place} holds values that are not finite")
+    if type not in ("F32", "BF16") and largest > _F16_MAX:
         raise FormatError(
-            f"{weights.place(tensor.mapped)}: {tensor.output.type} reaches to {_F16_MAX:g}, "
-            f"found {largest:g}: convert to bf16 or f32"
+            f"{place}: {type} reaches to {_F16_MAX:g}, found {largest:g}: convert to bf16 or f32"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGUFValueType as T
@@ -11,6 +10,7 @@ from gguf.utility import size_label
 
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.convert.config import CheckpointConfig, VisionConfig
+from qwen2vl_q.convert.entries import Entry
 from qwen2vl_q.convert.files import as_float32, quoted, read_json, read_json_if_present
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS
 from qwen2vl_q.convert.tokenizer_files import Tokenizer
@@ -21,13 +21,6 @@ _LAYER_NORM_EPS = 1e-6  # fixed in transformers' vision tower and merger; config
 _NOMINAL_IMAGE_SIZE = 560  # llama.cpp's loader wants the key; no size is special to this model
 _QUANTIZATION_VERSION = 2  # of ggml's block formats
 ARCHITECTURE = "qwen2vl"
-
-
-@dataclass(frozen=True)
-class Entry:
-    key: str
-    value: object
-    type: T
 
 
 def metadata(

@@ -95,6 +95,15 @@ _MERGER = (
 )
 
 
+_PATCHES = ("v.patch_embd.weight", "v.patch_embd.weight.1")
+_ROLES = dict.fromkeys(_PATCHES, Role.PATCH) | {
+    f"{target}.{part}": rule.role if part == "weight" else Role.VECTOR
+    for rule in (_EMBED_TOKENS, *_LAYER, _NORM, _HEAD, *_VISION_BLOCK, *_MERGER)
+    for target in rule.targets
+    for part in rule.parts
+}
+
+
 def map_tensors(config: CheckpointConfig) -> list[MappedTensor]:
     """Every tensor that a checkpoint of this configuration has, in the order of the file."""
     sizes = _sizes(config)
@@ -121,6 +130,11 @@ def map_tensors(config: CheckpointConfig) -> list[MappedTensor]:
     for block in range(config.vision.depth):
         mapped += [tensor for rule in _VISION_BLOCK for tensor in apply(rule, block)]
     return mapped + [tensor for rule in _MERGER for tensor in apply(rule)]
+
+
+def role_of(name: str) -> Role | None:
+    """Of a tensor by its name in the file; None for one that the model does not read."""
+    return _ROLES.get(re.sub(r"^((?:v\.)?blk\.)\d+(?=\.)", r"\1{}", name))
 
 
 def map_heads(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[MappedTensor]:
@@ -165,7 +179,7 @@ def _patch_embedding(c: VisionConfig) -> MappedTensor:
     return MappedTensor(
         "visual.patch_embed.proj.weight",
         (c.embed_dim, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size),
-        ("v.patch_embd.weight", "v.patch_embd.weight.1"),
+        _PATCHES,
         Role.PATCH,
     )
 

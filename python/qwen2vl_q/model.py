@@ -24,6 +24,7 @@ from qwen2vl_q.engine.model_parts import ModelParts, fitted
 from qwen2vl_q.engine.request import Constraint, Progress, Request
 from qwen2vl_q.engine.sampling import Sampling
 from qwen2vl_q.engine.stats import GenerationStats, Stage
+from qwen2vl_q.engine.tower_file import TowerFile, TowerPath
 from qwen2vl_q.text.text_stream import TextStream
 from qwen2vl_q.text.tokenizer import Tokenizer
 from qwen2vl_q.vision.image_processor import ImageInput, ImageProcessor, ProcessedImage
@@ -33,6 +34,7 @@ MOST_CELLS = 2**24
 CACHE_BYTES = 2**30  # of the KV cache, where one context takes less
 
 _INT32_MAX = 2**31 - 1
+_SHOWN_FILES = 3  # in a note
 
 
 class Qwen2VL:
@@ -67,6 +69,8 @@ class Qwen2VL:
         self.n_ctx = n_ctx or min(self.config.text_config.max_position_embeddings, TRAINED_CONTEXT)
         # A context and a quarter: pages are copied where sequences part.
         native.limit_cache(cache_bytes or max(CACHE_BYTES, self.n_ctx * native.cell_bytes * 5 // 4))
+        self.mmproj: str | None = None  # the vision tower's file, where it is not the model's own
+        self._passed_over: Sequence[str] = ()
         self._native = native
         self._generation = Generation(native, self.config, processor, self.n_ctx)
 
@@ -78,7 +82,7 @@ class Qwen2VL:
         n_ctx: int | None = None,
         precision: Literal["fast", "exact"] = "fast",
         *,
-        mmproj: str | os.PathLike[str] | None = None,
+        mmproj: TowerPath = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         device: str = "cpu",
@@ -92,11 +96,12 @@ class Qwen2VL:
         of all calls at most, None for 1 GiB or what n_ctx needs; where calls under way need more, the newest
         waits for another's end, and raises CacheFullError where none of them goes on. precision: "exact"
         computes in float32 throughout, "fast" may quantize activations to 8 bits per block. mmproj: the
-        vision tower's file where it is not in the model's own. min_pixels, max_pixels: bounds of an image's
-        size instead of the file's. device: "cpu", "cuda" (the first), "cuda:N", or "auto" (cuda where it
-        works, else the CPU; `note` then says why). The vision tower is read when the first picture comes:
-        until then its file has to stay as it is. The environment variable QWEN2VL_ISA forces an instruction
-        set.
+        vision tower's file where it is not in the model's own; None: the one beside it under a usual name
+        (mmproj-*.gguf, *-vision.gguf ...), which `mmproj` tells afterwards; False: none. min_pixels,
+        max_pixels: bounds of an image's size instead of the file's. device: "cpu", "cuda" (the first),
+        "cuda:N", or "auto" (cuda where it works, else the CPU; `note` then says why). The vision tower is
+        read when the first picture comes: until then its file has to stay as it is. The environment variable
+        QWEN2VL_ISA forces an instruction set.
 
         Raises OSError or Qwen2VLError for a file that cannot be read, FormatError for one that is damaged,
         UnsupportedError for another architecture, DeviceError for a device that is not there or lacks memory,
@@ -112,12 +117,13 @@ class Qwen2VL:
             cache_bytes = integer("cache_bytes", cache_bytes, 1, 2**63 - 1)
         if precision not in ("fast", "exact"):
             raise ValueError(f"precision: expected fast or exact, found {printable(precision)}")
-        vision_path = path if mmproj is None else os.fspath(mmproj)
+        tower = TowerFile.of(path, mmproj)
+        vision_path = tower.path or path
         parts = ModelParts.read(path, vision_path)
         processor = parts.processor.bounded(min_pixels, max_pixels)
         native = _native.Model(
             path,
-            mmproj=None if mmproj is None else vision_path,
+            mmproj=tower.path,
             n_threads=n_threads or 0,
             precision=precision,
             isa=os.environ.get("QWEN2VL_ISA", ""),
@@ -126,7 +132,9 @@ class Qwen2VL:
             plugin=plugin_for(device),
         )
         processor = fitted(processor, native.config["vision_config"], vision_path)
-        return cls(native, parts.tokenizer, parts.template, processor, parts.sampling, n_ctx, cache_bytes)
+        model = cls(native, parts.tokenizer, parts.template, processor, parts.sampling, n_ctx, cache_bytes)
+        model.mmproj, model._passed_over = tower.path, tower.passed_over
+        return model
 
     @property
     def device(self) -> str:
@@ -135,8 +143,12 @@ class Qwen2VL:
 
     @property
     def note(self) -> str:
-        """A warning about where the model computes, or "": layers that have no room on the device."""
-        return self._native.note
+        """A warning, or "": layers that have no room on the device, files that are named like the model's
+        vision tower and are not."""
+        shown = [f"passed over: {reason}" for reason in self._passed_over[:_SHOWN_FILES]]
+        if more := len(self._passed_over) - len(shown):
+            shown.append(f"and {more} more")
+        return "; ".join(note for note in (self._native.note, *shown) if note)
 
     @property
     def isa(self) -> str:

@@ -66,7 +66,11 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[tupl
     metavar="M.gguf",
     help="May be repeated, for a table that compares; demo: the packaged model.",
 )
-@click.option("--mmproj", metavar="FILE", help="The vision tower, where the models' files do not hold it.")
+@click.option(
+    "--mmproj",
+    metavar="FILE",
+    help="The vision tower, where the models' files do not hold it.  [default: the one beside each]",
+)
 @click.option("--image", metavar="FILE", help="A picture.  [default: a drawn one]")
 @click.option(
     "--image-size",
