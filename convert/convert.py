@@ -141,13 +141,20 @@ def convert_checkpoint(
     ]
     if "default" not in tokenizer.chat_templates:
         notes.append("the checkpoint has no chat template: Qwen2-VL's own is used")
-    notes += [f"{name}, a linear map of the hidden states, is kept as head.{name}" for name in head_names]
-    notes += [
-        f"{printable(name)} ({len(names)} tensors) is not written: it is no linear map of the hidden states"
-        for name, names in others.items()
-    ]
+    notes += _head_notes(head_names, others)
     notes += [adapter.summary() for adapter in adapters]
-    return Report(out, size, tensors, notes + _packed_notes(weights, tensors, differences), differences)
+    notes += _packed_notes(weights, tensors, differences)
+    return Report(out, size, tensors, notes, differences)
+
+
+def _head_notes(kept: Sequence[str], others: Mapping[str, Sequence[str]]) -> list[str]:
+    return [
+        *(f"{name}, a linear map of the hidden states, is kept as head.{name}" for name in kept),
+        *(
+            f"{printable(name)} ({len(names)} tensors) is not written: it is no linear map of hidden states"
+            for name, names in others.items()
+        ),
+    ]
 
 
 def _leftover_notes(out: Path) -> list[str]:

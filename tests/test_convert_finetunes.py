@@ -187,7 +187,7 @@ def test_other_heads_are_dropped_with_a_word(own_checkpoint: Path, tmp_path: Pat
     report = convert(own_checkpoint, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").read_bytes() == plain
     assert report.notes == [
-        f"{name} ({count} tensors) is not written: it is no linear map of the hidden states"
+        f"{name} ({count} tensors) is not written: it is no linear map of hidden states"
         for name, count in (("multi_patch_pointer_head", 2), ("score", 2), ("proj", 1), ("table", 2))
     ]
 
