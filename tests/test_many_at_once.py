@@ -272,7 +272,7 @@ def test_two_who_want_one_picture_encode_it_once(
     steps = demo._generation.scheduler
 
     def request(talk: Messages) -> Request:
-        return demo._chat_request(talk, 9, (), False, None, None, {"temperature": 0})
+        return demo._chat_request(talk, {"max_new_tokens": 9, "temperature": 0})
 
     def run_for(request: Request, n: int) -> None:
         slices.clear()

@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,23 @@ from qwen2vl_q.engine.config import Qwen2VLConfig
 from qwen2vl_q.engine.devices import plugin_for, require_name
 from qwen2vl_q.engine.generation import Generation, TokenIds, stage
 from qwen2vl_q.engine.model_parts import ModelParts, fitted
-from qwen2vl_q.engine.request import Constraint, Progress, Request
+from qwen2vl_q.engine.options import (
+    CallOptions,
+    ChatOptions,
+    GenerateOptions,
+    require_known,
+    sampling_options,
+)
+from qwen2vl_q.engine.request import Prepared, Progress, Request
 from qwen2vl_q.engine.sampling import Sampling
 from qwen2vl_q.engine.stats import GenerationStats, Stage
 from qwen2vl_q.engine.tower_file import TowerFile, TowerPath
 from qwen2vl_q.text.text_stream import TextStream
 from qwen2vl_q.text.tokenizer import Tokenizer
 from qwen2vl_q.vision.image_processor import ImageInput, ImageProcessor, ProcessedImage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 TRAINED_CONTEXT = 32768
 MOST_CELLS = 2**24
@@ -276,75 +286,45 @@ class Qwen2VL:
         return self._generation.positions(token_ids, sizes)
 
     def generate(
-        self,
-        token_ids: TokenIds,
-        images: Iterable[ImageInput] = (),
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        progress: Progress | None = None,
-        constraint: Constraint | None = None,
+        self, token_ids: TokenIds, images: Iterable[ImageInput] = (), **options: Unpack[GenerateOptions]
     ) -> Iterator[int]:
         """Token ids that continue `token_ids`, one by one.
 
         Ends after an end-of-turn token (which is given out too; not with ignore_eos), after the token that
-        completes one of the `stop` strings, after max_new_tokens, or where the context is full. temperature 0
-        is greedy; a seed of None is drawn anew. constraint: asked before each token which ones may be drawn,
-        of this call alone. Arguments are checked at once (errors as of `logits`); computation begins with the
-        first token.
+        completes one of the `stop` strings, after max_new_tokens (128), or where the context is full. How
+        tokens are drawn (greedily, if nothing is said) and the other options: `GenerateOptions`. Arguments
+        are checked at once (errors as of `logits`); computation begins with the first token.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        request = self._token_request(
-            token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress, constraint
-        )
-        return self._generation.tokens(request)
+        return self._generation.tokens(self._token_request(token_ids, images, options))
 
     def agenerate(
-        self,
-        token_ids: TokenIds,
-        images: Iterable[ImageInput] = (),
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        progress: Progress | None = None,
-        constraint: Constraint | None = None,
+        self, token_ids: TokenIds, images: Iterable[ImageInput] = (), **options: Unpack[GenerateOptions]
     ) -> AsyncIterator[int]:
         """`generate` for asyncio. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        request = self._token_request(
-            token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress, constraint
-        )
-        return self._generation.tokens_async(request)
+        return self._generation.tokens_async(self._token_request(token_ids, images, options))
 
     def _token_request(
-        self,
-        token_ids: TokenIds,
-        images: Iterable[ImageInput],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop: str | Sequence[str],
-        ignore_eos: bool,
-        progress: Progress | None,
-        constraint: Constraint | None,
+        self, token_ids: TokenIds, images: Iterable[ImageInput], options: GenerateOptions
     ) -> Request:
+        require_known(options, GenerateOptions, "generate")
         prepared = self._generation.prepare(token_ids, self._load_images(map(ImagePart, images)))
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
-        text = TextStream(self.tokenizer, stop, () if ignore_eos else self.config.eos_token_ids)
-        return self._generation.request(
-            prepared, sampling.sampler(), max_new_tokens, text, progress, constraint
-        )
+        ends = () if options.get("ignore_eos") else self.config.eos_token_ids
+        return self._request(prepared, Sampling(), ends, 128, options)
+
+    def _request(
+        self,
+        prepared: Prepared,
+        sampling: Sampling,
+        ends: Iterable[int],
+        max_new_tokens: int,
+        options: CallOptions,
+    ) -> Request:
+        """sampling, max_new_tokens: where the options say nothing of it."""
+        limit = integer("max_new_tokens", options.get("max_new_tokens", max_new_tokens), 1, _INT32_MAX)
+        text = TextStream(self.tokenizer, options.get("stop", ()), ends)
+        sampler = sampling.override(sampling_options(options)).sampler()
+        progress, constraint = options.get("progress"), options.get("constraint")
+        return self._generation.request(prepared, sampler, limit, text, progress, constraint)
 
     # --- conversations ---
 
@@ -386,83 +366,38 @@ class Qwen2VL:
         self,
         messages: Iterable[Mapping[str, Any]],
         stream: Literal[True] = True,
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        chat_template_kwargs: Mapping[str, Any] | None = ...,
-        progress: Progress | None = ...,
-        constraint: Constraint | None = ...,
-        **sampling: float | None,
+        **options: Unpack[ChatOptions],
     ) -> Iterator[str]: ...
     @overload
     def chat(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        stream: Literal[False],
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        chat_template_kwargs: Mapping[str, Any] | None = ...,
-        progress: Progress | None = ...,
-        constraint: Constraint | None = ...,
-        **sampling: float | None,
+        self, messages: Iterable[Mapping[str, Any]], stream: Literal[False], **options: Unpack[ChatOptions]
     ) -> str: ...
     @overload
     def chat(
         self,
         messages: Sequence[Iterable[Mapping[str, Any]]],
         stream: bool = ...,
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        chat_template_kwargs: Mapping[str, Any] | None = ...,
-        progress: Progress | None = ...,
-        constraint: Constraint | None = ...,
-        **sampling: float | None,
+        **options: Unpack[ChatOptions],
     ) -> list[str]: ...
     def chat(
         self,
         messages: Iterable[Mapping[str, Any]] | Sequence[Iterable[Mapping[str, Any]]],
         stream: bool = True,
-        *,
-        max_new_tokens: int = 1024,
-        stop: str | Sequence[str] = (),
-        add_vision_id: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
-        constraint: Constraint | None = None,
-        **sampling: float | None,
+        **options: Unpack[ChatOptions],
     ) -> Iterator[str] | str | list[str]:
         """The model's answer to a conversation: pieces of text as they come, or the whole with stream=False.
 
         `messages` as transformers and the OpenAI API write them (see `qwen2vl_q.chat.messages`); of a list of
-        conversations the answers come whole, in a list, computed together as far as the cache has room.
-        `sampling`: temperature, top_k, top_p, min_p, repetition_penalty and seed as of `generate`; what is
-        not given (or None) is the file's own default. constraint as of `generate`, for one conversation.
-        add_vision_id numbers the pictures ("Picture 1: "); chat_template_kwargs are variables of the file's
-        template. Arguments are checked at once; errors as of `generate`.
+        conversations the answers come whole, in a list, computed together as far as the cache has room. They
+        have at most max_new_tokens (1,024) tokens, drawn as the file says where the options do not. All
+        options: `ChatOptions`. Arguments are checked at once; errors as of `generate`.
         """
         lists = (list, tuple)
         many = isinstance(messages, lists) and bool(messages) and all(isinstance(m, lists) for m in messages)
-        if many and constraint is not None:
+        if many and options.get("constraint") is not None:
             raise ValueError("constraint: expected one conversation, found a list of them")
         conversations: Any = messages if many else [messages]
-        requests = [
-            self._chat_request(
-                conversation,
-                max_new_tokens,
-                stop,
-                add_vision_id,
-                progress,
-                constraint,
-                sampling,
-                chat_template_kwargs,
-            )
-            for conversation in conversations
-        ]
+        requests = [self._chat_request(conversation, options) for conversation in conversations]
         if stream and not many:
             return self._generation.texts(requests[0])
         answers = self._generation.answers(requests)
@@ -473,76 +408,27 @@ class Qwen2VL:
         self,
         messages: Iterable[Mapping[str, Any]],
         stream: Literal[True] = True,
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        chat_template_kwargs: Mapping[str, Any] | None = ...,
-        progress: Progress | None = ...,
-        constraint: Constraint | None = ...,
-        **sampling: float | None,
+        **options: Unpack[ChatOptions],
     ) -> AsyncIterator[str]: ...
     @overload
     def achat(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        stream: Literal[False],
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        chat_template_kwargs: Mapping[str, Any] | None = ...,
-        progress: Progress | None = ...,
-        constraint: Constraint | None = ...,
-        **sampling: float | None,
+        self, messages: Iterable[Mapping[str, Any]], stream: Literal[False], **options: Unpack[ChatOptions]
     ) -> Awaitable[str]: ...
     def achat(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        stream: bool = True,
-        *,
-        max_new_tokens: int = 1024,
-        stop: str | Sequence[str] = (),
-        add_vision_id: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
-        constraint: Constraint | None = None,
-        **sampling: float | None,
+        self, messages: Iterable[Mapping[str, Any]], stream: bool = True, **options: Unpack[ChatOptions]
     ) -> AsyncIterator[str] | Awaitable[str]:
         """`chat` of one conversation for asyncio: `async for` over the pieces, or `await` of the whole with
         stream=False. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
-        request = self._chat_request(
-            messages,
-            max_new_tokens,
-            stop,
-            add_vision_id,
-            progress,
-            constraint,
-            sampling,
-            chat_template_kwargs,
-        )
+        request = self._chat_request(messages, options)
         return self._generation.texts_async(request) if stream else self._generation.answer_async(request)
 
-    def _chat_request(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        max_new_tokens: int,
-        stop: str | Sequence[str],
-        add_vision_id: bool,
-        progress: Progress | None,
-        constraint: Constraint | None,
-        sampling: Mapping[str, float | None],
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Request:
-        unknown = sampling.keys() - Sampling.__dataclass_fields__.keys()
-        if unknown:
-            raise TypeError(f"chat() got an unexpected keyword argument {min(unknown)!r}")
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
-        token_ids, images = self.encode_chat(messages, add_vision_id, chat_template_kwargs)
+    def _chat_request(self, messages: Iterable[Mapping[str, Any]], options: ChatOptions) -> Request:
+        require_known(options, ChatOptions, "chat")
+        token_ids, images = self.encode_chat(
+            messages, options.get("add_vision_id", False), options.get("chat_template_kwargs")
+        )
         prepared = self._generation.prepare(token_ids, images)
-        text = TextStream(self.tokenizer, stop, self.config.eos_token_ids)
-        sampler = self.sampling.override(sampling).sampler()
-        return self._generation.request(prepared, sampler, max_new_tokens, text, progress, constraint)
+        return self._request(prepared, self.sampling, self.config.eos_token_ids, 1024, options)
 
     @contextmanager
     def profile(self) -> Iterator[list[Stage]]:
