@@ -25,11 +25,12 @@ ROOM_USES = {
     "text": {"base"},
     "chat": {"base", "vision", "text"},
     "engine": {"base", "vision", "text", "chat"},
-    "model": {"base", "vision", "text", "chat", "engine"},
+    "hub": {"base", "convert"},
+    "model": {"base", "vision", "text", "chat", "engine", "hub"},
     "measure": {"base", "vision", "engine", "model"},
     "demo": set(),
     "convert": {"base", "vision", "text", "chat", "engine"},
-    "cli": {"base", "vision", "text", "chat", "engine", "model", "measure", "demo"},
+    "cli": {"base", "vision", "text", "chat", "engine", "hub", "model", "measure", "demo"},
 }
 # Beside the rooms: the names that users import, the command, the native module.
 PORCH = {"__init__", "__main__"}
@@ -124,13 +125,13 @@ def imported_modules(file: Path) -> set[str]:
     return modules
 
 
-def test_only_its_command_imports_the_converter() -> None:
+def test_only_its_command_and_the_hub_import_the_converter() -> None:
     importers = {
         str(file.relative_to(ROOT / "python/qwen2vl_q"))
         for file in (ROOT / "python").rglob("*.py")
         if any(module.startswith("qwen2vl_q.convert") for module in imported_modules(file))
     }
-    assert importers == {"cli/convert.py"}
+    assert importers == {"cli/convert.py", "hub/conversion.py"}
 
 
 def room_of(parts: tuple[str, ...]) -> str:

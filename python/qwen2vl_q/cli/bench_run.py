@@ -20,6 +20,7 @@ import click
 
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.bench_tables import FileSummary, Result
+from qwen2vl_q.cli.model_file import tower_of
 
 if TYPE_CHECKING:
     from qwen2vl_q.measure.benchmark import Measured, Settings
@@ -44,7 +45,7 @@ class Runner:
 
     def run(self, model: str, tell: Tell) -> Result:
         """Raises what loading and running the model raise; Qwen2VLError where its process dies."""
-        settings = replace(self._settings, model=model)
+        settings = replace(self._settings, model=model, mmproj=self._settings.mmproj or tower_of(model))
         file = _summary(settings)
         before = self._latest or self._limits(tell)
         measured = _in_own_process(settings, tell)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import click
 from rich.console import Console
@@ -21,6 +17,7 @@ from rich.progress import (
 )
 
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.cli.interruption import ended_by_signal
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint
 from qwen2vl_q.convert.files import download, is_hub_id
@@ -83,7 +80,7 @@ def convert(
         raise click.UsageError(f"SRC: '{printable(source)}' is not a folder")
     else:
         folder = Path(source)
-    with _ended_by_signal(out), _progress(notes) as progress:
+    with ended_by_signal(f"{printable(str(out))} is not written"), _progress(notes) as progress:
         task = progress.add_task(printable(out.name), total=None)
         report = convert_checkpoint(
             folder,
@@ -105,29 +102,6 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-@contextlib.contextmanager
-def _ended_by_signal(out: Path) -> Iterator[None]:
-    """Makes a termination signal an exception, so that the unfinished file is removed on the way out; says so
-    after Ctrl-C."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [
-        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-    ]  # not on Windows
-    # What is ignored stays so: nohup ignores SIGHUP.
-    previous = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"interrupted: {printable(str(out))} is not written", err=True)
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _print_report(console: Console, report: Report) -> None:
