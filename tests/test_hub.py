@@ -23,7 +23,7 @@ CONFIG = json.dumps({"model_type": "qwen2_vl"}).encode()
 def get(name: str = NAME, **options: bool) -> tuple[Path, Path | None, list[str]]:
     told: list[str] = []
     entry = Models(tell=told.append).get(HubName.parse(name), **options)
-    return Path(entry.model), entry.mmproj and Path(entry.mmproj), told
+    return Path(entry.model), Path(entry.mmproj) if entry.mmproj else None, told
 
 
 def pair(*types: str, towers: tuple[str, ...] = ("f16",)) -> Repository:

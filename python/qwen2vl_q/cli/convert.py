@@ -18,9 +18,11 @@ from rich.progress import (
 
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.interruption import ended_by_signal
+from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint
-from qwen2vl_q.convert.files import download, is_hub_id
+from qwen2vl_q.hub.models import Models
+from qwen2vl_q.hub.names import HubName
 
 
 def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
@@ -58,8 +60,8 @@ def convert(
     """Convert a Qwen2-VL checkpoint to one GGUF file.
 
     SRC is a folder as the Hugging Face hub has it (config.json, safetensors, tokenizer), or the name of a
-    model there, which is then downloaded into the hub's cache. The file holds the language model, the vision
-    tower, the tokenizer, the chat template, and the limits and defaults of both.
+    model there, owner/name[@REVISION], which is then downloaded into the hub's cache. The file holds the
+    language model, the vision tower, the tokenizer, the chat template, and the limits and defaults of both.
 
     Norms and biases stay F32. In q4_0 files the embeddings and the head are Q6_K, the vision tower Q8_0. A
     matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says which.
@@ -73,9 +75,11 @@ def convert(
     if out.exists() and not force:  # before a download, not after
         raise click.UsageError(f"{printable(str(out))} exists: pass --force to overwrite it")
     notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    if is_hub_id(source):
-        notes.print(f"No folder '{source}' here: fetching it from the Hugging Face hub")
-        folder, name = download(source), name or source.rsplit("/", 1)[1].replace("-", " ")
+    if not Path(source).exists() and HubName.reads_as(source):
+        asked = HubName.parse(source)
+        if asked.type:
+            raise click.UsageError(f"SRC: the type of OUT.gguf is --type's, found {printable(source)}")
+        folder, name = Models(tell=say).checkpoint(asked), name or asked.title
     elif not Path(source).is_dir():
         raise click.UsageError(f"SRC: '{printable(source)}' is not a folder")
     else:

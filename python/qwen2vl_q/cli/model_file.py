@@ -46,10 +46,15 @@ class _ModelFile(click.Path):
             return ModelPath(DEMO_MODEL)
         path = typed_path(value)
         if self._hub and not path.exists():
-            from qwen2vl_q.hub.names import HubName
+            from qwen2vl_q.hub.names import SPELLING, HubName
 
             if HubName.reads_as(value):
                 return _from_hub(HubName.parse(value))
+            if path.suffix.lower() != ".gguf" and not any(separator in value for separator in "/\\"):
+                raise click.ClickException(
+                    f"{value}: there is no such file; expected a GGUF file, a name of the Hugging Face hub, "
+                    f"{SPELLING}, or demo"
+                )
         return ModelPath(_existing(path))
 
 

@@ -112,13 +112,14 @@ def checkpoint_weights(listing: Listing) -> list[RemoteFile]:
     return single or [file for file in files if "-of-" in file.name] or files
 
 
-def checkpoint_texts(listing: Listing) -> list[RemoteFile]:
-    """Its configuration, tokenizer and templates."""
-    return [
+def checkpoint_files(listing: Listing) -> list[RemoteFile]:
+    """Its configuration, tokenizer and templates, then its weights; nothing else that lies there."""
+    texts = [
         file
         for file in listing.files.values()
         if not file.folder and (file.name.endswith((".json", ".jinja")) or file.name == "merges.txt")
     ]
+    return texts + checkpoint_weights(listing)
 
 
 def _whole(models: Sequence[RemoteFile]) -> list[list[RemoteFile]]:

@@ -167,8 +167,10 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
         if error.errno is not None and not isinstance(error, ConnectionError):
             raise  # the disk's
         raise OSError(f"{repository}: the hub does not deliver: {_first_line(error)}") from error
-    except errors.HfHubHTTPError.__bases__ as error:  # the base of its HTTP library's errors among them
-        raise _unreachable(repository, error) from error
+    except Exception as error:
+        if isinstance(error, errors.HfHubHTTPError.__bases__):  # whichever HTTP library it uses
+            raise _unreachable(repository, error) from error
+        raise
 
 
 def _unreachable(repository: str, error: BaseException) -> ConnectionError:

@@ -13,7 +13,7 @@ from qwen2vl_q.base.printable import printable
 from qwen2vl_q.hub.cache import Cache, Entry
 from qwen2vl_q.hub.choice import (
     Variant,
-    checkpoint_texts,
+    checkpoint_files,
     checkpoint_weights,
     choose,
     listed,
@@ -72,6 +72,16 @@ class Models:
             hub = self._hub()
             return self._obtain(hub, hub.listing(name.repository, name.revision), name)
 
+    def checkpoint(self, name: HubName) -> Path:
+        """A checkpoint's folder in the hub's cache: the hub's version where it can be reached. Errors as of
+        `get`."""
+        with self.cache.lock(name.repository, self._tell):
+            hub = self._hub()
+            listing = self._known_listing(hub, name, local_files_only=False)
+            _require_checkpoint(listing)
+            self._require_qwen2vl(hub, listing)
+            return self._fetched_checkpoint(hub, listing)
+
     def files_of(self, entries: Sequence[Entry]) -> dict[Path, int]:
         """What `remove` takes away, with sizes in bytes."""
         left = [other for other in self.cache.entries() if other not in entries]
@@ -109,13 +119,8 @@ class Models:
 
     def _obtain(self, hub: Hub, listing: Listing, name: HubName) -> Entry:
         offered, weights = variants(listing), checkpoint_weights(listing)
-        if not offered and not weights:
-            raise UnsupportedError(
-                f"{name.repository} holds neither GGUF files nor a checkpoint in safetensors"
-            )
-        if not offered and _CONFIG not in listing.files:
-            what = "an adapter" if "adapter_config.json" in listing.files else "no config.json"
-            raise UnsupportedError(f"{name.repository} holds {what}, not a Qwen2-VL checkpoint")
+        if not offered:
+            _require_checkpoint(listing)
         self._require_qwen2vl(hub, listing)
         has_it = name.type is None or any(
             name.type.lower() in names_of(variant.type, variant.parts[0].base) for variant in offered
@@ -123,7 +128,7 @@ class Models:
         if offered and (has_it or not weights):
             entry = self._fetched(hub, listing, choose(name.repository, offered, name.type), name)
         else:
-            entry = self._converted(hub, listing, offered, weights, name)
+            entry = self._converted(hub, listing, offered, name)
         self.cache.save(entry)
         return entry
 
@@ -151,7 +156,6 @@ class Models:
         hub: Hub,
         listing: Listing,
         offered: Sequence[Variant],
-        weights: Sequence[RemoteFile],
         name: HubName,
     ) -> Entry:
         from qwen2vl_q.hub import conversion
@@ -163,25 +167,32 @@ class Models:
             raise FileNotFoundError(
                 f"{name.repository} has no {printable(name.type)}; {has}its checkpoint converts to {types}"
             )
-        texts = checkpoint_texts(listing)
-        for file in texts:
-            _require_size(listing, file, _MOST_TEXT_BYTES)
         out = self.cache.converted_path(listing.repository, listing.commit, type)
-        files = [*texts, *weights]
+        files = checkpoint_files(listing)
         if not out.exists():
-            config = hub.fetch(listing, listing.files[_CONFIG])
-            conversion.require_checkpoint(config)
-            missing = _missing(hub, listing, files)
-            result = conversion.rough_size(_size(weights), type)
-            require_room(name.repository, [(hub.folder, _size(missing)), (self.cache.folder, result)])
-            self._tell_of(hub, f"{name.repository}, a checkpoint", missing)
-            for file in files:
-                hub.fetch(listing, file)
+            n_bytes = conversion.rough_size(_size(checkpoint_weights(listing)), type)
+            folder = self._fetched_checkpoint(hub, listing, [(self.cache.folder, n_bytes)])
             self._tell(f"{name.repository}: converting to {type}, once: {out}")
-            title = listing.repository.rsplit("/", 1)[1].replace("-", " ")
-            conversion.convert(config.parent, out, type, title, self._converting())
-        snapshot_file = hub.fetch(listing, files[0])
-        return replace(self._entry(listing, name, type, str(out), files, snapshot_file), made=True)
+            conversion.convert(folder, out, type, name.title, self._converting())
+        first = hub.fetch(listing, files[0])
+        return replace(self._entry(listing, name, type, str(out), files, first), made=True)
+
+    def _fetched_checkpoint(self, hub: Hub, listing: Listing, needs: Sequence[tuple[Path, int]] = ()) -> Path:
+        """Its folder. `needs`: what else has to have room, as of `require_room`."""
+        from qwen2vl_q.hub.conversion import require_checkpoint
+
+        files = checkpoint_files(listing)
+        for file in files:
+            if not file.name.endswith(".safetensors"):
+                _require_size(listing, file, _MOST_TEXT_BYTES)
+        config = hub.fetch(listing, listing.files[_CONFIG])
+        require_checkpoint(config)
+        missing = _missing(hub, listing, files)
+        require_room(listing.repository, [(hub.folder, _size(missing)), *needs])
+        self._tell_of(hub, f"{listing.repository}, a checkpoint", missing)
+        for file in files:
+            hub.fetch(listing, file)
+        return config.parent
 
     def _converting(self) -> Callable[[int, int], None] | None:
         progress = self._progress
@@ -216,6 +227,17 @@ class Models:
                 f"{what}: fetching {len(missing)} {noun}, {_size(missing) / 1e9:.1f} GB, from the Hugging "
                 f"Face hub into {hub.folder}"
             )
+
+
+def _require_checkpoint(listing: Listing) -> None:
+    """UnsupportedError where there is none."""
+    if not checkpoint_weights(listing):
+        has_gguf = any(name.lower().endswith(".gguf") for name in listing.files)
+        what = "GGUF files and no" if has_gguf else "neither GGUF files nor a"
+        raise UnsupportedError(f"{listing.repository} holds {what} checkpoint in safetensors")
+    if _CONFIG not in listing.files:
+        what = "an adapter" if "adapter_config.json" in listing.files else "no config.json"
+        raise UnsupportedError(f"{listing.repository} holds {what}, not a Qwen2-VL checkpoint")
 
 
 def _missing(hub: Hub, listing: Listing, files: Iterable[RemoteFile]) -> list[RemoteFile]:

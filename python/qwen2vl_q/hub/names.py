@@ -38,6 +38,11 @@ class HubName:
             return True
         return _NAME.fullmatch(text) is not None and not text.lower().endswith(".gguf")
 
+    @property
+    def title(self) -> str:
+        """For people: Qwen2 VL 2B Instruct."""
+        return self.repository.rsplit("/", 1)[1].replace("-", " ")
+
     def __str__(self) -> str:
         type = f":{self.type}" if self.type else ""
         return f"{self.repository}{type}" + (f"@{self.revision}" if self.revision else "")
