@@ -48,6 +48,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, str | None]] = []
+        self.tokens: set[str | None] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -80,6 +81,7 @@ class HubServer:
 
             def _answer(self, body: bool) -> None:
                 path = unquote(urlsplit(self.path).path)
+                hub.tokens.add(self.headers.get("Authorization"))
                 hub.requests.append((self.command, path, self.headers.get("Range")))
                 is_listing = path.startswith("/api/models/")
                 owner, base, *rest = path.removeprefix("/api/models").strip("/").split("/")

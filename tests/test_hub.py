@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -123,13 +124,45 @@ def test_pull_sees_a_newer_version(hub: HubServer) -> None:
     old = get()[0]
     hub.repositories[NAME].files["Tiny-Q4_0.gguf"] = b"newer" * 2000
     assert get()[0] == old
-    Models().pull(HubName.parse(NAME))
+    told: list[str] = []
+    Models(tell=told.append).pull(HubName.parse(NAME))
+    assert "the version before, " in told[1]
     assert get()[0].read_bytes() == b"newer" * 2000
     hub.repositories[NAME].files["Tiny-Q4_K_M.gguf"] = b"better" * 2000
     Models().pull(HubName.parse(NAME))
     assert get()[0].name == "Tiny-Q4_K_M.gguf"
     assert get(f"{NAME}:Q4_0")[0].read_bytes() == b"newer" * 2000
     assert len(Cache().entries()) == 2
+
+
+def test_a_cached_file_that_was_cut_is_fetched_again(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories[NAME] = repository = pair("Q4_0")
+    model = get()[0]
+    model.write_bytes(b"short")
+    shutil.rmtree(tmp_path / "cache")
+    assert get()[0].read_bytes() == repository.files["Tiny-Q4_0.gguf"]
+
+
+def test_a_folder_and_a_token_of_the_caller(
+    hub: HubServer, checkpoint_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repositories[NAME] = Repository(checkpoint_files, revisions=("main", "v1"))
+    options: dict[str, Any] = {
+        "quantization": "f32",
+        "revision": "v1",
+        "cache_dir": tmp_path / "own",
+        "n_threads": 1,
+    }
+    Qwen2VL.from_pretrained(NAME, **options, token="hf_secret").close()
+    assert hub.tokens == {"Bearer hf_secret"}
+    assert {path.name for path in tmp_path.iterdir()} == {"own"}
+    assert [path.name for path in (tmp_path / "own").rglob("*.gguf")] == ["Qwen2-VL-Tiny-F32.gguf"]
+    assert "hf_secret" not in "".join(p.read_text() for p in (tmp_path / "own" / "models").rglob("*.json"))
+    hub.repositories.clear()
+    with Qwen2VL.from_pretrained(
+        f"{NAME}:F32@v1", local_files_only=True, cache_dir=tmp_path / "own"
+    ) as model:
+        assert model.generate([5], max_new_tokens=1)
 
 
 # --- checkpoints ---

@@ -17,6 +17,8 @@ from gguf_files import is_vision, rewritten
 from hub_server import HubServer, Repository
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.hub.cache import Cache
+from qwen2vl_q.hub.models import Models
+from qwen2vl_q.hub.names import HubName
 from qwen2vl_q.measure.benchmark import Settings
 
 NAME = "Qwen/Qwen2-VL-Tiny"
@@ -90,6 +92,18 @@ def test_pull_list_rm(hub: HubServer, run: Run, pair: dict[str, bytes], tmp_path
     assert run("rm", NAME, "--yes")[1] == f"removed {NAME}:F32\n"
     assert not list((tmp_path / "hub").rglob("blobs/*"))
     assert run("list")[1] == "" and run("list", "--json")[1] == "[]\n"
+
+
+def test_rm_keeps_what_another_revision_shares(hub: HubServer, run: Run, pair: dict[str, bytes]) -> None:
+    files = {"Tiny-Q4_0.gguf": b"same" * 2000, "Tiny-Q8_0.gguf": b"other" * 2000}
+    hub.repositories[NAME] = repository = Repository({**pair, **files}, revisions=("main", "v1"))
+    shared = Path(run("pull", f"{NAME}:Q4_0@v1")[1].splitlines()[0])
+    repository.files["README.md"] = b"another commit"
+    for type in ("Q4_0", "Q8_0"):
+        run("pull", f"{NAME}:{type}@main")
+    assert run("rm", f"{NAME}:Q4_0@main", "--yes") == (0, f"removed {NAME}:Q4_0@main\n", "")
+    assert shared.read_bytes() == files["Tiny-Q4_0.gguf"]
+    assert [str(entry.name) for entry in Cache().entries()] == [f"{NAME}:Q4_0@v1", f"{NAME}:Q8_0@main"]
 
 
 def test_rm_asks(hub: HubServer, run: Run, pair: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +192,7 @@ def test_completion(hub: HubServer, pair: dict[str, bytes], tmp_path: Path) -> N
     n_requests = len(hub.requests)
     for words, expected in (
         ("qwen2vl-q rm Qw", f"plain,{NAME}:F32\n"),
+        ("qwen2vl-q inspect Qw", f"file,Qw\nplain,{NAME}:F32\n"),
         ("qwen2vl-q chat -m Qwen/Other --top", "plain,--top-k\nplain,--top-p\n"),  # and fetches nothing
     ):
         shell = {
@@ -193,18 +208,23 @@ def test_completion(hub: HubServer, pair: dict[str, bytes], tmp_path: Path) -> N
 def test_two_processes_convert_once(
     hub: HubServer, checkpoint_files: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """This one holds the lock until the other waits for it, and converts meanwhile."""
     hub.repositories[NAME] = Repository(checkpoint_files)
+    given = environment(hub, tmp_path)
+    models, name = Models(), HubName.parse(NAME)
     command = [*PROGRAM, "chat", "-m", NAME, "-p", "a", "-n", "1"]
-    running = [
-        subprocess.Popen(
-            command, env=environment(hub, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1].decode() for process in running]
-    assert [process.returncode for process in running] == [0, 0], errors
-    assert sum("converting to Q4_0, once" in error for error in errors) == 1
-    assert len(hub.downloads()) == len(set(hub.downloads()))
+    with subprocess.Popen(command, env=given, stderr=subprocess.PIPE, text=True) as other:
+        assert other.stderr is not None
+        with models.cache.lock(NAME, print):
+            client = models._hub()
+            models._obtain(client, client.listing(NAME, None), name)
+            n_requests = len(hub.requests)
+            (record,) = models.cache.folder.rglob("*.json")
+            hidden = record.rename(record.with_suffix(".hidden"))
+            assert "waiting for another process" in other.stderr.readline()
+            hidden.rename(record)
+        assert "converting" not in other.stderr.read()
+    assert other.returncode == 0 and len(hub.requests) == n_requests
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

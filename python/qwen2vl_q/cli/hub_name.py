@@ -10,6 +10,14 @@ from click.shell_completion import CompletionItem
 from qwen2vl_q.hub.names import HubName
 
 
+def cached_names(incomplete: str) -> list[CompletionItem]:
+    """What Tab offers of the cache."""
+    from qwen2vl_q.hub.cache import Cache
+
+    names = (str(entry.name) for entry in Cache().entries())
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 class _HubName(click.ParamType):  # type: ignore[type-arg]
     name = "name"
 
@@ -24,11 +32,7 @@ class _HubName(click.ParamType):  # type: ignore[type-arg]
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Names of the cache."""
-        from qwen2vl_q.hub.cache import Cache
-
-        names = dict.fromkeys(str(entry.name) for entry in Cache().entries())
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return cached_names(incomplete)
 
 
 hub_name = _HubName()

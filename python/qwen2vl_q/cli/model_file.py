@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from qwen2vl_q.cli.hub_name import cached_names
 from qwen2vl_q.cli.paths import typed_path
 
 
@@ -56,6 +58,12 @@ class _ModelFile(click.Path):
                     f"{SPELLING}, or demo"
                 )
         return ModelPath(_existing(path))
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        files = super().shell_complete(ctx, param, incomplete)
+        return files + cached_names(incomplete) if self._hub and incomplete else files
 
 
 def _existing(path: Path) -> Path:

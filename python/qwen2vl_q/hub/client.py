@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.hub.listing import Listing, RemoteFile, checked_listing, is_safe
@@ -55,12 +55,7 @@ class Hub:
 
     def cached(self, listing: Listing, file: RemoteFile) -> Path | None:
         """Where the cache has the file, in the size that the hub says."""
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(
-            listing.repository, file.name, cache_dir=self.folder, revision=listing.commit
-        )
-        path = Path(found) if isinstance(found, str) else None
+        path = self._path(listing, file)
         return path if path and (not file.size or path.stat().st_size == file.size) else None
 
     def fetch(self, listing: Listing, file: RemoteFile) -> Path:
@@ -71,7 +66,11 @@ class Hub:
         with _explained(listing.repository, listing.commit):
             path = Path(
                 self._api.hf_hub_download(
-                    listing.repository, file.name, revision=listing.commit, cache_dir=self.folder
+                    listing.repository,
+                    file.name,
+                    revision=listing.commit,
+                    cache_dir=self.folder,
+                    force_download=self._path(listing, file) is not None,  # in another size
                 )
             )
         _check(f"{listing.repository}/{file.name}", file, path)
@@ -100,6 +99,14 @@ class Hub:
                     repos=frozenset(),
                     snapshots=frozenset(file.file_path for file in going),
                 ).execute()
+
+    def _path(self, listing: Listing, file: RemoteFile) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(
+            listing.repository, file.name, cache_dir=self.folder, revision=listing.commit
+        )
+        return Path(found) if isinstance(found, str) else None
 
     def _scan(self) -> HFCacheInfo | None:
         from huggingface_hub import CacheNotFound, scan_cache_dir
@@ -163,14 +170,20 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
         raise OSError(f"{repository}: the hub does not deliver: {_first_line(error)}") from error
     except errors.LocalEntryNotFoundError as error:
         raise _unreachable(repository, error.__cause__ or error) from error
+    except _transport_error() as error:
+        raise _unreachable(repository, error) from error
     except OSError as error:
-        if error.errno is not None and not isinstance(error, ConnectionError):
+        if error.errno is not None:
             raise  # the disk's
         raise OSError(f"{repository}: the hub does not deliver: {_first_line(error)}") from error
-    except Exception as error:
-        if isinstance(error, errors.HfHubHTTPError.__bases__):  # whichever HTTP library it uses
-            raise _unreachable(repository, error) from error
-        raise
+
+
+def _transport_error() -> type[Exception]:
+    """The root of the errors of the HTTP library that this version of huggingface_hub uses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    ancestors = HfHubHTTPError.__mro__
+    return cast(type[Exception], ancestors[ancestors.index(OSError) - 1])
 
 
 def _unreachable(repository: str, error: BaseException) -> ConnectionError:

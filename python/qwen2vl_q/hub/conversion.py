@@ -29,10 +29,12 @@ def require_checkpoint(config: Path) -> None:
     read_config(config.parent)
 
 
-def convert(folder: Path, out: Path, type: str, name: str, progress: Progress | None) -> None:
-    """The file `out`, which appears whole or not at all. Errors as of `convert_checkpoint`."""
+def convert(folder: Path, out: Path, type: str, name: str, progress: Progress | None) -> Sequence[str]:
+    """Makes the file `out`, whole or not at all, and returns notes about it. Errors as of
+    `convert_checkpoint`."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    convert_checkpoint(folder, out, Recipe(cast(FileType, type.lower())), name, progress=progress)
+    report = convert_checkpoint(folder, out, Recipe(cast(FileType, type.lower())), name, progress=progress)
+    return report.notes
 
 
 def rough_size(weights: int, type: str) -> int:

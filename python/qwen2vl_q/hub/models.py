@@ -67,10 +67,13 @@ class Models:
             return self._obtain(hub, self._known_listing(hub, name, local_files_only), name)
 
     def pull(self, name: HubName) -> Entry:
-        """As the hub has it now. Errors as of `get`."""
+        """As the hub has it now; an older version's downloads stay. Errors as of `get`."""
         with self.cache.lock(name.repository, self._tell):
-            hub = self._hub()
-            return self._obtain(hub, hub.listing(name.repository, name.revision), name)
+            hub, before = self._hub(), self.cache.find(name)
+            entry = self._obtain(hub, hub.listing(name.repository, name.revision), name)
+        if before is not None and before.commit != entry.commit:
+            self._tell(f"{name}: the version before, {before.commit}, is still in the hub's cache")
+        return entry
 
     def checkpoint(self, name: HubName) -> Path:
         """A checkpoint's folder in the hub's cache: the hub's version where it can be reached. Errors as of
@@ -173,7 +176,8 @@ class Models:
             n_bytes = conversion.rough_size(_size(checkpoint_weights(listing)), type)
             folder = self._fetched_checkpoint(hub, listing, [(self.cache.folder, n_bytes)])
             self._tell(f"{name.repository}: converting to {type}, once: {out}")
-            conversion.convert(folder, out, type, name.title, self._converting())
+            for note in conversion.convert(folder, out, type, name.title, self._converting()):
+                self._tell(f"note: {note}")
         first = hub.fetch(listing, files[0])
         return replace(self._entry(listing, name, type, str(out), files, first), made=True)
 
