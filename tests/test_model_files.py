@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from gguf_files import Value, f32, i32, i32s, is_vision, rewritten, text, u32
 from pictures import picture
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.engine.config import Qwen2VLConfig
 
 SECTIONS = "qwen2vl.rope.dimension_sections"
 
@@ -102,6 +105,21 @@ def test_bounds_and_defaults_are_taken(tiny: Qwen2VL, tiny_gguf: Path, tmp_path:
     )
     path = rewritten(tiny_gguf, tmp_path / "theta.gguf", keep=lambda name: name != "qwen2vl.rope.freq_base")
     assert Qwen2VL.from_gguf(path).config.text_config.rope_theta == 1e6
+
+
+def test_the_native_fields_are_the_typed_ones(tiny: Qwen2VL) -> None:
+    """csrc/model/config.h has the one list of fields; what users see typed are the same, with these types."""
+    native = tiny._native.config
+    for values, config in (
+        (native["text_config"], tiny.config.text_config),
+        (native["vision_config"], tiny.config.vision_config),
+    ):
+        assert config is not None
+        types = get_type_hints(type(config))
+        assert list(values) == list(types)
+        assert [type(values[name]) for name in types] == [get_origin(t) or t for t in types.values()]
+        assert dataclasses.asdict(config) == values
+    assert set(native) < set(get_type_hints(Qwen2VLConfig))
 
 
 def test_files_of_other_kinds(tiny_gguf: Path, tmp_path: Path) -> None:

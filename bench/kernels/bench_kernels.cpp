@@ -64,6 +64,9 @@ class Bench {
     for (const DType type : {DType::Q4_0, DType::Q8_0, DType::Q6_K, DType::Q4_1, DType::Q5_0, DType::Q5_1,
                              DType::Q4_K, DType::Q5_K})
       for (const int64_t rows : {1, 2, 4, 8}) matmul_few_rows(type, rows);
+    for (const DType type : {DType::Q4_0, DType::Q6_K})
+      for (const int64_t rows : {8, 16, 32, 64})
+        for (const int planes : {1, 2}) matmul_streams(type, rows, planes);
     gemm();
     rows();
     packing();
@@ -119,12 +122,12 @@ class Bench {
     else
       fill_blocks(dtype_traits(s.type), blocks);
     Matrix m;
-    m.panels = {s.type, s.n, s.cols, panel_parts(s.type, s.cols).bytes, nullptr};
+    m.panels = {s.type, s.n, s.cols, panel_parts(s.type, s.cols).bytes, nullptr, kernels_.layout};
     m.storage = AlignedBuffer(m.panels.panel_count() * m.panels.panel_bytes);
     uint8_t* out = m.storage.data();
     pool_.parallel_for(m.panels.panel_count(), 16, [&](int64_t begin, int64_t end, int) {
       for (int64_t p = begin; p < end; ++p)
-        pack_panel(s.type, blocks.data(), distinct, s.cols, p % (distinct / kPanelRows),
+        pack_panel(m.panels, blocks.data(), distinct, p % (distinct / kPanelRows),
                    out + p * m.panels.panel_bytes);
     });
     m.panels.data = out;
@@ -145,14 +148,19 @@ class Bench {
     std::vector<int32_t> corrections32, corrections16;
     QuantizedRows rows;
   };
-  Activations activations(int64_t rows, int64_t cols) {
-    Activations a{AlignedBuffer(rows * cols),
+  Activations activations(int64_t rows, int64_t cols, int planes = 1) {
+    Activations a{AlignedBuffer(planes * rows * cols),
                   std::vector<float>(rows * cols / 32),
-                  std::vector<int32_t>(rows * cols / 32),
-                  std::vector<int32_t>(rows * cols / 16),
+                  std::vector<int32_t>(planes * rows * cols / 32),
+                  std::vector<int32_t>(planes * rows * cols / 16),
                   {}};
-    a.rows = {
-        rows, cols, a.values.as<int8_t>(), a.scales.data(), a.corrections32.data(), a.corrections16.data()};
+    a.rows = {rows,
+              cols,
+              planes,
+              a.values.as<int8_t>(),
+              a.scales.data(),
+              a.corrections32.data(),
+              a.corrections16.data()};
     kernels_.quantize_rows(normal(rows * cols).data(), cols, rows, a.rows, 0);
     return a;
   }
@@ -162,7 +170,7 @@ class Bench {
     std::vector<float> expected(w.rows * x.rows);
     AlignedBuffer scratch(matmul_scratch_bytes(w.cols));
     const int64_t panels = std::min<int64_t>(w.panel_count(), 64);
-    select_kernels("generic").matmul_q8(w, 0, panels, x, x.rows - 1, x.rows,
+    select_kernels("generic").matmul_q8(w, x, {0, panels, x.rows - 1, x.rows},
                                         {expected.data(), w.rows, nullptr, Store::Overwrite},
                                         scratch.as<std::byte>());
     const int64_t begin = (x.rows - 1) * w.rows;
@@ -183,8 +191,9 @@ class Bench {
     const Timing t = time_of([&] {
       for (int64_t m = 0; m < x.rows; m += rows_per_task)
         pool_.parallel_for(tasks, 1, [&](int64_t begin, int64_t end, int thread) {
-          kernels_.matmul_q8(w, begin * panels_per_task, std::min(end * panels_per_task, w.panel_count()), x,
-                             m, std::min(m + rows_per_task, x.rows),
+          kernels_.matmul_q8(w, x,
+                             {begin * panels_per_task, std::min(end * panels_per_task, w.panel_count()), m,
+                              std::min(m + rows_per_task, x.rows)},
                              {out.data(), w.rows, nullptr, Store::Overwrite},
                              scratch[thread].as<std::byte>());
         });
@@ -226,7 +235,7 @@ class Bench {
     const int64_t panels = w.panels.panel_count();
     const auto run = [&](const KernelTable& kernels, int64_t first, int64_t n, int64_t m, int64_t end,
                          float* to, int thread) {
-      kernels.matmul_groups(w.panels, first, std::min(first + n, panels), x, m, end,
+      kernels.matmul_groups(w.panels, x, {first, std::min(first + n, panels), m, end},
                             {to, s.n, nullptr, Store::Overwrite}, scratch[thread].as<std::byte>());
     };
     const Timing t = time_of([&] {
@@ -254,6 +263,18 @@ class Bench {
     const Activations x = activations(rows, cols);
     report(name, static_cast<double>(w.panels.panel_count() * w.panels.panel_bytes), "GB/s ",
            peaks_.read_bytes, time_matmul(w.panels, x.rows, 16, rows));
+  }
+
+  /// Rows of so many streams: memory and arithmetic take about as long.
+  void matmul_streams(DType type, int64_t rows, int planes) {
+    const int64_t cols = 1536, n = (400 << 20) / panel_parts(type, cols).bytes * kPanelRows;
+    const std::string name = "matmul_q8 " + std::string(dtype_traits(type).name) + " M " +
+                             std::to_string(rows) + (planes == 2 ? ", 16 bits" : "") + ", 400 MB of weights";
+    if (!wanted(name)) return;
+    const Matrix w = matrix({type, n, cols});
+    const Activations x = activations(rows, cols, planes);
+    report(name, 2.0 * static_cast<double>(planes * rows * n * cols), "Gop/s", peaks_.int8_ops,
+           time_matmul(w.panels, x.rows, 4, rows));
   }
 
   void gemm() {
@@ -364,12 +385,12 @@ class Bench {
       if (!wanted(name)) continue;
       const int64_t cols = 8960 / 256 * 256, n = 1536, bytes = n * row_bytes(type, cols);
       std::vector<uint8_t> blocks(bytes, 0x11);
-      const int64_t panel_bytes = panel_parts(type, cols).bytes;
-      AlignedBuffer out(n / kPanelRows * panel_bytes);
+      const PanelMatrix packed{type, n, cols, panel_parts(type, cols).bytes, nullptr, kernels_.layout};
+      AlignedBuffer out(packed.panel_count() * packed.panel_bytes);
       report(name, static_cast<double>(bytes), "GB/s ", 0.0, time_of([&] {
                pool_.parallel_for(n / kPanelRows, 4, [&](int64_t begin, int64_t end, int) {
                  for (int64_t p = begin; p < end; ++p)
-                   pack_panel(type, blocks.data(), n, cols, p, out.data() + p * panel_bytes);
+                   pack_panel(packed, blocks.data(), n, p, out.data() + p * packed.panel_bytes);
                });
              }));
     }

@@ -19,6 +19,8 @@ void register_errors(py::module_& m);    // errors.cpp
 void register_machine(py::module_& m);   // machine.cpp: instruction sets, threads
 void register_quantize(py::module_& m);  // quantize.cpp
 void register_gguf(py::module_& m);      // gguf.cpp
-void register_engine(py::module_& m);    // engine.cpp
+void register_model(py::module_& m);     // model.cpp
+void register_vision(py::module_& m);    // vision.cpp
+void register_sequence(py::module_& m);  // sequence.cpp: prompts, samplers, steps
 
 }  // namespace qwen2vl::bindings

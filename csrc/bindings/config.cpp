@@ -1,55 +1,45 @@
 #include "model/config.h"
 
+#include <array>
 #include <optional>
-#include <vector>
+#include <type_traits>
 
 #include "bindings/bindings.h"
 
 namespace qwen2vl::bindings {
 namespace {
 
-py::dict text_config(const TextConfig& c) {
-  py::dict d;
-  d["hidden_size"] = c.hidden_size;
-  d["intermediate_size"] = c.intermediate_size;
-  d["num_hidden_layers"] = c.num_hidden_layers;
-  d["num_attention_heads"] = c.num_attention_heads;
-  d["num_key_value_heads"] = c.num_key_value_heads;
-  d["head_dim"] = c.head_dim;
-  d["vocab_size"] = c.vocab_size;
-  d["max_position_embeddings"] = c.max_position_embeddings;
-  d["rms_norm_eps"] = c.rms_norm_eps;
-  d["rope_theta"] = c.rope_theta;
-  d["mrope_section"] = std::vector<int64_t>(c.mrope_section.begin(), c.mrope_section.end());
-  d["tie_word_embeddings"] = c.tie_word_embeddings;
-  return d;
+template <size_t N>
+py::object to_python(const std::array<int64_t, N>& values) {
+  py::tuple tuple(N);
+  for (size_t i = 0; i < N; ++i) tuple[i] = values[i];
+  return tuple;
 }
 
-py::object vision_config(const std::optional<VisionConfig>& config) {
-  if (!config) return py::none();
-  py::dict d;
-  d["embed_dim"] = config->embed_dim;
-  d["depth"] = config->depth;
-  d["num_heads"] = config->num_heads;
-  d["intermediate_size"] = config->intermediate_size;
-  d["hidden_size"] = config->hidden_size;
-  d["patch_size"] = config->patch_size;
-  d["temporal_patch_size"] = config->temporal_patch_size;
-  d["spatial_merge_size"] = config->spatial_merge_size;
-  d["in_channels"] = config->in_channels;
-  d["layer_norm_eps"] = config->layer_norm_eps;
-  return d;
+template <typename T>
+py::object to_python(const std::optional<T>& value);
+
+/// A config as a dict of its fields, in their order; numbers as they are.
+template <typename T>
+py::object to_python(const T& value) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    return py::cast(value);
+  } else {
+    py::dict fields;
+    visit_fields(value, [&](const char* name, const auto& member, const ConfigKey&) {
+      fields[name] = to_python(member);
+    });
+    return fields;
+  }
+}
+
+template <typename T>
+py::object to_python(const std::optional<T>& value) {
+  return value ? to_python(*value) : py::none();
 }
 
 }  // namespace
 
-py::dict config_dict(const ModelConfig& config) {
-  py::dict d;
-  d["text_config"] = text_config(config.text);
-  d["vision_config"] = vision_config(config.vision);
-  d["image_token_id"] = config.text.image_token_id;
-  d["video_token_id"] = config.text.video_token_id;
-  return d;
-}
+py::dict config_dict(const ModelConfig& config) { return to_python(config); }
 
 }  // namespace qwen2vl::bindings

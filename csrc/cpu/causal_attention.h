@@ -46,14 +46,15 @@ class CausalAttention {
                   int64_t qkv_stride);
 
  private:
-  struct Rows {
+  /// Rows of queries, keys and values side by side, and the layer that they are of.
+  struct QkvRows {
     int64_t layer;
     float* qkv;
     int64_t stride;
   };
-  void run_decoded(Context& ctx, const Rows& rows, std::span<const CausalRows> sequences);
-  void run_paired(Context& ctx, const Rows& rows, std::span<const CausalRows> sequences);
-  void run_tasks(Context& ctx, const Rows& rows, const std::vector<CausalTask>& tasks);
+  void run_decoded(Context& ctx, const QkvRows& rows, std::span<const CausalRows> sequences);
+  void run_paired(Context& ctx, const QkvRows& rows, std::span<const CausalRows> sequences);
+  void run_tasks(Context& ctx, const QkvRows& rows, const std::vector<CausalTask>& tasks);
 
   TextConfig config_;
   bool paired_products_;

@@ -19,7 +19,7 @@ KvPages::KvPages(const TextConfig& config, Precision precision, const SplitChann
     : heads_(config.num_key_value_heads),
       head_dim_(config.head_dim),
       element_bytes_(precision == Precision::Exact ? 4 : 2),
-      split_(half() ? split : SplitChannels()) {
+      split_(is_f16() ? split : SplitChannels()) {
   const int64_t value_panels = (head_dim_ + kPanelRows - 1) / kPanelRows;
   value_bytes_ = kPageCells * value_panels * kPanelRows * element_bytes_;
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
@@ -69,7 +69,7 @@ void KvPages::write(const KernelTable& kernels, PageHandle page, int64_t layer, 
   uint8_t* keys = static_cast<uint8_t*>(page) + layer_offsets_[layer];
   for (int64_t head = 0; head < heads_; ++head, k += head_dim_, v += head_dim_, keys += head_stride) {
     uint8_t* values = keys + key_bytes(layer);
-    if (!half()) {
+    if (!is_f16()) {
       store_key(k, 0, head_dim_, slot, panel, reinterpret_cast<float*>(keys));
       store_value(v, 0, head_dim_, slot, reinterpret_cast<float*>(values));
       continue;

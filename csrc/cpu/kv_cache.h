@@ -36,7 +36,7 @@ class KvPages final : public PageStore {
   void write(const KernelTable& kernels, PageHandle page, int64_t layer, int64_t slot, const float* k,
              const float* v) const;
 
-  bool half() const { return element_bytes_ == 2; }
+  bool is_f16() const { return element_bytes_ == 2; }
   /// Addresses of a page's key and value panels of one layer and head.
   const uint8_t* keys(PageHandle page, int64_t layer, int64_t head) const;
   const uint8_t* values(PageHandle page, int64_t layer, int64_t head) const;

@@ -62,6 +62,7 @@ int64_t LanguageModel::weight_bytes() const {
 }
 
 int64_t LanguageModel::read_weights(Context& ctx) {
+  // What PeakLoops::read takes, and pieces as measure_limits has them.
   constexpr int64_t kUnit = 4096, kPiece = 64 * kUnit;
   std::vector<std::span<const uint8_t>> pieces;
   const auto add = [&](const PackedLinear& linear) {
@@ -105,7 +106,7 @@ void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch
   qkv_.resize(rows_ * (config_.q_size() + 2 * config_.kv_size()));
   wide_.resize(rows_ * config_.intermediate_size);
 
-  embed(ctx, batch, sequences);
+  embed_tokens(ctx, batch, sequences);
   for (size_t i = 0; i < layers_.size(); ++i) {
     progress(static_cast<int64_t>(i), config_.num_hidden_layers);
     attention(ctx, layers_[i], static_cast<int64_t>(i), sequences);
@@ -117,8 +118,8 @@ void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch
 
 /// Embeddings into x_, and the rotation of every row: the first mrope_section[0] frequencies turn with the
 /// time index, the next with the row, the last with the column (apply_multimodal_rotary_pos_emb).
-void LanguageModel::embed(Context& ctx, std::span<const SequenceRows> batch,
-                          std::span<const CausalRows> sequences) {
+void LanguageModel::embed_tokens(Context& ctx, std::span<const SequenceRows> batch,
+                                 std::span<const CausalRows> sequences) {
   const auto stage = ctx.profile.stage("text embed");
   const int64_t hidden = config_.hidden_size, half = config_.head_dim / 2;
   x_.resize(rows_ * hidden);
@@ -166,10 +167,9 @@ void LanguageModel::rotate_and_store(Context& ctx, int64_t index, std::span<cons
   for (const CausalRows& s : sequences)
     ctx.for_rows(s.rows, [&](int64_t i) {
       const int64_t row = s.first_row + i;
-      float* q = qkv + row * stride;
+      float* q = qkv + row * stride;  // and the keys behind them
       const float* cos = rope + row * 2 * half;
-      for (int64_t h = 0; h < config_.num_attention_heads + config_.num_key_value_heads;
-           ++h)  // queries, then keys
+      for (int64_t h = 0; h < config_.num_attention_heads + config_.num_key_value_heads; ++h)
         ctx.kernels.rope(q + h * head_dim, cos, cos + half, half);
       const float* k = q + config_.q_size();
       const int64_t cell = s.first_cell + i;
@@ -183,7 +183,7 @@ void LanguageModel::mlp(Context& ctx, const Layer& layer) {
   const int64_t hidden = config_.hidden_size;
   float *x = x_.data(), *normed = normed_.data();
   rms_norm_rows(ctx, layer.post_attention_layernorm, config_.rms_norm_eps, x, rows_, hidden, normed);
-  const Rows h = linear_swiglu(ctx, layer.gate_up_proj, {normed, rows_, hidden, decoded_}, wide_.data());
+  const InputRows h = linear_swiglu(ctx, layer.gate_up_proj, {normed, rows_, hidden, decoded_}, wide_.data());
   linear(ctx, layer.down_proj, h, x, hidden, Store::Accumulate);
 }
 

@@ -29,7 +29,7 @@ class LanguageModel {
   };
 
   const PackedLinear& head_weights() const { return lm_head_.parts.empty() ? embed_tokens_ : lm_head_; }
-  void embed(Context& ctx, std::span<const SequenceRows> batch, std::span<const CausalRows> sequences);
+  void embed_tokens(Context& ctx, std::span<const SequenceRows> batch, std::span<const CausalRows> sequences);
   void attention(Context& ctx, const Layer& layer, int64_t index, std::span<const CausalRows> sequences);
   void rotate_and_store(Context& ctx, int64_t index, std::span<const CausalRows> sequences);
   void mlp(Context& ctx, const Layer& layer);

@@ -44,13 +44,13 @@ LanguageModel::LanguageModel(Context& ctx, const qwen2vl_text& text, bool exact,
       text.num_hidden_layers, exact ? 4 : 2);
   PackingBuffers buffers;
   const auto vector = [&](const qwen2vl_vector& v) { return store_floats(ctx, v.data, v.size); };
-  const qwen2vl_linear embed = bare(text.embed_tokens), head = bare(text.lm_head);
+  const qwen2vl_linear embedding = bare(text.embed_tokens), head = bare(text.lm_head);
   const bool tied = text.lm_head.data == nullptr;
   if (exact) {
-    stored_embed_tokens_ = store(ctx, "text lm_head", embed);
+    stored_embed_tokens_ = store(ctx, "text lm_head", embedding);
     if (!tied) stored_lm_head_ = store(ctx, "text lm_head", head);
   } else {
-    embed_tokens_ = pack(ctx, "text lm_head", neighbouring(embed), buffers);
+    embed_tokens_ = pack(ctx, "text lm_head", neighbouring(embedding), buffers);
     if (!tied) lm_head_ = pack(ctx, "text lm_head", neighbouring(head), buffers);
   }
   for (int64_t i = 0; i < text.num_hidden_layers; ++i) {
@@ -164,17 +164,17 @@ void LanguageModel::reserve(int64_t rows) {
 }
 
 /// Where the rows stand and what stands in them, onto the device.
-int64_t LanguageModel::upload(std::span<const Rows> batch) {
+int64_t LanguageModel::upload(std::span<const SequenceRows> batch) {
   const int64_t hidden = text_.hidden_size;
   int64_t rows = 0, given = 0;
-  for (const Rows& s : batch) {
+  for (const SequenceRows& s : batch) {
     rows += s.n;
     for (int64_t i = 0; i < s.n; ++i) given += s.embeddings[i] != nullptr;
   }
   if (rows > kMaxBatchRows)
     throw std::invalid_argument("a batch has " + std::to_string(kMaxBatchRows) + " rows at most, found " +
                                 std::to_string(rows));
-  for (const Rows& s : batch) s.cache->reserve(s.n + 1);  // one more for a step ahead
+  for (const SequenceRows& s : batch) s.cache->reserve(s.n + 1);  // one more for a step ahead
   reserve(rows);
   if (given * hidden * 4 > embeddings_.bytes()) {
     ctx_.synchronize();
@@ -183,9 +183,9 @@ int64_t LanguageModel::upload(std::span<const Rows> batch) {
   check(cudaEventSynchronize(staged_), "cudaEventSynchronize");
   RowInfo* info = staged_info_.as<RowInfo>();
   int64_t at = 0;
-  for (const Rows& s : batch)
+  for (const SequenceRows& s : batch)
     for (int64_t i = 0; i < s.n;) {
-      // Embeddings of a picture are neighbours: they travel together.
+      // Embeddings of an image are neighbours: they travel together.
       int64_t run = 1;
       if (s.embeddings[i] != nullptr) {
         while (i + run < s.n && s.embeddings[i + run] == s.embeddings[i] + run * hidden) ++run;
@@ -210,8 +210,8 @@ int64_t LanguageModel::upload(std::span<const Rows> batch) {
 // --- the forward pass --------------------------------------------------------------------------------------
 
 // Qwen2VLTextModel.forward and the head
-void LanguageModel::operator()(std::span<const Rows> batch, float* logits, const Report& report) {
-  const bool steps = std::all_of(batch.begin(), batch.end(), [](const Rows& s) {
+void LanguageModel::operator()(std::span<const SequenceRows> batch, float* logits, const Report& report) {
+  const bool steps = std::all_of(batch.begin(), batch.end(), [](const SequenceRows& s) {
     return s.n == 1 && s.logits == 1 && s.embeddings[0] == nullptr;
   });
   if (steps && logits == nullptr && !exact_ && static_cast<int64_t>(batch.size()) <= kFewRows)
@@ -220,9 +220,9 @@ void LanguageModel::operator()(std::span<const Rows> batch, float* logits, const
   ahead_.cache = nullptr;
   greedy_ = nullptr;
   const int64_t rows = upload(batch);
-  embed(rows);
+  embed_tokens(rows);
   int64_t chunks = 1;
-  for (const Rows& s : batch) chunks = std::max(chunks, chunks_of(s.cache->size() + s.n));
+  for (const SequenceRows& s : batch) chunks = std::max(chunks, chunks_of(s.cache->size() + s.n));
   for (int64_t i = 0; i < text_.num_hidden_layers; ++i) {
     report(i, text_.num_hidden_layers);
     if (exact_)
@@ -236,7 +236,7 @@ void LanguageModel::operator()(std::span<const Rows> batch, float* logits, const
   std::vector<int64_t> wanted;
   std::vector<Cache*> owners;
   int64_t row = 0;
-  for (const Rows& s : batch) {
+  for (const SequenceRows& s : batch) {
     for (int64_t i = s.logits == 2 ? 0 : s.logits == 1 ? s.n - 1 : s.n; i < s.n; ++i) {
       wanted.push_back(row + i);
       owners.push_back(s.cache);
@@ -279,10 +279,10 @@ void LanguageModel::operator()(std::span<const Rows> batch, float* logits, const
     }
   }
   report(text_.num_hidden_layers, text_.num_hidden_layers);
-  for (const Rows& s : batch) s.cache->commit(s.n);
+  for (const SequenceRows& s : batch) s.cache->commit(s.n);
 }
 
-void LanguageModel::embed(int64_t rows) {
+void LanguageModel::embed_tokens(int64_t rows) {
   const auto stage = ctx_.stage("text embed");
   const auto [time, row, column] = text_.mrope_section;
   Embed p{};
@@ -416,7 +416,7 @@ void LanguageModel::layer_few(int64_t index, int64_t rows, int64_t chunks, bool 
 }
 
 // Qwen2VLDecoderLayer for many rows.
-void LanguageModel::layer_many(int64_t index, std::span<const Rows> batch, int64_t rows) {
+void LanguageModel::layer_many(int64_t index, std::span<const SequenceRows> batch, int64_t rows) {
   const Layer& l = layers_[index];
   const int64_t hidden = text_.hidden_size, heads = text_.num_attention_heads,
                 kv_heads = text_.num_key_value_heads;
@@ -426,7 +426,7 @@ void LanguageModel::layer_many(int64_t index, std::span<const Rows> batch, int64
   many_rows_linear(ctx_, l.qkv_proj, normed_.as<uint16_t>(), rows, Finish::TextQkv, qkv_epilogue(index),
                    expanded_);
   int64_t row = 0;
-  for (const Rows& s : batch) {
+  for (const SequenceRows& s : batch) {
     if (s.n == 1) {
       attend_rows(index, row, 1, chunks_of(s.cache->size() + 1), true);
     } else {
@@ -551,13 +551,13 @@ void LanguageModel::find_likeliest(int64_t rows, Result& result, bool advance) {
 // --- decoding steps ----------------------------------------------------------------------------------------
 
 /// One token of each sequence.
-void LanguageModel::step(std::span<const Rows> batch, const Report& report) {
+void LanguageModel::step(std::span<const SequenceRows> batch, const Report& report) {
   int slot = ahead_.slot;
   if (!is_ahead(batch)) {
     ahead_.cache = nullptr;
     const int64_t rows = upload(batch);
     int64_t chunks = 1;
-    for (const Rows& s : batch) chunks = std::max(chunks, chunks_of(s.cache->size() + 1));
+    for (const SequenceRows& s : batch) chunks = std::max(chunks, chunks_of(s.cache->size() + 1));
     slot = take_slot();
     decode(rows, chunks, slot);
   }
@@ -566,7 +566,7 @@ void LanguageModel::step(std::span<const Rows> batch, const Report& report) {
   Result& result = results_[slot];
   result.step = ++steps_;
   result.caches.clear();
-  for (const Rows& s : batch) {
+  for (const SequenceRows& s : batch) {
     result.caches.push_back(s.cache);
     saved_.erase(s.cache);
     s.cache->commit(1);
@@ -583,15 +583,15 @@ void LanguageModel::step(std::span<const Rows> batch, const Report& report) {
   ahead_ = {cache, next, cache->size(), batch[0].positions[0] + 1};
 }
 
-bool LanguageModel::is_ahead(std::span<const Rows> batch) {
-  const Rows& s = batch[0];
+bool LanguageModel::is_ahead(std::span<const SequenceRows> batch) {
+  const SequenceRows& s = batch[0];
   return batch.size() == 1 && ahead_.cache == s.cache && ahead_.cell == s.cache->size() &&
          std::all_of(s.positions, s.positions + 3, [&](int32_t p) { return p == ahead_.position; }) &&
          s.token_ids[0] == likeliest(s.cache);
 }
 
 void LanguageModel::run_step(int64_t rows, int64_t chunks, int slot) {
-  embed(rows);
+  embed_tokens(rows);
   for (int64_t i = 0; i < text_.num_hidden_layers; ++i) layer_few(i, rows, chunks, true);
   head(x_.as<float>(), rows, results_[slot].logits.as<float>());
   find_likeliest(rows, results_[slot], true);

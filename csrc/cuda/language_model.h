@@ -15,7 +15,7 @@ namespace qwen2vl::cuda {
 using Report = std::function<void(int64_t done, int64_t total)>;  ///< throws to cancel
 
 /// Consecutive rows of one sequence.
-struct Rows {
+struct SequenceRows {
   Cache* cache;
   int64_t n;
   const int32_t* token_ids;
@@ -42,7 +42,7 @@ class LanguageModel {
   void forget(const Cache* cache);  ///< it is about to go
 
   /// See Backend::forward; logits null: they stay here, for likeliest and last_logits.
-  void operator()(std::span<const Rows> batch, float* logits, const Report& report);
+  void operator()(std::span<const SequenceRows> batch, float* logits, const Report& report);
   int32_t likeliest(Cache* cache);
   void last_logits(const Cache* cache, float* out);
 
@@ -68,20 +68,20 @@ class LanguageModel {
   };
 
   void reserve(int64_t rows);
-  int64_t upload(std::span<const Rows> batch);
-  void embed(int64_t rows);
+  int64_t upload(std::span<const SequenceRows> batch);
+  void embed_tokens(int64_t rows);
   Epilogue qkv_epilogue(int64_t layer) const;
   void attend_rows(int64_t layer, int64_t first_row, int64_t rows, int64_t chunks, bool single);
   void layer_few(int64_t index, int64_t rows, int64_t chunks, bool single);
-  void layer_many(int64_t index, std::span<const Rows> batch, int64_t rows);
+  void layer_many(int64_t index, std::span<const SequenceRows> batch, int64_t rows);
   void layer_plain(int64_t index, int64_t rows);
   void head(const float* x, int64_t rows, float* logits);
   void find_likeliest(int64_t rows, Result& result, bool advance);
   void decode(int64_t rows, int64_t chunks, int slot);
   void run_step(int64_t rows, int64_t chunks, int slot);
   void drop_graphs();
-  void step(std::span<const Rows> batch, const Report& report);
-  bool is_ahead(std::span<const Rows> batch);
+  void step(std::span<const SequenceRows> batch, const Report& report);
+  bool is_ahead(std::span<const SequenceRows> batch);
   int take_slot();
   Result* result_of(const Cache* cache);
   static int64_t chunks_of(int64_t cells);

@@ -37,7 +37,7 @@ struct qwen2vl_backend_handle {
   cuda::Context ctx;
   cuda::LanguageModel language_model;
   std::optional<qwen2vl_vision> vision;
-  std::optional<cuda::VisionEncoder> vision_encoder;  // from the first picture on
+  std::optional<cuda::VisionEncoder> vision_encoder;  // from the first image on
 };
 
 struct qwen2vl_cache_handle {
@@ -187,17 +187,17 @@ int64_t cache_size(const qwen2vl_cache_handle* cache) { return cache->cache->siz
 void cache_truncate(qwen2vl_cache_handle* cache, int64_t size) { cache->cache->truncate(size); }
 int64_t cache_bytes(const qwen2vl_cache_handle* cache) { return cache->cache->allocated_bytes(); }
 
-int encode(qwen2vl_backend_handle* backend, const cuda::Picture& picture, float* out,
+int encode(qwen2vl_backend_handle* backend, const cuda::VisionInput& input, float* out,
            qwen2vl_progress progress, qwen2vl_error* error) {
   return on_device(backend, error, [&] {
     if (!backend->vision) throw std::invalid_argument("this model has no vision tower");
     const cuda::Report report = to_report(progress);
-    if (backend->vision_encoder) return (*backend->vision_encoder)(picture, out, report);
+    if (backend->vision_encoder) return (*backend->vision_encoder)(input, out, report);
     const auto part = [&](int64_t first) {
       return [&report, first](int64_t done, int64_t total) { report(first * total + done, 2 * total); };
     };
     backend->vision_encoder.emplace(backend->ctx, *backend->vision, backend->exact, part(0));
-    (*backend->vision_encoder)(picture, out, part(1));
+    (*backend->vision_encoder)(input, out, part(1));
   });
 }
 
@@ -214,7 +214,7 @@ int encode_pixels(qwen2vl_backend_handle* backend, const uint8_t* pixels, const 
 int forward(qwen2vl_backend_handle* backend, const qwen2vl_rows* batch, int64_t n, float* logits,
             qwen2vl_progress progress, qwen2vl_error* error) {
   return on_device(backend, error, [&] {
-    std::vector<cuda::Rows> rows;
+    std::vector<cuda::SequenceRows> rows;
     for (const qwen2vl_rows& s : std::span(batch, static_cast<size_t>(n)))
       rows.push_back({s.cache->cache.get(), s.n, s.token_ids, s.embeddings, s.positions, s.logits});
     backend->language_model(rows, logits, to_report(progress));

@@ -15,6 +15,7 @@ namespace qwen2vl::cuda {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
+constexpr double kRopeTheta = 10000;  // VisionRotaryEmbedding's; no file says it
 
 unsigned blocks(int64_t n, int64_t each) { return static_cast<unsigned>((n + each - 1) / each); }
 
@@ -102,15 +103,15 @@ VisionEncoder::VisionEncoder(Context& ctx, const qwen2vl_vision& vision, bool ex
   std::vector<float> inv_freq;
   const int64_t half = vision.head_dim / 2;
   for (int64_t i = 0; i < vision.head_dim / 4; ++i)
-    inv_freq.push_back(
-        static_cast<float>(1.0 / std::pow(10000.0, static_cast<double>(2 * i) / static_cast<double>(half))));
+    inv_freq.push_back(static_cast<float>(
+        1.0 / std::pow(kRopeTheta, static_cast<double>(2 * i) / static_cast<double>(half))));
   inv_freq_ = store_floats(ctx, inv_freq.data(), static_cast<int64_t>(inv_freq.size()));
 }
 
 // Qwen2VisionTransformerPretrainedModel.forward
-void VisionEncoder::operator()(const Picture& picture, float* out, const Report& report) {
+void VisionEncoder::operator()(const VisionInput& input, float* out, const Report& report) {
   const qwen2vl_vision& c = vision_;
-  const Grid& grid = picture.grid;
+  const Grid& grid = input.grid;
   const int64_t rows = grid.t * grid.h * grid.w, half = c.head_dim / 2;
   const int64_t tokens = rows / (c.spatial_merge_size * c.spatial_merge_size);
   x_.resize(rows * c.embed_dim * 4);
@@ -123,7 +124,7 @@ void VisionEncoder::operator()(const Picture& picture, float* out, const Report&
                           static_cast<int32_t>(c.spatial_merge_size), static_cast<int32_t>(c.head_dim / 4),
                           inv_freq_, rotation_.as<float>(), rows});
   }
-  exact_ ? encode_plain(picture, report) : encode(picture, report);
+  exact_ ? encode_plain(input, report) : encode(input, report);
   ctx_.copy_to_host(out, out_.as(), tokens * c.hidden_size * 4);
   constexpr int64_t kKept = int64_t{512} << 20;  // a photo's buffers stay: the next one needs no allocation
   int64_t held = 0;
@@ -137,16 +138,15 @@ void VisionEncoder::operator()(const Picture& picture, float* out, const Report&
 }
 
 /// The patches' values, as bf16 or float32 rows.
-void VisionEncoder::upload(const Picture& picture, uint16_t* half_out, float* out, int64_t stride) {
+void VisionEncoder::upload(const VisionInput& input, uint16_t* half_out, float* out, int64_t stride) {
   const qwen2vl_vision& c = vision_;
-  const Grid& grid = picture.grid;
+  const Grid& grid = input.grid;
   const int64_t rows = grid.t * grid.h * grid.w;
   const int64_t patch_dim = c.in_channels * c.temporal_patch_size * c.patch_size * c.patch_size;
   const auto stage = ctx_.stage("image pixels");
-  if (picture.pixels == nullptr) {
+  if (input.pixels == nullptr) {
     pixels_.resize(rows * patch_dim * 4);
-    ctx_.copy_to_device(out != nullptr ? out : pixels_.as<float>(), picture.pixel_values,
-                        rows * patch_dim * 4);
+    ctx_.copy_to_device(out != nullptr ? out : pixels_.as<float>(), input.pixel_values, rows * patch_dim * 4);
     if (half_out != nullptr)
       launch(ctx_.stream, {"rows_to_bf16", dim3(static_cast<unsigned>(rows)), 256}, rows_to_bf16,
              ToBf16{pixels_.as<float>(), patch_dim, half_out, stride});
@@ -154,8 +154,8 @@ void VisionEncoder::upload(const Picture& picture, uint16_t* half_out, float* ou
   }
   const int64_t bytes = rows * c.patch_size * c.patch_size * c.in_channels, levels = c.in_channels * 256 * 4;
   pixels_.resize(levels + bytes);
-  ctx_.copy_to_device(pixels_.as(), picture.levels, levels);
-  ctx_.copy_to_device(pixels_.as() + levels, picture.pixels, bytes);
+  ctx_.copy_to_device(pixels_.as(), input.levels, levels);
+  ctx_.copy_to_device(pixels_.as() + levels, input.pixels, bytes);
   launch(ctx_.stream, {"pixel_rows", dim3(static_cast<unsigned>(rows)), 256}, pixel_rows,
          PixelRows{pixels_.as() + levels, pixels_.as<float>(), static_cast<int32_t>(grid.w),
                    static_cast<int32_t>(c.spatial_merge_size), static_cast<int32_t>(c.patch_size),
@@ -170,9 +170,9 @@ void VisionEncoder::norm(const float* x, const float* weight, const float* bias,
                        static_cast<int32_t>(rows), half_out, out, stride});
 }
 
-void VisionEncoder::encode(const Picture& picture, const Report& report) {
+void VisionEncoder::encode(const VisionInput& input, const Report& report) {
   const qwen2vl_vision& c = vision_;
-  const Grid& grid = picture.grid;
+  const Grid& grid = input.grid;
   const int64_t rows = grid.t * grid.h * grid.w, width = c.embed_dim;
   const int64_t unit = c.spatial_merge_size * c.spatial_merge_size, merged = unit * width;
   const Block& first = blocks_.front();
@@ -211,7 +211,7 @@ void VisionEncoder::encode(const Picture& picture, const Report& report) {
   heads.half_rows = rows;
   heads.transposed_stride = transposed_stride_;
 
-  upload(picture, wide, nullptr, patch_embed_.stride);
+  upload(input, wide, nullptr, patch_embed_.stride);
   many_rows_linear(ctx_, patch_embed_, wide, rows, Finish::Store, residual, expanded_);
   check(cudaMemsetAsync(wide, 0, static_cast<size_t>(widest * 2), ctx_.stream),
         "cudaMemset");  // another stride
@@ -295,9 +295,9 @@ void VisionEncoder::attend(const Grid& grid) {
   }
 }
 
-void VisionEncoder::encode_plain(const Picture& picture, const Report& report) {
+void VisionEncoder::encode_plain(const VisionInput& input, const Report& report) {
   const qwen2vl_vision& c = vision_;
-  const Grid& grid = picture.grid;
+  const Grid& grid = input.grid;
   const int64_t step_rows = grid.h * grid.w, rows = grid.t * step_rows, width = c.embed_dim;
   const int64_t unit = c.spatial_merge_size * c.spatial_merge_size, merged = unit * width;
   normed_.resize(rows * width * 4);
@@ -310,7 +310,7 @@ void VisionEncoder::encode_plain(const Picture& picture, const Report& report) {
     launch(ctx_.stream, {"image activation", dim3(blocks(count, 256)), 256}, plain_activation,
            Activate{what, wide, nullptr, count});
   };
-  upload(picture, nullptr, wide, stored_patch_embed_.cols);
+  upload(input, nullptr, wide, stored_patch_embed_.cols);
   plain_linear_rows(ctx_, stored_patch_embed_, wide, stored_patch_embed_.cols, rows, x, width, false);
   for (size_t i = 0; i < blocks_.size(); ++i) {
     report(static_cast<int64_t>(i), c.depth);

@@ -11,9 +11,9 @@ struct Grid {
   int64_t t, h, w;
 };
 
-/// A vision item in the host's memory: the values of its patches [t h w][patch_dim], or a still's pixels
+/// An image or a clip in the host's memory: the values of its patches [t h w][patch_dim], or a still's pixels
 /// [h patch][w patch][channels] with what a byte of each channel becomes [channels][256].
-struct Picture {
+struct VisionInput {
   Grid grid;
   const float* pixel_values = nullptr;
   const uint8_t* pixels = nullptr;
@@ -26,7 +26,7 @@ class VisionEncoder {
   VisionEncoder(Context& ctx, const qwen2vl_vision& vision, bool exact, const Report& report);
 
   /// -> out [t h w / merge^2][hidden_size], in the host's memory.
-  void operator()(const Picture& picture, float* out, const Report& report);
+  void operator()(const VisionInput& input, float* out, const Report& report);
 
  private:
   struct Block {
@@ -35,9 +35,9 @@ class VisionEncoder {
     StoredLinear q, k, v, stored_proj, stored_fc1, stored_fc2;  // exact
   };
 
-  void upload(const Picture& picture, uint16_t* half_out, float* out, int64_t stride);
-  void encode(const Picture& picture, const Report& report);
-  void encode_plain(const Picture& picture, const Report& report);
+  void upload(const VisionInput& input, uint16_t* half_out, float* out, int64_t stride);
+  void encode(const VisionInput& input, const Report& report);
+  void encode_plain(const VisionInput& input, const Report& report);
   void attend(const Grid& grid);
   void norm(const float* x, const float* weight, const float* bias, int64_t rows, uint16_t* half_out,
             float* out, int64_t stride);
@@ -52,7 +52,7 @@ class VisionEncoder {
   std::vector<Block> blocks_;
   const float *ln_q_weight_ = nullptr, *ln_q_bias_ = nullptr, *inv_freq_ = nullptr;
 
-  // Given back after a picture: a page of a document takes half a gigabyte.
+  // Given back after an image: a page of a document takes half a gigabyte.
   DeviceBuffer pixels_, x_, rotation_, normed_, qkv_, attended_, wide_, expanded_, out_;
 };
 

@@ -14,9 +14,10 @@ namespace qwen2vl {
 
 Engine::Engine(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress)
     : precision_(options.backend.precision) {
+  const BackendRegistry backends(options.backend);
   ModelFiles files = open_model(path, options.mmproj);
   config_ = std::move(files.config);
-  chosen_ = make_backend(config_, std::move(files.weights), options.backend, progress);
+  chosen_ = backends.make(config_, std::move(files.weights), progress);
   pool_ = std::make_unique<PagePool>(chosen_.backend->pages(), std::numeric_limits<int64_t>::max());
 #ifdef __GLIBC__
   malloc_trim(0);  // what reading the vocabulary has left behind
@@ -99,10 +100,12 @@ int64_t Engine::adopt(Sequence& sequence, const Prompt& prompt) {
   return n;
 }
 
-void Engine::begin(Sequence& sequence, const Prompt& prompt, std::span<const float* const> embeddings) const {
-  if (embeddings.size() != prompt.images().size())
-    throw std::invalid_argument("expected embeddings of " + std::to_string(prompt.images().size()) +
-                                " image(s), found " + std::to_string(embeddings.size()));
+void Engine::begin(Sequence& sequence, const Prompt& prompt,
+                   std::span<const std::shared_ptr<const Embeddings>> embeddings) const {
+  if (embeddings.size() != prompt.items().size())
+    throw std::invalid_argument("embeddings: expected one entry for each of " +
+                                std::to_string(prompt.items().size()) + " image(s), found " +
+                                std::to_string(embeddings.size()));
   if (prompt.size() > sequence.n_ctx)
     throw std::invalid_argument("the prompt has " + std::to_string(prompt.size()) +
                                 " tokens, the context holds " + std::to_string(sequence.n_ctx));
@@ -112,12 +115,19 @@ void Engine::begin(Sequence& sequence, const Prompt& prompt, std::span<const flo
     throw std::invalid_argument("the cache is not a prefix of the prompt: call reuse first");
   std::vector<Sequence::Item> items;
   for (size_t i = 0; i < embeddings.size(); ++i) {
-    const int64_t start = prompt.images()[i].start, cells = prompt.image_cells(i);
-    if (start + cells <= first) continue;
-    if (embeddings[i] == nullptr)
+    const VisionItem& item = prompt.items()[i];
+    const int64_t cells = item.end - item.start;
+    const Embeddings* rows = embeddings[i].get();
+    if (rows != nullptr && (rows->rows() != cells || rows->hidden_size() != config_.text.hidden_size))
+      throw std::invalid_argument("embeddings[" + std::to_string(i) + "]: expected shape (" +
+                                  std::to_string(cells) + ", " + std::to_string(config_.text.hidden_size) +
+                                  "), found (" + std::to_string(rows->rows()) + ", " +
+                                  std::to_string(rows->hidden_size()) + ")");
+    if (item.end <= first) continue;
+    if (rows == nullptr)
       throw std::invalid_argument("image " + std::to_string(i) +
                                   ": its embeddings are needed and were not given");
-    items.push_back({start, cells, embeddings[i]});
+    items.push_back({item.start, embeddings[i]});
   }
   sequence.prompt_cells = prompt.size();
   sequence.token_ids = prompt.token_ids();
@@ -156,8 +166,13 @@ void Engine::step(std::span<const StepRows> batch, const Progress& progress) {
   Turn turn(*this);
   for (const StepRows& s : batch) pool_->reserve(s.sequence->table, s.rows);
   compute(turn.backend, batch, progress);
-  for (const StepRows& s : batch)
-    pool_->commit(s.sequence->table, std::span(s.sequence->cells).subspan(s.sequence->size(), s.rows));
+  for (const StepRows& s : batch) {
+    Sequence& sequence = *s.sequence;
+    pool_->commit(sequence.table, std::span(sequence.cells).subspan(sequence.size(), s.rows));
+    std::erase_if(sequence.items, [&](const Sequence::Item& item) {
+      return item.start + item.embeddings->rows() <= sequence.size();
+    });
+  }
 }
 
 void Engine::require_batch(std::span<const StepRows> batch) const {
@@ -182,7 +197,7 @@ void Engine::require_batch(std::span<const StepRows> batch) const {
 
 /// The forward pass; the logits of sequences that have no cells to wait for behind these rows.
 void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Progress& progress) {
-  const int64_t hidden = config_.text.hidden_size, vocab = config_.text.vocab_size;
+  const int64_t vocab = config_.text.vocab_size;
   embeddings_.clear();
   pages_.clear();
   for (const StepRows& s : batch) {
@@ -192,8 +207,10 @@ void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Pr
     const size_t row = embeddings_.size();
     embeddings_.resize(row + static_cast<size_t>(s.rows), nullptr);
     for (const Sequence::Item& item : sequence.items)
-      for (int64_t at = std::max(first, item.start); at < std::min(end, item.start + item.cells); ++at)
-        embeddings_[row + static_cast<size_t>(at - first)] = item.rows + (at - item.start) * hidden;
+      for (int64_t at = std::max(first, item.start),
+                   last = std::min(end, item.start + item.embeddings->rows());
+           at < last; ++at)
+        embeddings_[row + static_cast<size_t>(at - first)] = item.embeddings->row(at - item.start);
   }
   std::vector<SequenceRows> rows;
   rows.reserve(batch.size());

@@ -13,12 +13,12 @@ namespace {
 /// Where a page is looked up: SplitMix64's finalizer over the id of the page before it and its first cell.
 /// Pages are compared cell by cell, so equal links cost time alone.
 uint64_t link(uint64_t before, const CellKey& first) {
-  std::array<uint64_t, 2> item;
-  static_assert(sizeof(item) == sizeof(first.item));
-  std::memcpy(item.data(), first.item.data(), sizeof(item));
+  std::array<uint64_t, 2> image;
+  static_assert(sizeof(image) == sizeof(first.image));
+  std::memcpy(image.data(), first.image.data(), sizeof(image));
   uint64_t hash = before;
   const auto token = (static_cast<uint64_t>(first.token) << 32) ^ static_cast<uint32_t>(first.patch);
-  for (const uint64_t word : {token, item[0], item[1], static_cast<uint64_t>(first.adapter)}) {
+  for (const uint64_t word : {token, image[0], image[1], static_cast<uint64_t>(first.adapter)}) {
     hash = (hash ^ word) + 0x9e3779b97f4a7c15u;
     hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9u;
     hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebu;

@@ -14,13 +14,13 @@
 
 namespace qwen2vl {
 
-/// What a cell of the cache holds: a text token, or one merged patch of a vision item.
+/// What a cell of the cache holds: a text token, or one merged patch of an image or video.
 struct CellKey {
   int32_t token = 0;
-  int32_t patch = 0;    ///< index within the vision item; 0 for text
+  int32_t patch = 0;    ///< index within the image or video; 0 for text
   int32_t adapter = 0;  ///< with which the weights were used; 0: none
   GridTHW grid{0, 0, 0};
-  std::array<uint8_t, 16> item{};  ///< identifies the item's pixels; zero for text
+  std::array<uint8_t, 16> image{};  ///< identifies its pixels; zero for text
   bool operator==(const CellKey&) const = default;
 };
 

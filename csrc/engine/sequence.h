@@ -1,8 +1,10 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "engine/embeddings.h"
 #include "engine/page_pool.h"
 #include "model/positions.h"
 
@@ -10,10 +12,10 @@ namespace qwen2vl {
 
 /// A conversation's cells: the first size() have been computed, the others wait for a step of the engine.
 struct Sequence {
-  /// A vision item among the cells that wait: they start at `start`, their embeddings at `rows`.
+  /// An image or video some of whose cells wait: its first cell, and a row for each.
   struct Item {
-    int64_t start, cells;
-    const float* rows;  ///< [cells][hidden_size]
+    int64_t start;
+    std::shared_ptr<const Embeddings> embeddings;
   };
   /// Where the logits after the last cell are; nowhere as long as cells wait.
   enum class Logits { None, Host, Device };

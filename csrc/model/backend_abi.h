@@ -118,7 +118,7 @@ typedef struct qwen2vl_device {
 typedef struct qwen2vl_info {
   char device[256];     /* "NVIDIA H200, sm_90a" */
   char note[512];       /* a word to the user, or empty: "11 of 28 layers stay in the host's memory ..." */
-  int64_t weight_bytes; /* of the weights used so far: the vision tower's count from the first picture */
+  int64_t weight_bytes; /* of the weights used so far: the vision tower's count from the first image */
   int64_t max_batch_rows;
 } qwen2vl_info;
 

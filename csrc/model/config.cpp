@@ -1,6 +1,6 @@
 #include "model/config.h"
 
-#include <cmath>
+#include <cstdio>
 #include <string>
 
 #include "base/error.h"
@@ -9,27 +9,41 @@
 namespace qwen2vl {
 namespace {
 
-// Far above any model of the family (72B: 29568 wide, 80 layers, 152064 rows), far below what overflows.
-constexpr int64_t kMaxWidth = 1 << 20;
-constexpr int64_t kMaxLayers = 1024;
-
 std::string where(const gguf::File& file) { return file.path() + ": "; }
 
-int64_t checked_size(const gguf::File& file, std::string_view key, int64_t low, int64_t high) {
-  const int64_t value = file.get_int(key);
-  if (value < low || value > high)
-    throw FormatError(where(file) + "key '" + std::string(key) + "': expected " + std::to_string(low) + ".." +
-                      std::to_string(high) + ", found " + std::to_string(value));
-  return value;
+std::string shown(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
 }
 
-float checked_epsilon(const gguf::File& file, std::string_view key, double fallback) {
-  const double value = file.get_float(key, fallback);
-  if (!(value > 0 && value < 1))
-    throw FormatError(where(file) + "key '" + std::string(key) + "': expected a number in (0, 1), found " +
-                      std::to_string(value));
-  return static_cast<float>(value);
-}
+/// The fields that have a key, checked; the others as they are.
+struct KeyReader {
+  const gguf::File& file;
+
+  bool is_there(const ConfigKey& key) const {
+    return !key.name.empty() && (key.required || file.find(key.name) != nullptr);
+  }
+  void operator()(const char*, int64_t& member, const ConfigKey& key) const {
+    if (!is_there(key)) return;
+    member = file.get_int(key.name);
+    const auto least = static_cast<int64_t>(key.least), most = static_cast<int64_t>(key.most);
+    if (member < least || member > most)
+      throw FormatError(where(file) + "key '" + std::string(key.name) + "': expected " +
+                        std::to_string(least) + ".." + std::to_string(most) + ", found " +
+                        std::to_string(member));
+  }
+  void operator()(const char*, float& member, const ConfigKey& key) const {
+    if (!is_there(key)) return;
+    const double value = file.get_float(key.name);
+    if (!(value > key.least && value < key.most))
+      throw FormatError(where(file) + "key '" + std::string(key.name) + "': expected a number in (" +
+                        shown(key.least) + ", " + shown(key.most) + "), found " + shown(value));
+    member = static_cast<float>(value);
+  }
+  template <typename Other>
+  void operator()(const char*, Other&, const ConfigKey&) const {}
+};
 
 void require(bool ok, const gguf::File& file, const std::string& message) {
   if (!ok) throw FormatError(where(file) + message);
@@ -46,30 +60,18 @@ const gguf::Tensor& need_tensor(const gguf::File& file, std::string_view name, s
 
 TextConfig read_text_config(const gguf::File& file) {
   TextConfig c;
-  c.hidden_size = checked_size(file, "qwen2vl.embedding_length", 1, kMaxWidth);
-  c.intermediate_size = checked_size(file, "qwen2vl.feed_forward_length", 1, kMaxWidth);
-  c.num_hidden_layers = checked_size(file, "qwen2vl.block_count", 1, kMaxLayers);
-  c.num_attention_heads = checked_size(file, "qwen2vl.attention.head_count", 1, 4096);
-  c.num_key_value_heads = checked_size(file, "qwen2vl.attention.head_count_kv", 1, 4096);
-  c.max_position_embeddings = checked_size(file, "qwen2vl.context_length", 1, 1 << 24);
-  c.rms_norm_eps = checked_epsilon(file, "qwen2vl.attention.layer_norm_rms_epsilon", 1e-6);
+  visit_fields(c, KeyReader{file});
   require(c.num_attention_heads % c.num_key_value_heads == 0, file,
           "head_count " + std::to_string(c.num_attention_heads) + " is not a multiple of head_count_kv " +
               std::to_string(c.num_key_value_heads));
 
-  if (file.find("qwen2vl.attention.key_length") != nullptr) {
-    c.head_dim = checked_size(file, "qwen2vl.attention.key_length", 2, 4096);
-  } else {
+  if (c.head_dim == 0) {
     require(c.hidden_size % c.num_attention_heads == 0, file,
             "embedding_length " + std::to_string(c.hidden_size) + " is not a multiple of head_count " +
                 std::to_string(c.num_attention_heads));
     c.head_dim = c.hidden_size / c.num_attention_heads;
   }
   require(c.head_dim % 2 == 0, file, "head_dim " + std::to_string(c.head_dim) + " is odd");
-
-  const double theta = file.get_float("qwen2vl.rope.freq_base", 1e6);
-  require(theta > 0 && std::isfinite(theta), file, "key 'qwen2vl.rope.freq_base' is not a positive number");
-  c.rope_theta = static_cast<float>(theta);
 
   const std::vector<int64_t> sections = file.get_ints("qwen2vl.rope.dimension_sections");
   require(sections.size() == 3 || sections.size() == 4, file,
@@ -111,10 +113,7 @@ VisionConfig read_vision_config(const gguf::File& file, const TextConfig& text) 
   if (projector != "qwen2vl_merger")
     throw UnsupportedError(where(file) + "key 'clip.projector_type': expected 'qwen2vl_merger', found '" +
                            printable(projector) + "'");
-  c.embed_dim = checked_size(file, "clip.vision.embedding_length", 1, kMaxWidth);
-  c.depth = checked_size(file, "clip.vision.block_count", 1, kMaxLayers);
-  c.num_heads = checked_size(file, "clip.vision.attention.head_count", 1, 4096);
-  c.layer_norm_eps = checked_epsilon(file, "clip.vision.attention.layer_norm_epsilon", 1e-6);
+  visit_fields(c, KeyReader{file});
   require(c.embed_dim % c.num_heads == 0, file,
           "clip.vision.embedding_length " + std::to_string(c.embed_dim) +
               " is not a multiple of head_count " + std::to_string(c.num_heads));
@@ -122,7 +121,6 @@ VisionConfig read_vision_config(const gguf::File& file, const TextConfig& text) 
   require(c.head_dim % 4 == 0, file,
           "the vision tower's head_dim " + std::to_string(c.head_dim) + " is not a multiple of 4");
 
-  // The file's own clip.vision.feed_forward_length is wrong in files made by llama.cpp: the shape counts.
   c.intermediate_size = need_tensor(file, "v.blk.0.ffn_up.weight", 2).shape[0];
 
   // One slice [embed_dim, in_channels, patch, patch] per frame of the temporal patch.
@@ -137,11 +135,6 @@ VisionConfig read_vision_config(const gguf::File& file, const TextConfig& text) 
           c.in_channels <= 64,
       file,
       "tensor 'v.patch_embd.weight': expected [" + std::to_string(c.embed_dim) + ", channels, patch, patch]");
-
-  c.spatial_merge_size = file.get_int("clip.vision.spatial_merge_size", 2);
-  require(
-      c.spatial_merge_size >= 1 && c.spatial_merge_size <= 16, file,
-      "key 'clip.vision.spatial_merge_size': expected 1..16, found " + std::to_string(c.spatial_merge_size));
 
   c.hidden_size = need_tensor(file, "mm.2.weight", 2).shape[0];
   require(c.hidden_size == text.hidden_size, file,

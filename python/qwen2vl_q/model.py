@@ -23,8 +23,8 @@ from qwen2vl_q.engine.config import Qwen2VLConfig
 from qwen2vl_q.engine.devices import plugin_for, require_name
 from qwen2vl_q.engine.generation import Generation, TokenIds, stage
 from qwen2vl_q.engine.model_parts import ModelParts, fitted
+from qwen2vl_q.engine.request import Constraint, Progress, Request
 from qwen2vl_q.engine.sampling import Sampling
-from qwen2vl_q.engine.scheduler import Progress, Request
 from qwen2vl_q.engine.stats import GenerationStats, Stage
 from qwen2vl_q.text.text_stream import TextStream
 from qwen2vl_q.text.tokenizer import Tokenizer
@@ -92,12 +92,13 @@ class Qwen2VL:
         n_threads: None for the physical cores that this process may use. n_ctx: cells of context at most,
         None for what the model was trained for; memory is taken as cells are used. cache_bytes: of the cells
         of all calls at most, None for 1 GiB or what n_ctx needs; where calls under way need more, the newest
-        one of them raises CacheFullError. precision: "exact" computes in float32 throughout, "fast" may
-        quantize activations to 8 bits per block. mmproj: the vision tower's file where it is not in the
-        model's own. min_pixels, max_pixels: bounds of an image's size instead of the file's. device: "cpu",
-        "cuda" (the first), "cuda:N", or "auto" (cuda where it works, else the CPU; `note` then says why). The
-        vision tower is read when the first picture comes: until then its file has to stay as it is. The
-        environment variable QWEN2VL_ISA forces an instruction set.
+        waits for another's end, and raises CacheFullError where none of them goes on. precision: "exact"
+        computes in float32 throughout, "fast" may quantize activations to 8 bits per block. mmproj: the
+        vision tower's file where it is not in the model's own. min_pixels, max_pixels: bounds of an image's
+        size instead of the file's. device: "cpu", "cuda" (the first), "cuda:N", or "auto" (cuda where it
+        works, else the CPU; `note` then says why). The vision tower is read when the first picture comes:
+        until then its file has to stay as it is. The environment variable QWEN2VL_ISA forces an instruction
+        set.
 
         Raises OSError or Qwen2VLError for a file that cannot be read, FormatError for one that is damaged,
         UnsupportedError for another architecture, DeviceError for a device that is not there or lacks memory,
@@ -269,7 +270,7 @@ class Qwen2VL:
         `image`: a path, an encoded file's bytes, a binary file, a PIL image, uint8 [h, w], [h, w, 3] or
         [h, w, 4], or what `load_image` returned.
         """
-        return self._generation.embed(self.load_image(image), progress).copy()
+        return self._generation.embed(self.load_image(image), progress).numpy().copy()
 
     # --- tokens ---
 
@@ -296,7 +297,7 @@ class Qwen2VL:
             (integer("t", t, 1, _INT32_MAX), integer("h", h, 1, _INT32_MAX), integer("w", w, 1, _INT32_MAX))
             for t, h, w in grids
         ]
-        return self._native.position_ids(self._generation.as_ids(token_ids), sizes)
+        return self._generation.positions(token_ids, sizes)
 
     def generate(
         self,
@@ -312,16 +313,20 @@ class Qwen2VL:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         progress: Progress | None = None,
+        constraint: Constraint | None = None,
     ) -> Iterator[int]:
         """Token ids that continue `token_ids`, one by one.
 
         Ends after an end-of-turn token (which is given out too; not with ignore_eos), after the token that
         completes one of the `stop` strings, after max_new_tokens, or where the context is full. temperature 0
-        is greedy; a seed of None is drawn anew. Arguments are checked at once (errors as of `logits`);
-        computation begins with the first token.
+        is greedy; a seed of None is drawn anew. constraint: asked before each token which ones may be drawn,
+        of this call alone. Arguments are checked at once (errors as of `logits`); computation begins with the
+        first token.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        request = self._token_request(token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress)
+        request = self._token_request(
+            token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress, constraint
+        )
         return self._generation.tokens(request)
 
     def agenerate(
@@ -338,10 +343,13 @@ class Qwen2VL:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         progress: Progress | None = None,
+        constraint: Constraint | None = None,
     ) -> AsyncIterator[int]:
         """`generate` for asyncio. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        request = self._token_request(token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress)
+        request = self._token_request(
+            token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress, constraint
+        )
         return self._generation.tokens_async(request)
 
     def _token_request(
@@ -353,11 +361,14 @@ class Qwen2VL:
         stop: str | Sequence[str],
         ignore_eos: bool,
         progress: Progress | None,
+        constraint: Constraint | None,
     ) -> Request:
         prepared = self._generation.prepare(token_ids, self._load_images(map(ImagePart, images)))
         max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
         text = TextStream(self.tokenizer, stop, () if ignore_eos else self.config.eos_token_ids)
-        return self._generation.request(prepared, sampling.sampler(), max_new_tokens, text, progress)
+        return self._generation.request(
+            prepared, sampling.sampler(), max_new_tokens, text, progress, constraint
+        )
 
     # --- conversations ---
 
@@ -397,6 +408,7 @@ class Qwen2VL:
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
         progress: Progress | None = ...,
+        constraint: Constraint | None = ...,
         **sampling: float | None,
     ) -> Iterator[str]: ...
     @overload
@@ -409,6 +421,7 @@ class Qwen2VL:
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
         progress: Progress | None = ...,
+        constraint: Constraint | None = ...,
         **sampling: float | None,
     ) -> str: ...
     @overload
@@ -421,6 +434,7 @@ class Qwen2VL:
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
         progress: Progress | None = ...,
+        constraint: Constraint | None = ...,
         **sampling: float | None,
     ) -> list[str]: ...
     def chat(
@@ -432,21 +446,27 @@ class Qwen2VL:
         stop: str | Sequence[str] = (),
         add_vision_id: bool = False,
         progress: Progress | None = None,
+        constraint: Constraint | None = None,
         **sampling: float | None,
     ) -> Iterator[str] | str | list[str]:
         """The model's answer to a conversation: pieces of text as they come, or the whole with stream=False.
 
         `messages` as transformers and the OpenAI API write them (see `qwen2vl_q.chat.messages`); of a list of
-        conversations the answers come whole, in a list, computed together. `sampling`: temperature, top_k,
-        top_p, min_p, repetition_penalty and seed as of `generate`; what is not given (or None) is the file's
-        own default. add_vision_id numbers the pictures ("Picture 1: "). Arguments are checked at once; errors
-        as of `generate`.
+        conversations the answers come whole, in a list, computed together as far as the cache has room.
+        `sampling`: temperature, top_k, top_p, min_p, repetition_penalty and seed as of `generate`; what is
+        not given (or None) is the file's own default. constraint as of `generate`, for one conversation.
+        add_vision_id numbers the pictures ("Picture 1: "). Arguments are checked at once; errors as of
+        `generate`.
         """
         lists = (list, tuple)
         many = isinstance(messages, lists) and bool(messages) and all(isinstance(m, lists) for m in messages)
+        if many and constraint is not None:
+            raise ValueError("constraint: expected one conversation, found a list of them")
         conversations: Any = messages if many else [messages]
         requests = [
-            self._chat_request(conversation, max_new_tokens, stop, add_vision_id, progress, sampling)
+            self._chat_request(
+                conversation, max_new_tokens, stop, add_vision_id, progress, constraint, sampling
+            )
             for conversation in conversations
         ]
         if stream and not many:
@@ -464,6 +484,7 @@ class Qwen2VL:
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
         progress: Progress | None = ...,
+        constraint: Constraint | None = ...,
         **sampling: float | None,
     ) -> AsyncIterator[str]: ...
     @overload
@@ -476,6 +497,7 @@ class Qwen2VL:
         stop: str | Sequence[str] = ...,
         add_vision_id: bool = ...,
         progress: Progress | None = ...,
+        constraint: Constraint | None = ...,
         **sampling: float | None,
     ) -> Awaitable[str]: ...
     def achat(
@@ -487,11 +509,14 @@ class Qwen2VL:
         stop: str | Sequence[str] = (),
         add_vision_id: bool = False,
         progress: Progress | None = None,
+        constraint: Constraint | None = None,
         **sampling: float | None,
     ) -> AsyncIterator[str] | Awaitable[str]:
         """`chat` of one conversation for asyncio: `async for` over the pieces, or `await` of the whole with
         stream=False. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
-        request = self._chat_request(messages, max_new_tokens, stop, add_vision_id, progress, sampling)
+        request = self._chat_request(
+            messages, max_new_tokens, stop, add_vision_id, progress, constraint, sampling
+        )
         return self._generation.texts_async(request) if stream else self._generation.answer_async(request)
 
     def _chat_request(
@@ -501,6 +526,7 @@ class Qwen2VL:
         stop: str | Sequence[str],
         add_vision_id: bool,
         progress: Progress | None,
+        constraint: Constraint | None,
         sampling: Mapping[str, float | None],
     ) -> Request:
         unknown = sampling.keys() - Sampling.__dataclass_fields__.keys()
@@ -511,7 +537,7 @@ class Qwen2VL:
         prepared = self._generation.prepare(token_ids, images)
         text = TextStream(self.tokenizer, stop, self.config.eos_token_ids)
         sampler = self.sampling.override(sampling).sampler()
-        return self._generation.request(prepared, sampler, max_new_tokens, text, progress)
+        return self._generation.request(prepared, sampler, max_new_tokens, text, progress, constraint)
 
     @contextmanager
     def profile(self) -> Iterator[list[Stage]]:

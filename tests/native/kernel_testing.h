@@ -96,12 +96,13 @@ struct TestMatrix {
   AlignedBuffer storage;
   PanelMatrix panels;
 
-  TestMatrix(DType type, int64_t rows, int64_t cols, uint32_t seed) : blocks(rows * row_bytes(type, cols)) {
+  TestMatrix(DType type, int64_t rows, int64_t cols, uint32_t seed, const PanelLayout& layout = {})
+      : blocks(rows * row_bytes(type, cols)) {
     if (dtype_traits(type).is_written)
       quantize_rows(type, random_floats(rows, cols, seed).data(), rows, cols, blocks.data());
     else
       fill_blocks(dtype_traits(type), seed);
-    pack(type, rows, cols);
+    pack(type, rows, cols, layout);
   }
 
   /// Random integers with d (and m), which these blocks begin with, such that values lie on both sides of 0.
@@ -117,11 +118,11 @@ struct TestMatrix {
     }
   }
 
-  void pack(DType type, int64_t rows, int64_t cols) {
-    panels = {type, rows, cols, panel_parts(type, cols).bytes, nullptr};
+  void pack(DType type, int64_t rows, int64_t cols, const PanelLayout& layout = {}) {
+    panels = {type, rows, cols, panel_parts(type, cols).bytes, nullptr, layout};
     storage = AlignedBuffer(panels.panel_count() * panels.panel_bytes);
     for (int64_t p = 0; p < panels.panel_count(); ++p) {
-      pack_panel(type, blocks.data(), rows, cols, p, storage.data() + p * panels.panel_bytes);
+      pack_panel(panels, blocks.data(), rows, p, storage.data() + p * panels.panel_bytes);
     }
     panels.data = storage.data();
   }
@@ -144,17 +145,25 @@ struct QuantizedBuffer {
   std::vector<int32_t> corrections32, corrections16;
   QuantizedRows rows;
 
-  QuantizedBuffer(int64_t n_rows, int64_t cols)
-      : values(n_rows * cols),
+  QuantizedBuffer(int64_t n_rows, int64_t cols, int planes = 1)
+      : values(planes * n_rows * cols),
         scales(n_rows * cols / 32),
-        corrections32(n_rows * cols / 32),
-        corrections16(n_rows * cols / 16),
-        rows{n_rows, cols, values.as<int8_t>(), scales.data(), corrections32.data(), corrections16.data()} {
-    std::memset(values.data(), 0x5a, n_rows * cols);
+        corrections32(planes * n_rows * cols / 32),
+        corrections16(planes * n_rows * cols / 16),
+        rows{n_rows,
+             cols,
+             planes,
+             values.as<int8_t>(),
+             scales.data(),
+             corrections32.data(),
+             corrections16.data()} {
+    std::memset(values.data(), 0x5a, planes * n_rows * cols);
   }
   /// [rows][cols] in double: what the integers stand for.
   double value(int64_t m, int64_t k) const {
-    return static_cast<double>(scales[m * (rows.cols / 32) + k / 32]) * rows.values[m * rows.cols + k];
+    const int8_t* at = rows.values + m * rows.cols + k;
+    const double rest = rows.planes == 2 ? at[rows.rows * rows.cols] / 256.0 : 0.0;
+    return static_cast<double>(scales[m * (rows.cols / 32) + k / 32]) * (*at + rest);
   }
 };
 

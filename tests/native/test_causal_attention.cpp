@@ -16,10 +16,10 @@ namespace {
 struct Heads {
   int64_t query, key_value, head_dim;
 };
-struct Rows {
+struct SequenceShape {
   int64_t first_cell, rows;
 };
-using Batch = std::vector<Rows>;
+using Batch = std::vector<SequenceShape>;
 
 /// A pair of channels of every key-value head whose keys lie around kLarge, as a bias of it would have them.
 constexpr float kLarge = 700;
@@ -62,8 +62,8 @@ struct Problem {
     const int64_t width = config.kv_size();
     const SplitChannels split = large_keys ? split_channels(config) : SplitChannels();
     cache = std::make_unique<KvPages>(config, precision, split);
-    for (const Rows& rows : batch) {
-      const int64_t cells = rows.first_cell + rows.rows;
+    for (const SequenceShape& shape : batch) {
+      const int64_t cells = shape.first_cell + shape.rows;
       keys.push_back(random_floats(cells, width, ++seed));
       if (large_keys)
         for (int64_t at = kLargeDim; at < cells * width; at += config.head_dim) keys.back()[at] += kLarge;
@@ -76,8 +76,8 @@ struct Problem {
       const Floats stale(width, std::numeric_limits<float>::infinity());
       for (int64_t cell = cells; cell % kPageCells != 0; ++cell)
         cache->write(kernels, table.back(), 1, cell % kPageCells, stale.data(), stale.data());
-      sequences.push_back({cache.get(), table, n_rows, rows.rows, rows.first_cell});
-      n_rows += rows.rows;
+      sequences.push_back({cache.get(), table, n_rows, shape.rows, shape.first_cell});
+      n_rows += shape.rows;
     }
     qkv = random_floats(n_rows, stride, ++seed);
   }

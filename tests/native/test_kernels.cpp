@@ -47,11 +47,10 @@ TEST_CASE("kernel sets are listed best first and can be forced by name") {
   CHECK_THROWS_WITH_AS(select_kernels("avx1024"), doctest::Contains("generic"), UnsupportedError);
 }
 
-// --- quantize_rows
-// ------------------------------------------------------------------------------------------
+// --- quantize_rows ---
 
 bool same_quantized(const QuantizedBuffer& a, const QuantizedBuffer& b) {
-  return std::memcmp(a.rows.values, b.rows.values, a.rows.rows * a.rows.cols) == 0 &&
+  return std::memcmp(a.rows.values, b.rows.values, a.rows.planes * a.rows.rows * a.rows.cols) == 0 &&
          std::memcmp(a.scales.data(), b.scales.data(), a.scales.size() * 4) == 0 &&
          a.corrections32 == b.corrections32 && a.corrections16 == b.corrections16;
 }
@@ -80,6 +79,31 @@ TEST_CASE("activations quantize to the nearest of 255 steps, with the sums that 
   }
 }
 
+TEST_CASE("a second plane holds what the first has rounded off, in 256ths of its steps") {
+  const int64_t rows = 5, cols = 320, stride = 331;
+  const Floats x = random_floats(rows, stride, 12, true);
+  QuantizedBuffer one(rows, cols), two(rows, cols, 2);
+  generic_kernels().quantize_rows(x.data(), stride, rows, one.rows, 0);
+  generic_kernels().quantize_rows(x.data(), stride, rows, two.rows, 0);
+  CHECK_EQ(std::memcmp(one.rows.values, two.rows.values, rows * cols), 0);
+  CHECK(one.scales == two.scales);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t k = 0; k < cols; ++k) {
+      // A rest of half a step is 128 of these: 127 is the next.
+      const double step = two.scales[m * (cols / 32) + k / 32] / 256.0;
+      CHECK(std::fabs(x[m * stride + k] - two.value(m, k)) <= 1.01 * step);
+    }
+    for (int64_t b = 0; b < cols / 16; ++b) {
+      const int8_t* rest = two.rows.values + (rows + m) * cols + 16 * b;
+      CHECK_EQ(two.corrections16[(rows + m) * (cols / 16) + b], -128 * std::accumulate(rest, rest + 16, 0));
+    }
+    for (int64_t b = 0; b < cols / 32; ++b) {
+      const int32_t* halves = two.corrections16.data() + (rows + m) * (cols / 16) + 2 * b;
+      CHECK_EQ(two.corrections32[(rows + m) * (cols / 32) + b], halves[0] + halves[1]);
+    }
+  }
+}
+
 TEST_CASE("quantized activations have the same bits on every instruction set") {
   constexpr float kInf = std::numeric_limits<float>::infinity(),
                   kNan = std::numeric_limits<float>::quiet_NaN();
@@ -95,28 +119,29 @@ TEST_CASE("quantized activations have the same bits on every instruction set") {
       x[5 * stride + k] = k == 0 ? 127.0f : k - 15.5f;  // 5: ties
       x[6 * stride + k] = k == 31 ? kInf : kNan;        // 6
     }
-    QuantizedBuffer expected(rows, cols);
-    generic_kernels().quantize_rows(x.data(), stride, rows, expected.rows, 0);
-    CHECK_EQ(expected.scales[0], 0.0f);
-    CHECK_EQ(expected.scales[cols / 32], 0.0f);
-    CHECK(std::isnan(expected.scales[2 * cols / 32]));
-    CHECK(std::isnan(expected.scales[3 * cols / 32]));
-    CHECK_EQ(int(expected.rows.values[5 * cols + 1]), -14);  // -14.5 to even
-    CHECK_EQ(int(expected.rows.values[5 * cols + 2]), -14);  // -13.5 to even
-    for (const KernelTable* kernels : fast_kernels()) {
-      CAPTURE(kernels->isa);
-      QuantizedBuffer actual(rows, cols), in_parts(rows, cols);
-      kernels->quantize_rows(x.data(), stride, rows, actual.rows, 0);
-      CHECK(same_quantized(actual, expected));
-      kernels->quantize_rows(x.data(), stride, 4, in_parts.rows, 0);
-      kernels->quantize_rows(x.data() + 4 * stride, stride, 5, in_parts.rows, 4);
-      CHECK(same_quantized(in_parts, expected));
+    for (const int planes : {1, 2}) {
+      QuantizedBuffer expected(rows, cols, planes);
+      generic_kernels().quantize_rows(x.data(), stride, rows, expected.rows, 0);
+      CHECK_EQ(expected.scales[0], 0.0f);
+      CHECK_EQ(expected.scales[cols / 32], 0.0f);
+      CHECK(std::isnan(expected.scales[2 * cols / 32]));
+      CHECK(std::isnan(expected.scales[3 * cols / 32]));
+      CHECK_EQ(int(expected.rows.values[5 * cols + 1]), -14);  // -14.5 to even
+      CHECK_EQ(int(expected.rows.values[5 * cols + 2]), -14);  // -13.5 to even
+      for (const KernelTable* kernels : fast_kernels()) {
+        CAPTURE(kernels->isa);
+        QuantizedBuffer actual(rows, cols, planes), in_parts(rows, cols, planes);
+        kernels->quantize_rows(x.data(), stride, rows, actual.rows, 0);
+        CHECK(same_quantized(actual, expected));
+        kernels->quantize_rows(x.data(), stride, 4, in_parts.rows, 0);
+        kernels->quantize_rows(x.data() + 4 * stride, stride, 5, in_parts.rows, 4);
+        CHECK(same_quantized(in_parts, expected));
+      }
     }
   }
 }
 
-// --- matmul_q8
-// ----------------------------------------------------------------------------------------------
+// --- matmul_q8 ---
 
 struct MatmulCase {
   Store store;
@@ -161,9 +186,9 @@ Floats gathered(const Poisoned& out, int64_t begin, int64_t rows, int64_t n, int
 
 bool smaller_magnitude(float a, float b) { return std::fabs(a) < std::fabs(b); }
 
-void check_matmul_q8(DType type, int64_t rows, int64_t n, int64_t cols, const MatmulCase& c) {
+void check_matmul_q8(DType type, int64_t rows, int64_t n, int64_t cols, int planes, const MatmulCase& c) {
   const TestMatrix w(type, n, cols, static_cast<uint32_t>(n * 31 + cols));
-  QuantizedBuffer x(rows, cols);
+  QuantizedBuffer x(rows, cols, planes);
   generic_kernels().quantize_rows(random_floats(rows, cols, 77, true).data(), cols, rows, x.rows, 0);
   const Floats bias = random_floats(1, n, 5), weights = w.dequantized();
   const int64_t stride = n + 3;
@@ -171,7 +196,8 @@ void check_matmul_q8(DType type, int64_t rows, int64_t n, int64_t cols, const Ma
   const auto run = [&](const KernelTable& kernels) {
     Poisoned out(rows * stride);
     const MatmulOutput output{out.data(), stride, c.with_bias ? bias.data() : nullptr, c.store};
-    kernels.matmul_q8(w.panels, 0, w.panels.panel_count(), x.rows, 0, rows, output, scratch.as<std::byte>());
+    kernels.matmul_q8(w.panels, x.rows, {0, w.panels.panel_count(), 0, rows}, output,
+                      scratch.as<std::byte>());
     CHECK(out.untouched_outside(0, rows, n, stride));
     return gathered(out, 0, rows, n, stride);
   };
@@ -213,7 +239,7 @@ TEST_CASE("quantized matmul: every shape, the same bits on every instruction set
         CAPTURE(rows);
         CAPTURE(cols);
         CAPTURE(n);
-        check_matmul_q8(type, rows, n, cols, c);
+        for (const int planes : {1, 2}) check_matmul_q8(type, rows, n, cols, planes, c);
       }
     }
   }
@@ -223,15 +249,15 @@ TEST_CASE("quantized matmul writes its share of rows and panels alone") {
   const int64_t rows = 21, cols = 256, n = 90, stride = 96;
   for (const DType type : quantized_dtypes()) {
     const TestMatrix w(type, n, cols, 4);
-    QuantizedBuffer x(rows, cols);
+    QuantizedBuffer x(rows, cols, 2);
     generic_kernels().quantize_rows(random_floats(rows, cols, 6).data(), cols, rows, x.rows, 0);
     AlignedBuffer scratch(matmul_scratch_bytes(cols));
     for (const KernelTable* kernels : supported_kernels()) {
       CAPTURE(kernels->isa);
       Poisoned whole(rows * stride), part(rows * stride);
-      kernels->matmul_q8(w.panels, 0, 6, x.rows, 0, rows, {whole.data(), stride, nullptr, Store::Overwrite},
+      kernels->matmul_q8(w.panels, x.rows, {0, 6, 0, rows}, {whole.data(), stride, nullptr, Store::Overwrite},
                          scratch.as<std::byte>());
-      kernels->matmul_q8(w.panels, 1, 4, x.rows, 2, 19, {part.data(), stride, nullptr, Store::Overwrite},
+      kernels->matmul_q8(w.panels, x.rows, {1, 4, 2, 19}, {part.data(), stride, nullptr, Store::Overwrite},
                          scratch.as<std::byte>());
       CHECK(part.untouched_outside(2 * stride + 16, 17, 48, stride));
       CHECK_EQ(worst_mismatch(17 * 48, gathered(part, 2 * stride + 16, 17, 48, stride),
@@ -255,24 +281,25 @@ TEST_CASE("extreme weights and activations neither saturate nor misbehave") {
         for (size_t i = 0; i < w.blocks.size(); i += block) w.blocks[i] = 0x00, w.blocks[i + 1] = 0x3c;
       }
       w.pack(type, n, cols);
-      QuantizedBuffer x(rows, cols);
-      for (int64_t i = 0; i < rows * cols; ++i) x.rows.values[i] = i / cols % 2 ? -127 : 127;
+      const int planes = fill == -1 || fill % 2 == 0 ? 2 : 1;
+      QuantizedBuffer x(rows, cols, planes);
+      for (int64_t i = 0; i < planes * rows * cols; ++i) x.rows.values[i] = i / cols % rows % 2 ? -127 : 127;
       for (float& scale : x.scales) scale = 0.25f;
-      for (int64_t i = 0; i < rows * cols / 16; ++i) {
-        x.corrections16[i] = i / (cols / 16) % 2 ? 128 * 16 * 127 : -128 * 16 * 127;
+      for (int64_t i = 0; i < planes * rows * cols / 16; ++i) {
+        x.corrections16[i] = i / (cols / 16) % rows % 2 ? 128 * 16 * 127 : -128 * 16 * 127;
       }
-      for (int64_t i = 0; i < rows * cols / 32; ++i) {
+      for (int64_t i = 0; i < planes * rows * cols / 32; ++i) {
         x.corrections32[i] = x.corrections16[2 * i] + x.corrections16[2 * i + 1];
       }
       Floats expected(rows * n);
-      generic_kernels().matmul_q8(w.panels, 0, 1, x.rows, 0, rows,
+      generic_kernels().matmul_q8(w.panels, x.rows, {0, 1, 0, rows},
                                   {expected.data(), n, nullptr, Store::Overwrite}, scratch.as<std::byte>());
       for (const KernelTable* kernels : fast_kernels()) {
         CAPTURE(kernels->isa);
         CAPTURE(dtype_traits(type).name);
         CAPTURE(fill);
         Floats actual(rows * n);
-        kernels->matmul_q8(w.panels, 0, 1, x.rows, 0, rows, {actual.data(), n, nullptr, Store::Overwrite},
+        kernels->matmul_q8(w.panels, x.rows, {0, 1, 0, rows}, {actual.data(), n, nullptr, Store::Overwrite},
                            scratch.as<std::byte>());
         CHECK_EQ(worst_mismatch(rows * n, actual, expected), "");
       }
@@ -280,8 +307,7 @@ TEST_CASE("extreme weights and activations neither saturate nor misbehave") {
   }
 }
 
-// --- gemm
-// ---------------------------------------------------------------------------------------------------
+// --- gemm ---
 
 struct GemmShape {
   int64_t rows, n, depth;

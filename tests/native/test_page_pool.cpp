@@ -102,11 +102,11 @@ TEST_CASE("full pages are shared, part-filled ones copied when they are written 
   CHECK(pool.find(cells_of({2, 2, 3, 4})).size == 0);
 }
 
-TEST_CASE("a cell is its token, its picture, its place in it, its adapter, and all before it") {
+TEST_CASE("a cell is its token, its image, its place in it, its adapter, and all before it") {
   FakeStore store;
   PagePool pool(store, 100 * kBytes);
   CellKey patch{9, 3, 0, {1, 4, 4}, {}};
-  patch.item[15] = 1;
+  patch.image[15] = 1;
   Cells prompt = cells_of({1, 1, 1, 1, 1});
   prompt.back() = patch;
   PageTable table;
@@ -123,8 +123,8 @@ TEST_CASE("a cell is its token, its picture, its place in it, its adapter, and a
     change(other);
     return found(other);
   };
-  CHECK(changed([](Cells& c) { c[4].item[0] = 1; }) == 4);
-  CHECK(changed([](Cells& c) { c[4].item[15] = 2; }) == 4);
+  CHECK(changed([](Cells& c) { c[4].image[0] = 1; }) == 4);
+  CHECK(changed([](Cells& c) { c[4].image[15] = 2; }) == 4);
   CHECK(changed([](Cells& c) { c[4].patch = 2; }) == 4);
   CHECK(changed([](Cells& c) { c[4].grid.w = 8; }) == 4);
   CHECK(changed([](Cells& c) { c[4].token = 8; }) == 4);

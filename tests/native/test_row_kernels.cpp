@@ -146,24 +146,6 @@ TEST_CASE("rope, scale_row and add_row round once per operation: the same bits e
   });
 }
 
-TEST_CASE("subtract_quantized leaves what quantize_rows has rounded off, the same bits everywhere") {
-  const int64_t cols = 160;
-  const Floats x = random_floats(1, cols, 12, true);
-  QuantizedBuffer q(1, cols);
-  select_kernels("generic").quantize_rows(x.data(), cols, 1, q.rows, 0);
-  for (const KernelTable* kernels : supported_kernels()) {
-    CAPTURE(kernels->isa);
-    Poisoned out(cols);
-    kernels->subtract_quantized(x.data(), q.rows.values, q.rows.scales, cols, out.data());
-    CHECK(out.untouched_outside(0, 1, cols, cols));
-    for (int64_t i = 0; i < cols; ++i) {
-      const float scale = q.rows.scales[i / 32];
-      CHECK_EQ(out[i], std::fma(static_cast<float>(q.rows.values[i]), -scale, x[i]));
-      CHECK(std::fabs(out[i]) <= scale * 0.5001f);
-    }
-  }
-}
-
 TEST_CASE("exp is within two units in the last place over its whole range") {
   Floats x;
   for (float value = 0.0f; value > -104.5f; value -= 0.000937f) x.push_back(value);

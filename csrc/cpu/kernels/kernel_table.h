@@ -11,14 +11,16 @@ namespace qwen2vl::cpu {
 
 /// Activations quantized to 8 bits per row and block of 32: x[m][k] = scales[m][k / 32] * values[m][k], with
 /// scale = max|x| / 127 of the block and values = round-to-nearest-even(x / scale). A block of zeros has
-/// scale 0.
+/// scale 0. Or to 16 bits, as two planes of 8: x = scale * (values[0] + values[1] / 256), the second what the
+/// first has rounded off, at most 127 / 256.
 struct QuantizedRows {
   int64_t rows = 0;
   int64_t cols = 0;                  ///< a multiple of 32
-  int8_t* values = nullptr;          ///< [rows][cols], 64-byte aligned
+  int planes = 1;                    ///< or 2; the first alone is the rows in 8 bits
+  int8_t* values = nullptr;          ///< [planes][rows][cols], 64-byte aligned
   float* scales = nullptr;           ///< [rows][cols / 32]
-  int32_t* corrections32 = nullptr;  ///< [rows][cols / 32]: -128 * sum of the block's values
-  int32_t* corrections16 = nullptr;  ///< [rows][cols / 16]: the same per half block (for parts of 16)
+  int32_t* corrections32 = nullptr;  ///< [planes][rows][cols / 32]: -128 * sum of the block's values
+  int32_t* corrections16 = nullptr;  ///< [planes][rows][cols / 16]: the same per half block (for parts of 16)
 };
 
 /// Columns that share a scale in GroupedRows.
@@ -57,6 +59,14 @@ struct MatmulOutput {
   Store store = Store::Overwrite;
 };
 
+/// What one call of a quantized matmul multiplies: panels of the weights with rows of the activations.
+struct MatmulTask {
+  int64_t panel_begin, panel_end, row_begin, row_end;
+
+  int64_t panels() const { return panel_end - panel_begin; }
+  int64_t rows() const { return row_end - row_begin; }
+};
+
 /// Loops that do nothing but the most that one core can do with an instruction set (peaks.cpp): ceilings to
 /// measure kernels against. The arithmetic ones go `iterations` rounds and return how many operations (a
 /// multiply and an add are two) they did.
@@ -72,20 +82,23 @@ struct PeakLoops {
 /// work. Matrices are row-major; strides count elements. Pointers need no alignment unless said.
 struct KernelTable {
   std::string_view isa;
+  /// Of the quantized panels that it is given.
+  PanelLayout layout = {};
 
-  // --- quantized matmul -------------------------------------------------------------------------------
+  // --- quantized matmul ---
 
-  /// x [rows, cols], row stride x_stride -> rows row_begin.. of `out`.
+  /// x [rows, cols], row stride x_stride -> rows row_begin.. of `out`, all its planes.
   void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, const QuantizedRows& out,
                         int64_t row_begin);
 
-  /// out[m][n] for m in [row_begin, row_end) and n of panels [panel_begin, panel_end), with int8 activations.
+  /// out[m][n] for the task's rows m and the n of its panels, with activations of 8 or 16 bits. The planes'
+  /// integer sums are added before they become floats.
   /// `w` is quantized. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's thread's own
   /// (only the plain kernels use it). Only columns below w.rows are written.
-  void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
-                    int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
+  void (*matmul_q8)(const PanelMatrix& w, const QuantizedRows& x, const MatmulTask& task,
+                    const MatmulOutput& out, std::byte* scratch);
 
-  // --- quantized matmul of many rows --------------------------------------------------------------------
+  // --- quantized matmul of many rows ---
 
   /// Whether matmul_groups is faster than matmul_q8 for many rows here.
   bool has_grouped_matmul = false;
@@ -100,11 +113,11 @@ struct KernelTable {
   /// and n round(127 * 256 / largest * scale or minimum). Products within a group are then exact integers and
   /// only groups cost float arithmetic; they are added as fma(sum, w_scale * x_scale, total), in order: the
   /// same bits on every set.
-  /// `scratch`: matmul_scratch_bytes. row_end - row_begin is at most kMaxGroupedRows.
-  void (*matmul_groups)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
-                        int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
+  /// `scratch`: matmul_scratch_bytes. The task has at most kMaxGroupedRows rows.
+  void (*matmul_groups)(const PanelMatrix& w, const GroupedRows& x, const MatmulTask& task,
+                        const MatmulOutput& out, std::byte* scratch);
 
-  // --- float32 matmul ---------------------------------------------------------------------------------
+  // --- float32 matmul ---
 
   /// Panel `panel` of any matrix as float32 [cols][16] (64-byte aligned).
   void (*unpack_panel)(const PanelMatrix& w, int64_t panel, float* out);
@@ -127,7 +140,7 @@ struct KernelTable {
                          int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out,
                          const uint16_t* ahead);
 
-  // --- bf16 matmul ---------------------------------------------------------------------------------------
+  // --- bf16 matmul ---
 
   /// Whether gemm_bf16_pairs is faster than gemm_f32 here: then the fast precision's attention runs on it.
   bool has_bf16_dot = false;
@@ -147,7 +160,7 @@ struct KernelTable {
   /// Rounds to nearest even.
   void (*convert_f32_to_bf16)(const float* x, uint16_t* out, int64_t n);
 
-  // --- rows -------------------------------------------------------------------------------------------
+  // --- rows ---
 
   /// out = x / sqrt(mean(x^2) + eps) * weight (Qwen2RMSNorm). In place allowed.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
@@ -180,14 +193,10 @@ struct KernelTable {
   void (*scale_row)(float* x, float factor, int64_t n);
   /// y += x.
   void (*add_row)(float* y, const float* x, int64_t n);
-  /// out = x - scales * values, of one row of QuantizedRows: what quantize_rows has left of x. n is a
-  /// multiple of 32.
-  void (*subtract_quantized)(const float* x, const int8_t* values, const float* scales, int64_t n,
-                             float* out);
   /// Rounds to nearest even; overflow becomes infinity.
   void (*convert_f32_to_f16)(const float* x, uint16_t* out, int64_t n);
 
-  // --- measurement ------------------------------------------------------------------------------------
+  // --- measurement ---
 
   PeakLoops peaks;
 };

@@ -18,8 +18,9 @@ def pull(name: HubName) -> None:
 
     Of a repository with GGUF files, TYPE and the vision tower beside it are fetched. Without TYPE: Q4_K_M,
     else Q4_0, else Q8_0, else the smallest file of 4 bits and more, else the largest. Of several files of a
-    type, TYPE may be a file's name. A checkpoint in safetensors is fetched and converted, once. Every command
-    does all this for a name after -m that is not in the cache; pull asks the hub for a newer version, too.
+    type, TYPE may be a file's name. A checkpoint in safetensors is fetched, and converted to TYPE (Q4_0)
+    once. Every command does all this for a name after -m that is not in the cache; pull asks the hub for a
+    newer version, too.
 
     The file's path goes to stdout, and after it the vision tower's where it has a file of its own. Downloads
     lie in the hub's cache (HF_HOME), converted files in QWEN2VL_CACHE or the platform's folder for caches.

@@ -54,11 +54,9 @@ class Qwen2VLConfig:
         cls, native: Mapping[str, Any], special_tokens: Mapping[str, int], eos_token_ids: Iterable[int]
     ) -> Qwen2VLConfig:
         """From `_native.Model.config` (the fields above; token ids -1 where absent) and the tokenizer."""
-        text = dict(native["text_config"])
-        text["mrope_section"] = tuple(text["mrope_section"])
         vision = native["vision_config"]
         return cls(
-            text_config=Qwen2VLTextConfig(**text),
+            text_config=Qwen2VLTextConfig(**native["text_config"]),
             vision_config=None if vision is None else Qwen2VLVisionConfig(**vision),
             image_token_id=_present(native["image_token_id"]),
             video_token_id=_present(native["video_token_id"]),

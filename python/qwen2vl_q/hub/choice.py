@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen2vl_q.base.errors import FormatError
@@ -92,11 +92,6 @@ def choose(repository: str, offered: Sequence[Variant], wanted: str | None) -> V
     return fitting[0]
 
 
-def preferred_type(types: Iterable[str]) -> str:
-    """The one that `choose` takes of types that have no sizes yet."""
-    return min(types, key=lambda type: (_rank(type), _bits(type) < _FEW_BITS, _bits(type)))
-
-
 def listed(offered: Sequence[Variant]) -> str:
     shown = [
         f"{variant.type} ({variant.size / 1e9:.1f} GB)" for variant in sorted(offered, key=lambda v: v.size)
@@ -146,11 +141,8 @@ def _tower_for(model: RemoteFile, towers: Sequence[RemoteFile]) -> RemoteFile | 
 
 def _preference(variant: Variant) -> tuple[int, bool, int]:
     few = _bits(variant.type) < _FEW_BITS
-    return _rank(variant.type), few, -variant.size if few else variant.size
-
-
-def _rank(type: str) -> int:
-    return _FIRST.index(type) if type in _FIRST else len(_FIRST)
+    rank = _FIRST.index(variant.type) if variant.type in _FIRST else len(_FIRST)
+    return rank, few, -variant.size if few else variant.size
 
 
 def _bits(type: str) -> int:

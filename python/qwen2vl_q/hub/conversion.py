@@ -13,6 +13,7 @@ from qwen2vl_q.convert.config import read_config
 from qwen2vl_q.convert.files import quoted, read_json
 
 TYPES: Sequence[str] = [type.upper() for type in FILE_TYPES]
+DEFAULT_TYPE = "Q4_0"  # as of the command convert
 
 
 def require_qwen2vl(repository: str, config: Path) -> None:

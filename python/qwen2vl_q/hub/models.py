@@ -18,7 +18,6 @@ from qwen2vl_q.hub.choice import (
     choose,
     listed,
     names_of,
-    preferred_type,
     variants,
 )
 from qwen2vl_q.hub.disk import require_room
@@ -163,7 +162,7 @@ class Models:
     ) -> Entry:
         from qwen2vl_q.hub import conversion
 
-        type = name.type.upper() if name.type else preferred_type(conversion.TYPES)
+        type = name.type.upper() if name.type else conversion.DEFAULT_TYPE
         if type not in conversion.TYPES:
             has = f"it has {listed(offered)}, " if offered else ""
             types = ", ".join(conversion.TYPES)

@@ -4,9 +4,24 @@
 namespace qwen2vl::cpu {
 namespace {
 
+/// A block's integers and their corrections.
+inline void store_block(const __m256i (&q)[4], const QuantizedRows& out, int64_t block) {
+  // Packing works within 128-bit halves: the permutation puts the groups of four bytes back in order.
+  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  const __m256i quants = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.values + block * kBlock32), quants);
+  // Four sums of 8 bytes, each too large by 8 * 128.
+  const __m256i plus_128 = _mm256_xor_si256(quants, _mm256_set1_epi8(-128));
+  const __m256i sums = _mm256_sad_epu8(plus_128, _mm256_setzero_si256());
+  const __m256i pairs = _mm256_add_epi64(sums, _mm256_shuffle_epi32(sums, 0x4e));
+  const int first = 2048 - _mm256_extract_epi32(pairs, 0), second = 2048 - _mm256_extract_epi32(pairs, 4);
+  out.corrections16[2 * block] = 128 * first;
+  out.corrections16[2 * block + 1] = 128 * second;
+  out.corrections32[block] = 128 * (first + second);
+}
+
 /// The rounding, and what becomes of tiny or non-finite blocks: generic/quantize_rows.cpp.
-inline void quantize_block(const float* x, int8_t* values, float* scale, int32_t* correction32,
-                           int32_t* corrections16) {
+inline void quantize_block(const float* x, const QuantizedRows& out, int64_t block) {
   // Compared as integers, magnitudes order as floats do, with infinity and NaN at the top.
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   __m256 v[4];
@@ -32,20 +47,18 @@ inline void quantize_block(const float* x, int8_t* values, float* scale, int32_t
   const __m256i keep = _mm256_set1_epi32(finite ? -1 : 0);
   __m256i q[4];
   for (int i = 0; i < 4; ++i) q[i] = _mm256_and_si256(_mm256_cvtps_epi32(_mm256_mul_ps(v[i], by)), keep);
-  // Packing works within 128-bit halves: the permutation puts the groups of four bytes back in order.
-  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
-  const __m256i quants = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), quants);
-  _mm_store_ss(scale, factor);
-
-  // Four sums of 8 bytes, each too large by 8 * 128.
-  const __m256i plus_128 = _mm256_xor_si256(quants, _mm256_set1_epi8(-128));
-  const __m256i sums = _mm256_sad_epu8(plus_128, _mm256_setzero_si256());
-  const __m256i pairs = _mm256_add_epi64(sums, _mm256_shuffle_epi32(sums, 0x4e));
-  const int first = 2048 - _mm256_extract_epi32(pairs, 0), second = 2048 - _mm256_extract_epi32(pairs, 4);
-  corrections16[0] = 128 * first;
-  corrections16[1] = 128 * second;
-  *correction32 = 128 * (first + second);
+  _mm_store_ss(out.scales + block, factor);
+  store_block(q, out, block);
+  if (out.planes == 1) return;
+  // What these have left, in 256ths of the scale.
+  const __m256 scale = _mm256_broadcastss_ps(factor), by256 = _mm256_mul_ps(by, _mm256_set1_ps(256));
+  const __m256i limit = _mm256_set1_epi32(127), least = _mm256_set1_epi32(-127);
+  for (int i = 0; i < 4; ++i) {
+    const __m256 rest = _mm256_fnmadd_ps(_mm256_cvtepi32_ps(q[i]), scale, v[i]);
+    const __m256i rounded = _mm256_and_si256(_mm256_cvtps_epi32(_mm256_mul_ps(rest, by256)), keep);
+    q[i] = _mm256_max_epi32(_mm256_min_epi32(rounded, limit), least);
+  }
+  store_block(q, out, block + out.rows * (out.cols / kBlock32));
 }
 
 void quantize_rows(const float* x, int64_t x_stride, int64_t rows, const QuantizedRows& out,
@@ -53,11 +66,7 @@ void quantize_rows(const float* x, int64_t x_stride, int64_t rows, const Quantiz
   const int64_t blocks = out.cols / kBlock32;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t block = (row_begin + i) * blocks;
-    for (int64_t b = 0; b < blocks; ++b) {
-      quantize_block(x + i * x_stride + b * kBlock32, out.values + (block + b) * kBlock32,
-                     out.scales + block + b, out.corrections32 + block + b,
-                     out.corrections16 + 2 * (block + b));
-    }
+    for (int64_t b = 0; b < blocks; ++b) quantize_block(x + i * x_stride + b * kBlock32, out, block + b);
   }
 }
 

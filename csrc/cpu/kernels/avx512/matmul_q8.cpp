@@ -14,7 +14,8 @@ namespace {
 /// two pipes of the 8 dot products also multiply and multiply-add the scales: 80 % of the peak is the
 /// ceiling.
 constexpr int kQ8TilePanels = 2;
-constexpr int max_q8_tile_rows(int panels) { return panels == 2 ? 6 : 8; }
+/// Two planes have twice the integer sums: 4 rows.
+constexpr int max_q8_tile_rows(int panels, int planes) { return planes == 2 ? 4 : panels == 2 ? 6 : 8; }
 
 inline __m512i broadcast_group(const int8_t* x) {
   int32_t group;
@@ -40,7 +41,7 @@ struct Dot {
     return _mm512_srai_epi32(_mm512_set1_epi32(*correction), kShift);
   }
   static void step(Acc& acc, Weights w, __m512i x, int) { acc = _mm512_dpbusd_epi32(acc, w, x); }
-  static Vec finish(Acc acc, const int32_t*) { return _mm512_cvtepi32_ps(acc); }
+  static IntVec finish(Acc acc, const int32_t*) { return acc; }
 };
 
 }  // namespace

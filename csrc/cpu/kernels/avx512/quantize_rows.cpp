@@ -4,9 +4,30 @@
 namespace qwen2vl::cpu {
 namespace {
 
+/// A block's integers and their corrections.
+inline void store_block(__m512i low, __m512i high, const QuantizedRows& out, int64_t block) {
+  const __m256i quants = _mm256_set_m128i(_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(low));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.values + block * kBlock32), quants);
+  // Four sums of 8 bytes, each too large by 8 * 128.
+  const __m256i plus_128 = _mm256_xor_si256(quants, _mm256_set1_epi8(-128));
+  const __m256i sums = _mm256_sad_epu8(plus_128, _mm256_setzero_si256());
+  const __m256i pairs = _mm256_add_epi64(sums, _mm256_shuffle_epi32(sums, 0x4e));
+  const int first = 2048 - _mm256_extract_epi32(pairs, 0), second = 2048 - _mm256_extract_epi32(pairs, 4);
+  out.corrections16[2 * block] = 128 * first;
+  out.corrections16[2 * block + 1] = 128 * second;
+  out.corrections32[block] = 128 * (first + second);
+}
+
+/// What `quants` have left of x, in 256ths of the scale.
+inline __m512i rest_of(__m512 x, __m512i quants, __m512 scale, __m512 by, __mmask16 keep) {
+  const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(quants), scale, x);
+  const __m512i q =
+      _mm512_cvtps_epi32(_mm512_maskz_mul_ps(keep, rest, _mm512_mul_ps(by, _mm512_set1_ps(256))));
+  return _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
+}
+
 /// The rounding, and what becomes of tiny or non-finite blocks: generic/quantize_rows.cpp.
-inline void quantize_block(const float* x, int8_t* values, float* scale, int32_t* correction32,
-                           int32_t* corrections16) {
+inline void quantize_block(const float* x, const QuantizedRows& out, int64_t block) {
   const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
   // Compared as integers, magnitudes order as floats do, with infinity and NaN at the top.
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -28,20 +49,14 @@ inline void quantize_block(const float* x, int8_t* values, float* scale, int32_t
   }
   const __mmask16 keep = finite ? 0xffff : 0;
   const __m512 by = _mm512_broadcastss_ps(inverse);
-  const __m128i low8 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_maskz_mul_ps(keep, low, by)));
-  const __m128i high8 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_maskz_mul_ps(keep, high, by)));
-  const __m256i quants = _mm256_set_m128i(high8, low8);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), quants);
-  _mm_store_ss(scale, factor);
-
-  // Four sums of 8 bytes, each too large by 8 * 128.
-  const __m256i plus_128 = _mm256_xor_si256(quants, _mm256_set1_epi8(-128));
-  const __m256i sums = _mm256_sad_epu8(plus_128, _mm256_setzero_si256());
-  const __m256i pairs = _mm256_add_epi64(sums, _mm256_shuffle_epi32(sums, 0x4e));
-  const int first = 2048 - _mm256_extract_epi32(pairs, 0), second = 2048 - _mm256_extract_epi32(pairs, 4);
-  corrections16[0] = 128 * first;
-  corrections16[1] = 128 * second;
-  *correction32 = 128 * (first + second);
+  const __m512i q_low = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(keep, low, by)),
+                q_high = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(keep, high, by));
+  _mm_store_ss(out.scales + block, factor);
+  store_block(q_low, q_high, out, block);
+  if (out.planes == 1) return;
+  const __m512 scale = _mm512_broadcastss_ps(factor);
+  store_block(rest_of(low, q_low, scale, by, keep), rest_of(high, q_high, scale, by, keep), out,
+              block + out.rows * (out.cols / kBlock32));
 }
 
 void quantize_rows(const float* x, int64_t x_stride, int64_t rows, const QuantizedRows& out,
@@ -49,11 +64,7 @@ void quantize_rows(const float* x, int64_t x_stride, int64_t rows, const Quantiz
   const int64_t blocks = out.cols / kBlock32;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t block = (row_begin + i) * blocks;
-    for (int64_t b = 0; b < blocks; ++b) {
-      quantize_block(x + i * x_stride + b * kBlock32, out.values + (block + b) * kBlock32,
-                     out.scales + block + b, out.corrections32 + block + b,
-                     out.corrections16 + 2 * (block + b));
-    }
+    for (int64_t b = 0; b < blocks; ++b) quantize_block(x + i * x_stride + b * kBlock32, out, block + b);
   }
 }
 

@@ -27,15 +27,17 @@ void decode(const PanelDecoder<T>& decoder, int64_t cols, const DecodedPanel& ou
   }
 }
 
-/// One row's activations.
+/// One row's activations; `next`: from a plane's to the next plane's value.
 struct QuantizedRow {
+  int planes;
+  int64_t next;
   const int8_t* values;
   const float* scales;
   const int32_t* corrections;  ///< per block of 32
 };
 
 /// The order of the sums is simd/matmul_q8.h's: exact integers within a scale, then one fused multiply-add,
-/// and after a block one of its minimum.
+/// and after a block one of its minimum. With two planes the integers count 256ths.
 template <DType T>
 void dot_row(const DecodedPanel& panel, const QuantizedRow& x, int64_t cols, float (&sums)[kPanelRows]) {
   constexpr QuantFormat kFormat = traits_of(T).format;
@@ -44,35 +46,42 @@ void dot_row(const DecodedPanel& panel, const QuantizedRow& x, int64_t cols, flo
     int32_t dots[kPanelRows] = {};
     for (int64_t k = begin; k < begin + kFormat.part; ++k) {
       const int16_t* values = panel.values + k * kPanelRows;
-      for (int64_t r = 0; r < kPanelRows; ++r) dots[r] += values[r] * x.values[k];
+      const int32_t value = x.planes == 2 ? 256 * x.values[k] + x.values[k + x.next] : x.values[k];
+      for (int64_t r = 0; r < kPanelRows; ++r) dots[r] += values[r] * value;
     }
     const int64_t block = begin / kBlock32;
+    const float x_scale = x.planes == 2 ? x.scales[block] / 256 : x.scales[block];
     for (int64_t r = 0; r < kPanelRows; ++r) {
-      const float scale = panel.scales[begin / kFormat.part * kPanelRows + r] * x.scales[block];
+      const float scale = panel.scales[begin / kFormat.part * kPanelRows + r] * x_scale;
       sums[r] = std::fma(static_cast<float>(dots[r]), scale, sums[r]);
     }
     if constexpr (kFormat.has_minimum) {
-      const float minus_sum = static_cast<float>(x.corrections[block]) / 128 * x.scales[block];
+      const int32_t corrections = x.corrections[block];
+      const int32_t sum = x.planes == 2 ? 2 * corrections + x.corrections[block + x.next / kBlock32] / 128
+                                        : corrections / 128;
+      const float minus_sum = static_cast<float>(sum) * x_scale;
       for (int64_t r = 0; r < kPanelRows; ++r)
         sums[r] = std::fma(panel.minima[block * kPanelRows + r], minus_sum, sums[r]);
     }
   }
 }
 
-void matmul_q8(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
-               int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch) {
+void matmul_q8(const PanelMatrix& w, const QuantizedRows& x, const MatmulTask& task, const MatmulOutput& out,
+               std::byte* scratch) {
   const int64_t cols = w.cols, blocks = cols / kBlock32;
   auto* values = reinterpret_cast<int16_t*>(scratch);
   auto* scales = reinterpret_cast<float*>(values + cols * kPanelRows);
   const DecodedPanel decoded{values, scales, scales + 2 * blocks * kPanelRows};
   visit_quantized(w.type, [&]<DType T>() {
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
+    for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
       decode(PanelDecoder<T>(w, p), cols, decoded);
       const int64_t n = p * kPanelRows, lanes = std::min(kPanelRows, w.rows - n);
-      for (int64_t m = row_begin; m < row_end; ++m) {
+      for (int64_t m = task.row_begin; m < task.row_end; ++m) {
         float sums[kPanelRows];
-        dot_row<T>(decoded, {x.values + m * cols, x.scales + m * blocks, x.corrections32 + m * blocks}, cols,
-                   sums);
+        dot_row<T>(decoded,
+                   {x.planes, x.rows * cols, x.values + m * cols, x.scales + m * blocks,
+                    x.corrections32 + m * blocks},
+                   cols, sums);
         float* row = out.data + m * out.stride + n;
         for (int64_t r = 0; r < lanes; ++r) {
           const float sum = out.bias == nullptr ? sums[r] : sums[r] + out.bias[n + r];

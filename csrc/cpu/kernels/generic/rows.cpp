@@ -69,11 +69,6 @@ float softmax_step(float* scores, int64_t n, float scale, float* maximum, float*
   return rescale;
 }
 
-void subtract_quantized(const float* x, const int8_t* values, const float* scales, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = std::fma(static_cast<float>(values[i]), -scales[i / kBlock32], x[i]);
-}
-
 float block_maxima(const float* x, int64_t n, float* maxima) {
   float largest = 0;
   for (int64_t b = 0; b < n / kBlock32; ++b) {
@@ -117,7 +112,6 @@ void add_rows(KernelTable& table) {
   table.sum_capped = sum_capped;
   table.scale_row = scale_row;
   table.add_row = add_row;
-  table.subtract_quantized = subtract_quantized;
   table.convert_f32_to_f16 = convert_f32_to_f16;
 }
 

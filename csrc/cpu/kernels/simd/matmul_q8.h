@@ -11,12 +11,12 @@
 //   weights(q)         the Weights of VectorDecoder<T>::quants
 //   start(correction)  the Acc that sums start from; correction = -128 * sum of the part's activations
 //   step(acc, w, x, g) adds the products of the part's g-th group; x: four int8 activations, in every lane
-//   finish(acc, correction)  the sums as float
+//   finish(acc, correction)  the integer sums
 //
-// The integer sums are exact and each part is added as fma(sum, w_scale * x_scale, total), the parts in
-// order, and after a block its minimum as fma(minimum, -sum of activations * x_scale, total): every
-// instruction set and every tile shape gives the same bits, so a row's result does not depend on how many
-// rows are computed with it.
+// The integer sums are exact, of two planes too, 256 times the first's and the second's. Each part is added
+// as fma(sum, w_scale * x_scale, total), the parts in order, and after a block its minimum as fma(minimum,
+// -sum of activations * x_scale, total): every instruction set and every tile shape gives the same bits, so a
+// row's result does not depend on how many rows are computed with it.
 
 #include "cpu/kernels/simd/vector_decoder.h"
 
@@ -36,8 +36,14 @@ struct Ahead {
   int64_t lines;
 };
 
-/// R rows from m, P panels from `panel`.
-template <DType T, int R, int P>
+/// Two planes' integers count 256ths of an activation's scale.
+template <int N>
+Vec in_units(Vec scale) {
+  return N == 2 ? mul(scale, set1(1.0f / 256)) : scale;
+}
+
+/// R rows of N planes from m, P panels from `panel`.
+template <DType T, int R, int P, int N>
 void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
   using Decoder = VectorDecoder<T>;
   constexpr int V = P * kVectorsPerPanel, S = Decoder::kParts, kGroups = 8 / S;
@@ -45,6 +51,7 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
   const int8_t* x = t.x.values + m * cols;
   const float* x_scales = t.x.scales + m * blocks;
   const int32_t* corrections = (S == 1 ? t.x.corrections32 : t.x.corrections16) + m * blocks * S;
+  const int64_t next_value = t.x.rows * cols, next_correction = t.x.rows * blocks * S;  // of the next plane
   const Decoder decoder(t.w, panel);
 
   Vec sums[R][V];
@@ -64,46 +71,58 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
     }
     QWEN2VL_UNROLL
     for (int s = 0; s < S; ++s) {
-      typename Dot<T>::Acc acc[R][V];
+      typename Dot<T>::Acc acc[N][R][V];
+      const int32_t* correction = corrections + b * S + s;
       QWEN2VL_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const typename Dot<T>::Acc start = Dot<T>::start(corrections + r * blocks * S + b * S + s);
+      for (int n = 0; n < N; ++n) {
         QWEN2VL_UNROLL
-        for (int v = 0; v < V; ++v) acc[r][v] = start;
+        for (int r = 0; r < R; ++r) {
+          const typename Dot<T>::Acc start = Dot<T>::start(correction + n * next_correction + r * blocks * S);
+          QWEN2VL_UNROLL
+          for (int v = 0; v < V; ++v) acc[n][r][v] = start;
+        }
       }
       QWEN2VL_UNROLL
       for (int g = 0; g < kGroups; ++g) {
         typename Dot<T>::Weights weights[V];
         QWEN2VL_UNROLL
         for (int v = 0; v < V; ++v) weights[v] = Dot<T>::weights(decoder.quants(b, s * kGroups + g, v));
+        const int8_t* groups = x + b * kBlock32 + 4 * (s * kGroups + g);
         QWEN2VL_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const IntVec group = broadcast_group(x + r * cols + b * kBlock32 + 4 * (s * kGroups + g));
+        for (int n = 0; n < N; ++n) {
           QWEN2VL_UNROLL
-          for (int v = 0; v < V; ++v) Dot<T>::step(acc[r][v], weights[v], group, g);
+          for (int r = 0; r < R; ++r) {
+            const IntVec group = broadcast_group(groups + n * next_value + r * cols);
+            QWEN2VL_UNROLL
+            for (int v = 0; v < V; ++v) Dot<T>::step(acc[n][r][v], weights[v], group, g);
+          }
         }
       }
       Vec scales[V];
       QWEN2VL_UNROLL
-      for (int v = 0; v < V; ++v) scales[v] = decoder.scale(b, s, v);
+      for (int v = 0; v < V; ++v) scales[v] = in_units<N>(decoder.scale(b, s, v));
       QWEN2VL_UNROLL
       for (int r = 0; r < R; ++r) {
         const Vec x_scale = set1(x_scales[r * blocks + b]);
         QWEN2VL_UNROLL
         for (int v = 0; v < V; ++v) {
-          const Vec part = Dot<T>::finish(acc[r][v], corrections + r * blocks * S + b * S + s);
-          sums[r][v] = fma(part, mul(scales[v], x_scale), sums[r][v]);
+          const int32_t* row = correction + r * blocks * S;
+          IntVec part = Dot<T>::finish(acc[0][r][v], row);
+          if constexpr (N == 2)
+            part = add(shift_left(part, 8), Dot<T>::finish(acc[1][r][v], row + next_correction));
+          sums[r][v] = fma(to_float(part), mul(scales[v], x_scale), sums[r][v]);
         }
       }
     }
     if constexpr (Decoder::kFormat.has_minimum) {
       Vec minima[V];
       QWEN2VL_UNROLL
-      for (int v = 0; v < V; ++v) minima[v] = decoder.minimum(b, v);
+      for (int v = 0; v < V; ++v) minima[v] = in_units<N>(decoder.minimum(b, v));
       QWEN2VL_UNROLL
       for (int r = 0; r < R; ++r) {
-        const float minus_sum = static_cast<float>(corrections[r * blocks + b]) / 128;
-        const Vec factor = set1(minus_sum * x_scales[r * blocks + b]);
+        const int32_t* row = corrections + r * blocks + b;
+        const int32_t minus_sum = N == 2 ? 2 * row[0] + row[next_correction] / 128 : row[0] / 128;
+        const Vec factor = set1(static_cast<float>(minus_sum) * x_scales[r * blocks + b]);
         QWEN2VL_UNROLL
         for (int v = 0; v < V; ++v) sums[r][v] = fma(minima[v], factor, sums[r][v]);
       }
@@ -113,45 +132,47 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
   for (int r = 0; r < R; ++r) store_sums(t.out, m + r, panel * kPanelRows, t.w.rows, sums[r]);
 }
 
-template <DType T, int R, int P>
+template <DType T, int R, int P, int N>
 void q8_tile_of(int64_t rows, const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
-  if (rows == R) return q8_tile<T, R, P>(t, m, panel, ahead);
-  if constexpr (R > 1) q8_tile_of<T, R - 1, P>(rows, t, m, panel, ahead);
+  if (rows == R) return q8_tile<T, R, P, N>(t, m, panel, ahead);
+  if constexpr (R > 1) q8_tile_of<T, R - 1, P, N>(rows, t, m, panel, ahead);
 }
 
-/// All rows with P panels; `next_panels` follow.
-template <DType T, int P>
-void q8_rows(const Q8Problem& t, int64_t row_begin, int64_t row_end, int64_t panel, int64_t next_panels) {
-  constexpr int kRows = max_q8_tile_rows(P);
-  const int64_t tiles = (row_end - row_begin + kRows - 1) / kRows;
+/// A task's rows with P panels; `next_panels` follow.
+template <DType T, int P, int N>
+void q8_rows(const Q8Problem& t, const MatmulTask& task, int64_t panel, int64_t next_panels) {
+  constexpr int kRows = max_q8_tile_rows(P, N);
+  const int64_t tiles = (task.rows() + kRows - 1) / kRows;
   Ahead ahead{t.w.data + (panel + P) * t.w.panel_bytes,
               (next_panels * t.w.panel_bytes / 64 + tiles - 1) / (tiles > 0 ? tiles : 1)};
-  for (int64_t m = row_begin; m < row_end; ahead.begin += ahead.lines * 64) {
-    const int64_t part = even_part(row_end, m, kRows);
-    q8_tile_of<T, kRows, P>(part, t, m, panel, ahead);
+  for (int64_t m = task.row_begin; m < task.row_end; ahead.begin += ahead.lines * 64) {
+    const int64_t part = even_part(task.row_end, m, kRows);
+    q8_tile_of<T, kRows, P, N>(part, t, m, panel, ahead);
     m += part;
   }
 }
 
-template <DType T>
-void q8_panels(const Q8Problem& t, int64_t panel_begin, int64_t panel_end, int64_t row_begin,
-               int64_t row_end) {
-  const int64_t panels = t.w.panel_count();  // those after panel_end are likely next
-  int64_t panel = panel_begin;
-  if (row_end - row_begin > max_q8_tile_rows(1)) {
-    for (; panel + kQ8TilePanels <= panel_end; panel += kQ8TilePanels) {
+template <DType T, int N>
+void q8_panels(const Q8Problem& t, const MatmulTask& task) {
+  const int64_t panels = t.w.panel_count();  // those after the task's are likely next
+  int64_t panel = task.panel_begin;
+  if (task.rows() > max_q8_tile_rows(1, N)) {
+    for (; panel + kQ8TilePanels <= task.panel_end; panel += kQ8TilePanels) {
       const int64_t left = panels - panel - kQ8TilePanels;
-      q8_rows<T, kQ8TilePanels>(t, row_begin, row_end, panel, left < kQ8TilePanels ? left : kQ8TilePanels);
+      q8_rows<T, kQ8TilePanels, N>(t, task, panel, left < kQ8TilePanels ? left : kQ8TilePanels);
     }
   }
   // Few rows: memory is the limit, and one panel at a time is one stream.
-  for (; panel < panel_end; ++panel) q8_rows<T, 1>(t, row_begin, row_end, panel, panel + 1 < panels);
+  for (; panel < task.panel_end; ++panel) q8_rows<T, 1, N>(t, task, panel, panel + 1 < panels);
 }
 
-inline void matmul_q8(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
-                      int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte*) {
+inline void matmul_q8(const PanelMatrix& w, const QuantizedRows& x, const MatmulTask& task,
+                      const MatmulOutput& out, std::byte*) {
   const Q8Problem t{w, x, out};
-  visit_quantized(w.type, [&]<DType T>() { q8_panels<T>(t, panel_begin, panel_end, row_begin, row_end); });
+  visit_quantized(w.type, [&]<DType T>() {
+    const auto multiply = x.planes == 2 ? q8_panels<T, 2> : q8_panels<T, 1>;
+    multiply(t, task);
+  });
 }
 
 }  // namespace

@@ -128,14 +128,6 @@ inline float softmax_step(float* scores, int64_t n, float scale, float* maximum,
   return rescale;
 }
 
-inline void subtract_quantized(const float* x, const int8_t* values, const float* scales, int64_t n,
-                               float* out) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec q = to_float(load_int8(reinterpret_cast<const uint8_t*>(values + i)));
-    store(out + i, fma(q, set1(-scales[i / kBlock32]), load(x + i)));
-  }
-}
-
 inline float block_maxima(const float* x, int64_t n, float* maxima) {
   const Vec zero = set1(0.0f);
   Vec largest = zero;
@@ -191,7 +183,6 @@ inline void set_row_kernels(KernelTable& table) {
   table.sum_capped = sum_capped;
   table.scale_row = scale_row;
   table.add_row = add_row;
-  table.subtract_quantized = subtract_quantized;
   table.convert_f32_to_f16 = convert_f32_to_f16;
 }
 

@@ -53,9 +53,9 @@ inline void unpack_panel(const PanelMatrix& w, int64_t index, float* out) {
     if constexpr (T == DType::F32)
       for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(reinterpret_cast<const float*>(panel) + i));
     else if constexpr (T == DType::F16)
-      for (int64_t i = 0; i < n; i += kLanes) store(out + i, load_f16(halves(panel) + i));
+      for (int64_t i = 0; i < n; i += kLanes) store(out + i, load_f16(as_16_bits(panel) + i));
     else if constexpr (T == DType::BF16)
-      for (int64_t i = 0; i < n; i += kLanes) store(out + i, load_bf16(halves(panel) + i));
+      for (int64_t i = 0; i < n; i += kLanes) store(out + i, load_bf16(as_16_bits(panel) + i));
     else
       unpack_blocks<T>(w, index, out);
   });

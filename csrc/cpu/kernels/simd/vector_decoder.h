@@ -8,7 +8,7 @@
 namespace qwen2vl::cpu {
 namespace {
 
-inline const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
+inline const uint16_t* as_16_bits(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
 
 /// A byte in every byte of a vector.
 inline IntVec set1_bytes(int byte) { return set1_int(static_cast<int32_t>(0x01010101u * (byte & 0xffu))); }
@@ -18,8 +18,12 @@ inline IntVec shifted(IntVec x, int left) {
   return left == 0 ? x : left > 0 ? shift_left(x, left) : shift_right(x, -left);
 }
 
+/// Four consecutive columns of every row of a panel, a byte each: what a run of 4 (PanelLayout) keeps
+/// together.
+inline constexpr int64_t kGroupBytes = kPanelRows * 4;
+
 /// The vectors of a quantized panel and of those after it, kLanes rows each: vector v counts from the first
-/// panel on, b are blocks of 32 columns (see PanelMatrix).
+/// panel on, b are blocks of 32 columns (see PanelMatrix). The layout is that with runs of 4.
 template <DType T>
 struct VectorDecoder {
   static constexpr QuantFormat kFormat = traits_of(T).format;
@@ -78,9 +82,9 @@ struct VectorDecoder {
   Vec part_value(const uint8_t* values, const uint8_t* block_values, int64_t b, int s, int v) const {
     const int64_t at = (b * kParts + s) * kPanelRows;
     if constexpr (kFormat.scale_bits == 16) {
-      return load_f16(halves(values + offset(v, 2)) + at);
+      return load_f16(as_16_bits(values + offset(v, 2)) + at);
     } else {
-      const Vec block = load_f16(halves(block_values + offset(v, 2)) + b / 8 * kPanelRows);
+      const Vec block = load_f16(as_16_bits(block_values + offset(v, 2)) + b / 8 * kPanelRows);
       return mul(block, to_float(load_int8(values + offset(v, 1) + at)));
     }
   }

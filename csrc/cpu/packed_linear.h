@@ -1,0 +1,56 @@
+#pragma once
+
+#include <initializer_list>
+#include <string_view>
+#include <vector>
+
+#include "cpu/context.h"
+#include "model/weights.h"
+
+namespace qwen2vl::cpu {
+
+/// What becomes of a quantized layer's input rows in the fast precision: the one choice of what its products
+/// lose and cost (docs/decisions/0011, 0016, 0023).
+enum class Inputs {
+  Groups,  ///< 8 bits per 256 columns of a prompt's rows, and the weights requantized: 8e-5 of the energy
+  Blocks,  ///< 8 bits per 32 columns: 2e-5, a fifth more time
+  Fine,    ///< 16 bits, as two planes of 8: 1e-9, twice the products, the weights read once
+};
+
+/// One or several Linear layers over the same input, repacked for the kernels and run as one matmul whose
+/// outputs stand side by side: q, k, v; gate, up.
+struct PackedLinear {
+  struct Part {
+    PanelMatrix matrix;
+    int64_t column = 0;  ///< of its first output in a row of the result
+    AlignedBuffer storage;
+    Inputs inputs = Inputs::Groups;
+  };
+  std::string_view name;  ///< of the stage in a profile
+  std::vector<Part> parts;
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  Vector bias;                           ///< [out_features], or empty
+  std::vector<int32_t> outlier_columns;  ///< of every row, whatever their values
+
+  bool has(Inputs inputs) const;
+  int64_t weight_bytes() const;
+  const float* bias_of(const Part& part) const { return bias.empty() ? nullptr : bias.data() + part.column; }
+};
+
+/// A layer to pack, and how its inputs are taken where its weights have 8 bits. Others lose more themselves:
+/// Groups.
+struct LayerSource {
+  LayerSource(const LinearWeights* layer, Inputs inputs_of_8_bits = Inputs::Groups);
+  const LinearWeights* layer;
+  Inputs inputs;
+};
+
+/// Reads and repacks, in parallel. `name` is a literal; `norm`: what the layer's rows come out of.
+PackedLinear pack_linear(std::string_view name, std::initializer_list<LayerSource> layers, Context& ctx,
+                         const NormWeights* norm = nullptr);
+/// A matrix without bias (embedding, head).
+PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx,
+                         Inputs inputs = Inputs::Groups);
+
+}  // namespace qwen2vl::cpu
