@@ -43,7 +43,7 @@ def test_a_gguf_with_its_tower(hub: HubServer, tmp_path: Path) -> None:
     assert mmproj and mmproj.read_bytes() == repository.files["mmproj-Tiny-f16.gguf"]
     assert hub.downloads() == ["Tiny-Q4_K_M.gguf", "mmproj-Tiny-f16.gguf"]
     (line,) = told
-    assert f"{NAME}, Q4_K_M: fetching 2 files, 0.0 GB" in line and str(tmp_path / "hub") in line
+    assert f"{NAME}, Q4_K_M: fetching 2 files, 0.0 MB" in line and str(tmp_path / "hub") in line
 
 
 def test_a_second_time_needs_no_network(hub: HubServer) -> None:
@@ -96,7 +96,7 @@ def test_a_split_file_with_a_part_missing(hub: HubServer) -> None:
 
 def test_a_type_that_is_not_there(hub: HubServer) -> None:
     hub.repositories[NAME] = pair("Q4_K_M", "Q8_0")
-    with pytest.raises(FileNotFoundError, match=r"has no Q5_0; it has Q8_0 \(0\.0 GB\), Q4_K_M \(0\.0 GB\)"):
+    with pytest.raises(FileNotFoundError, match=r"has no Q5_0; it has Q8_0 \(0\.0 MB\), Q4_K_M \(0\.0 MB\)"):
         get(f"{NAME}:Q5_0")
     assert hub.downloads() == []
 
@@ -359,7 +359,7 @@ def test_refusals(hub: HubServer, refusal: tuple[int, str], error: type[OSError]
 def test_no_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        ConnectionError, match=f"{NAME} is not in the cache, and the .* hub cannot be reached: "
+        ConnectionError, match=f"{NAME}: the .* hub cannot be reached: .*; the cache does not have it"
     ):
         get()
 
@@ -367,7 +367,9 @@ def test_no_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub.repositories[NAME] = pair("Q4_0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=f"{NAME} is not in the cache, and HF_HUB_OFFLINE forbids"):
+    with pytest.raises(
+        ConnectionError, match=f"{NAME}: HF_HUB_OFFLINE forbids to ask the hub; the cache does not"
+    ):
         get()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConnectionError, match="local_files_only forbids"):

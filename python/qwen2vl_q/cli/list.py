@@ -13,6 +13,7 @@ from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.tables import stdout_console
 from qwen2vl_q.hub.cache import Cache, Entry
+from qwen2vl_q.hub.disk import size_text
 
 
 @click.command(short_help="List the models that have been fetched or converted by name.")
@@ -40,7 +41,7 @@ def list(as_json: bool) -> None:
         for entry in entries:
             used = datetime.fromtimestamp(cache.last_used(entry)).strftime("%Y-%m-%d %H:%M")
             name = entry.repository + (f"@{entry.revision}" if entry.revision else "")
-            size = f"{entry.size / 1e9:.2f} GB"
+            size = size_text(entry.size)
             table.add_row(*map(printable, (name, entry.type, size, used)), printable(entry.model, 1000))
         stdout_console().print(table, markup=False, highlight=False)
     else:

@@ -27,6 +27,7 @@ def rm(name: HubName, yes: bool) -> None:
       qwen2vl-q rm Qwen/Qwen2-VL-2B-Instruct
       qwen2vl-q rm Qwen/Qwen2-VL-2B-Instruct:Q8_0 --yes
     """
+    from qwen2vl_q.hub.disk import size_text
     from qwen2vl_q.hub.models import Models
 
     models = Models(tell=say)
@@ -39,7 +40,7 @@ def rm(name: HubName, yes: bool) -> None:
         if not sys.stdin.isatty():
             raise click.UsageError("there is nobody to ask: pass --yes")
         for path, size in models.files_of(going).items():
-            click.echo(f"{printable(str(path), 1000)}  {size / 1e9:.2f} GB", err=True)
+            click.echo(f"{printable(str(path), 1000)}  {size_text(size)}", err=True)
         click.confirm("Remove these?", abort=True, err=True)
     models.remove(going)
     for entry in going:

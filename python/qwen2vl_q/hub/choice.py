@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.hub.disk import size_text
 from qwen2vl_q.hub.listing import Listing, RemoteFile
 
 # Types as files' names spell them, among words: Qwen2-VL-2B.i1-Q4_K_M.gguf, qwen2-vl-f16.gguf
@@ -94,7 +95,7 @@ def choose(repository: str, offered: Sequence[Variant], wanted: str | None) -> V
 
 def listed(offered: Sequence[Variant]) -> str:
     shown = [
-        f"{variant.type} ({variant.size / 1e9:.1f} GB)" for variant in sorted(offered, key=lambda v: v.size)
+        f"{variant.type} ({size_text(variant.size)})" for variant in sorted(offered, key=lambda v: v.size)
     ]
     more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     return ", ".join(shown[:_SHOWN]) + more

@@ -159,9 +159,7 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
             "needs a login (hf auth login) or HF_TOKEN"
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise ConnectionError(
-            f"{repository} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
-        ) from error
+        raise ConnectionError(f"{repository}: HF_HUB_OFFLINE forbids to ask the hub") from error
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             raise PermissionError(
@@ -187,9 +185,7 @@ def _transport_error() -> type[Exception]:
 
 
 def _unreachable(repository: str, error: BaseException) -> ConnectionError:
-    return ConnectionError(
-        f"{repository} is not in the cache, and the Hugging Face hub cannot be reached: {_first_line(error)}"
-    )
+    return ConnectionError(f"{repository}: the Hugging Face hub cannot be reached: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

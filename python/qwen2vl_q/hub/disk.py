@@ -1,4 +1,4 @@
-"""Room on disks, before it is needed."""
+"""Bytes on disks: in words, and room for them before it is needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qwen2vl_q.base.printable import printable
+
+
+def size_text(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def require_room(name: str, needs: Iterable[tuple[Path, int]]) -> None:
@@ -19,6 +23,6 @@ def require_room(name: str, needs: Iterable[tuple[Path, int]]) -> None:
     for place, n_bytes in totals.values():
         if n_bytes > (free := shutil.disk_usage(place).free):
             raise OSError(
-                f"{name}: no space: {n_bytes / 1e9:.1f} GB are needed, the disk of "
-                f"{printable(str(place), 300)} has {free / 1e9:.1f} GB left"
+                f"{name}: no space: {size_text(n_bytes)} are needed, the disk of "
+                f"{printable(str(place), 300)} has {size_text(free)} left"
             )

@@ -20,7 +20,7 @@ from qwen2vl_q.hub.choice import (
     names_of,
     variants,
 )
-from qwen2vl_q.hub.disk import require_room
+from qwen2vl_q.hub.disk import require_room, size_text
 from qwen2vl_q.hub.listing import Listing, RemoteFile
 from qwen2vl_q.hub.names import HubName
 
@@ -109,7 +109,7 @@ class Models:
 
     def _known_listing(self, hub: Hub, name: HubName, local_files_only: bool) -> Listing:
         """The hub's; where it cannot be reached, what its cache has."""
-        refusal = ConnectionError(f"{name} is not in the cache, and local_files_only forbids to fetch it")
+        refusal = ConnectionError(f"{name.repository}: local_files_only forbids to ask the hub")
         if not local_files_only:
             try:
                 return hub.listing(name.repository, name.revision)
@@ -117,7 +117,7 @@ class Models:
                 refusal = error
         if cached := hub.cached_listing(name.repository, name.revision):
             return cached
-        raise refusal
+        raise ConnectionError(f"{refusal}; the cache does not have it") from refusal
 
     def _obtain(self, hub: Hub, listing: Listing, name: HubName) -> Entry:
         offered, weights = variants(listing), checkpoint_weights(listing)
@@ -227,7 +227,7 @@ class Models:
         if missing:
             noun = "file" if len(missing) == 1 else "files"
             self._tell(
-                f"{what}: fetching {len(missing)} {noun}, {_size(missing) / 1e9:.1f} GB, from the Hugging "
+                f"{what}: fetching {len(missing)} {noun}, {size_text(_size(missing))}, from the Hugging "
                 f"Face hub into {hub.folder}"
             )
 
