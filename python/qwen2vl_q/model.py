@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -145,6 +147,40 @@ class Qwen2VL:
         model = cls(native, parts.tokenizer, parts.template, processor, parts.sampling, n_ctx, cache_bytes)
         model.mmproj, model._passed_over = tower.path, tower.passed_over
         return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        quantization: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        **arguments: Any,
+    ) -> Qwen2VL:
+        """A file's path, or a model of the Hugging Face hub: owner/name[:TYPE][@REVISION].
+
+        It comes from the cache, without the network; where that lacks it, a GGUF file with its vision tower
+        is fetched, or a checkpoint fetched and converted, once (`qwen2vl-q pull --help` says which, and where
+        to). quantization: the type of its weights, Q4_K_M; revision: a branch, a tag or a commit; both may
+        stand in the name instead. cache_dir: for everything that is fetched and made, instead of the hub's
+        cache and QWEN2VL_CACHE. token: the hub's, None for the one that is logged in. local_files_only: no
+        network. `arguments` are `from_gguf`'s; progress is told of "convert", too.
+
+        Raises as `from_gguf`; OSError for what the hub, the network or the disk refuses, UnsupportedError for
+        a repository that holds something else.
+        """
+        from qwen2vl_q.hub.models import Models
+        from qwen2vl_q.hub.names import HubName
+
+        if Path(name).exists() or not HubName.reads_as(text := os.fspath(name)):
+            return cls.from_gguf(name, **arguments)
+        asked = HubName.parse(text)
+        asked = replace(asked, type=quantization or asked.type, revision=revision or asked.revision)
+        models = Models(cache_dir, token, progress=arguments.get("progress"))
+        entry = models.get(asked, local_files_only)
+        return cls.from_gguf(entry.model, **{"mmproj": entry.mmproj, **arguments})
 
     @property
     def device(self) -> str:

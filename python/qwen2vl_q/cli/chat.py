@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2vl_q.cli.device import device_option, print_note
-from qwen2vl_q.cli.model_file import model_file
+from qwen2vl_q.cli.model_file import model_file, tower_file, tower_of
 from qwen2vl_q.cli.options import COUNT
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.pictures import picture_file, picture_from_stdin
@@ -30,12 +30,13 @@ _DEMO_NOTE = (
     "-m",
     "--model",
     type=model_file,
-    metavar="M.gguf",
-    help="The model; demo: the packaged one, which knows drawn cards alone.  [default: demo]",
+    metavar="M",
+    help="The model: a GGUF file, a name of the Hugging Face hub (qwen2vl-q pull --help), or demo: the "
+    "packaged one, which knows drawn cards alone.  [default: demo]",
 )
 @click.option(
     "--mmproj",
-    type=model_file,
+    type=tower_file,
     metavar="FILE",
     help="The vision tower, where the model's file does not hold it.  [default: mmproj*.gguf beside it ...]",
 )
@@ -76,6 +77,7 @@ def chat(**options: Any) -> None:
       qwen2vl-q chat --image card-0.png -p "What is in the picture?"      # the packaged model
       qwen2vl-q chat -m m.gguf --image photo.jpg -p "What is in this picture?"
       qwen2vl-q chat -m Qwen2-VL-2B-Instruct-Q4_K_M.gguf --mmproj mmproj-Qwen2-VL-2B-Instruct-f16.gguf
+      qwen2vl-q chat -m Qwen/Qwen2-VL-2B-Instruct --image photo.jpg       # fetched from the hub, once
       qwen2vl-q chat -m m.gguf --image page1.png --image page2.png --stats
       cat question.txt | qwen2vl-q chat -m m.gguf -p -
       curl https://example.org/photo.jpg | qwen2vl-q chat -m m.gguf --image - -p "What is this?"
@@ -129,7 +131,7 @@ def _start(options: dict[str, Any]) -> Conversation:
             options["threads"],
             options["ctx"],
             options["precision"],
-            mmproj=False if options["no_mmproj"] else options["mmproj"],
+            mmproj=False if options["no_mmproj"] else options["mmproj"] or tower_of(file),
             device=options["device"],
             progress=bars,
         )

@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.cli.model_file import model_file
+from qwen2vl_q.cli.model_file import tower_file
+from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 from qwen2vl_q.cli.writing import gguf_path, notes_console, require_new, writing
 from qwen2vl_q.convert import (
@@ -24,8 +25,9 @@ from qwen2vl_q.convert import (
     convert_gguf,
     default_recipe,
 )
-from qwen2vl_q.convert.files import download, is_hub_id
 from qwen2vl_q.engine.tower_file import TowerFile
+from qwen2vl_q.hub.models import Models
+from qwen2vl_q.hub.names import HubName
 
 
 def _adapters(
@@ -75,7 +77,7 @@ def _adapters(
 )
 @click.option(
     "--mmproj",
-    type=model_file,
+    type=tower_file,
     metavar="FILE",
     help="The vision tower of SRC.gguf, where it has none.  [default: the one beside it]",
 )
@@ -94,9 +96,10 @@ def convert(
     """Convert a Qwen2-VL checkpoint, or GGUF files of other types, to one GGUF file.
 
     SRC is a folder as the Hugging Face hub has it (config.json, safetensors, tokenizer), or the name of a
-    model there, which is then downloaded into the hub's cache; or a GGUF file, with its vision tower inside
-    or beside it (--mmproj), whose vocabulary, template and other keys stay. OUT.gguf holds the language
-    model, the vision tower, the tokenizer, the chat template, and the limits and defaults of both.
+    model there, owner/name[@REVISION], which is then downloaded into the hub's cache; or a GGUF file, with
+    its vision tower inside or beside it (--mmproj), whose vocabulary, template and other keys stay. OUT.gguf
+    holds the language model, the vision tower, the tokenizer, the chat template, and the limits and defaults
+    of both.
 
     Norms and biases stay F32. In q4_0 files the embeddings and the head are Q6_K, the vision tower Q8_0. A
     matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says which.
@@ -123,9 +126,11 @@ def convert(
         return
     if mmproj is not None:
         raise click.UsageError("--mmproj belongs to a GGUF file; a checkpoint has its vision tower")
-    if is_hub_id(source):
-        notes.print(f"No folder '{source}' here: fetching it from the Hugging Face hub")
-        folder, name = download(source), name or source.rsplit("/", 1)[1].replace("-", " ")
+    if not Path(source).exists() and HubName.reads_as(source):
+        asked = HubName.parse(source)
+        if asked.type:
+            raise click.UsageError(f"SRC: the type of OUT.gguf is --type's, found {printable(source)}")
+        folder, name = Models(tell=say).checkpoint(asked), name or asked.title
     elif not Path(source).is_dir():
         raise click.UsageError(f"SRC: '{printable(source)}' is not a folder")
     else:
