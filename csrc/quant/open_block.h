@@ -6,8 +6,8 @@
 
 namespace qwen2vl {
 
-/// A block taken apart: value i is scale * (q[i] - offset) - minimum with the QuantFormat's offset and, for
-/// its part p = i / part,
+/// A block taken apart: value i is scale * value(q[i]) - minimum with the QuantFormat's `value` and, for its
+/// part p = i / part,
 ///   scale = d * scales[p],  minimum = m * minima[p]      where scales have 8 bits,
 ///   scale = d,              minimum = m                  where they have 16.
 struct OpenBlock {
@@ -114,6 +114,20 @@ inline void open_block(const Block<DType::Q6_K>& block, OpenBlock& out) {
     }
   }
   std::memcpy(out.scales, block.scales, sizeof block.scales);
+  out.d = block.d;
+}
+
+inline void open_block(const Block<DType::IQ4_NL>& block, OpenBlock& out) {
+  open_nibbles(block.qs, sizeof block.qs, out.q);
+  out.d = block.d;
+}
+
+inline void open_block(const Block<DType::IQ4_XS>& block, OpenBlock& out) {
+  for (int p = 0; p < 8; ++p) {
+    const int low = block.scales_l[p / 2] >> 4 * (p % 2) & 15, high = block.scales_h >> 2 * p & 3;
+    out.scales[p] = static_cast<int8_t>((low | high << 4) - 32);
+    open_nibbles(block.qs + 16 * p, 16, out.q + 32 * p);
+  }
   out.d = block.d;
 }
 
