@@ -15,7 +15,7 @@ from qwen2vl_q import _native
 
 @dataclass(frozen=True)
 class RandomBlocks:
-    """Blocks that gguf does not write: any integers, scales and minima within a factor of 2."""
+    """Blocks that gguf does not write: any integers, scales of either sign within a factor of 2."""
 
     halves: int  # where d (and m) stand
     steps: tuple[float, ...]  # their inverses for values of deviation 1
@@ -25,13 +25,15 @@ class RandomBlocks:
     def __call__(self, rng: np.random.Generator, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
         elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
         blocks = rng.integers(0, 256, (values.size // elements, size), dtype=np.uint8)
-        halves = (values.std() / np.array(self.steps)).astype(np.float16).view(np.uint8)
-        blocks[:, self.halves : self.halves + len(halves)] = halves
+        signs = rng.choice([-1.0, 1.0], (len(blocks), 1))
+        halves = (signs * values.std() / self.steps).astype(np.float16).view(np.uint8)
+        blocks[:, self.halves : self.halves + halves.shape[1]] = halves
         blocks[:, slice(*self.scales)] |= self.highest
         return blocks.reshape(len(values), -1)
 
 
 RANDOM_BLOCKS = {
+    "Q3_K": RandomBlocks(108, (2.3 * 24,), (104, 108), 0xFF),
     "Q4_K": RandomBlocks(0, (8 * 48, 48), (4, 12), 0xA0),
     "Q5_K": RandomBlocks(0, (16 * 48, 48), (4, 12), 0xA0),
     "IQ4_NL": RandomBlocks(0, (66,)),

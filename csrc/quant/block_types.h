@@ -16,6 +16,7 @@ enum class DType : uint32_t {
   Q5_0 = 6,
   Q5_1 = 7,
   Q8_0 = 8,
+  Q3_K = 11,
   Q4_K = 12,
   Q5_K = 13,
   Q6_K = 14,
@@ -26,7 +27,7 @@ enum class DType : uint32_t {
 
 /// What a quantized value is: x = scale * value(q) - minimum, with integers q of low_bits + high_bits.
 struct QuantFormat {
-  int low_bits = 0;   ///< 4: unsigned; 8: signed; 0: the type is not quantized
+  int low_bits = 0;   ///< 2 or 4: unsigned; 8: signed; 0: the type is not quantized
   int high_bits = 0;  ///< stored apart from the low ones
   int offset = 0;
   int part = 32;             ///< values that share a scale (and a minimum): 32 or 16
@@ -113,6 +114,18 @@ template <>
 struct Block<DType::Q8_0> {
   uint16_t d;
   int8_t qs[kBlock32];
+};
+
+/// x[i] = d * (scale[i / 16] - 32) * (q[i] - 4), q in 0..7. Bits 2 j and 2 j + 1 of qs[32 * half + l] are the
+/// low bits of value v = 128 * half + 32 * j + l, bit v / 32 of hmask[l] its high one. Scales have 6 bits:
+/// the low four of part p are nibble p / 8 of scales[p % 8], the others bits from 2 * (p / 4) on of scales[8
+/// + p % 4].
+template <>
+struct Block<DType::Q3_K> {
+  uint8_t hmask[kBlock256 / 8];
+  uint8_t qs[kBlock256 / 4];
+  uint8_t scales[12];
+  uint16_t d;
 };
 
 /// x[i] = d * scale[i / 32] * q[i] - m * minimum[i / 32], q in 0..15. qs[32 * j + l]: low nibble of value
