@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from qwen2vl_q import _native
 from qwen2vl_q.base.errors import UnsupportedError
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, role_of
 from qwen2vl_q.convert.convert import Progress, require_range
 from qwen2vl_q.convert.entries import AnyEntry, Entry
 from qwen2vl_q.convert.gguf_source import GgufSource, StoredTensor
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS, Recipe, type_for_row
-from qwen2vl_q.convert.tensor_map import MappedTensor, Role, role_of
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
 from qwen2vl_q.engine.model_parts import check_model_file
 

@@ -21,15 +21,16 @@ EXTENDS = {"avx512bf16": {"avx512"}}  # its table is the other's with some kerne
 # The rooms of python/qwen2vl_q, each with those that it uses: `model` is model.py, `convert` the folder.
 ROOM_USES = {
     "base": set(),
+    "checkpoint": {"base"},
     "vision": {"base"},
     "text": {"base"},
     "chat": {"base", "vision", "text"},
-    "engine": {"base", "vision", "text", "chat"},
+    "engine": {"base", "checkpoint", "vision", "text", "chat"},
     "hub": {"base", "convert"},
     "model": {"base", "vision", "text", "chat", "engine", "hub"},
     "measure": {"base", "vision", "engine", "model"},
     "demo": set(),
-    "convert": {"base", "vision", "text", "chat", "engine"},
+    "convert": {"base", "checkpoint", "vision", "text", "chat", "engine"},
     "cli": {"base", "vision", "text", "chat", "engine", "hub", "model", "measure", "demo"},
 }
 # Those that use the converter.

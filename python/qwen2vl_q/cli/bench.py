@@ -24,6 +24,7 @@ from qwen2vl_q.cli.bench_tables import (
 from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.errors import complain, describe
 from qwen2vl_q.cli.model_file import model_file
+from qwen2vl_q.cli.options import lora_option
 
 if TYPE_CHECKING:
     from qwen2vl_q.measure.benchmark import Settings
@@ -103,6 +104,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[tupl
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
 @click.option("--precision", type=click.Choice(["fast", "exact"]), default="fast", show_default=True)
 @device_option
+@lora_option("to compute beside the weights")
 @click.option(
     "--only",
     multiple=True,
