@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from qwen2vl_q._native import quantize
 from qwen2vl_q.convert.config import read_config
-from qwen2vl_q.convert.metadata import ARCHITECTURE, Entry, metadata
+from qwen2vl_q.convert.entries import Entry
+from qwen2vl_q.convert.metadata import ARCHITECTURE, metadata
 from qwen2vl_q.convert.recipe import FILE_TYPES, FileType, Recipe, type_for_row
 from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
@@ -163,7 +164,7 @@ class RandomModel:
                 tensors |= {name: (mapped, OutputTensor(name, type, shape)) for name in mapped.targets}
             n_parameters = sum(output.n_elements for _, output in tensors.values())
             name = f"Qwen2-VL {size} shape, random weights"
-            return cls(metadata(name, config, recipe, tokenizer, n_parameters), tensors)
+            return cls(metadata(name, config, recipe.type, tokenizer, n_parameters), tensors)
 
     def write(self, out: Path, architecture: str = ARCHITECTURE) -> int:
         """Returns the file's size in bytes."""

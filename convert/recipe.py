@@ -11,8 +11,8 @@ from qwen2vl_q.convert.tensor_map import Role
 FileType = Literal["q4_0", "q8_0", "f16", "bf16", "f32"]
 FILE_TYPES: tuple[FileType, ...] = get_args(FileType)
 
-# general.file_type: the numbers of llama.cpp's LLAMA_FTYPE.
-FILE_TYPE_NUMBERS: dict[FileType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
+# general.file_type: the numbers of llama.cpp's LLAMA_FTYPE. Only matrices that were packed become q5_0.
+FILE_TYPE_NUMBERS = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q5_0": 8, "bf16": 32}
 
 # What a type gives way to where its blocks do not divide a row: at least as many bits, smaller blocks.
 _FALLBACKS = {"Q6_K": "Q8_0", "Q8_0": "F16", "Q4_0": "F16"}
@@ -20,10 +20,19 @@ _FALLBACKS = {"Q6_K": "Q8_0", "Q8_0": "F16", "Q4_0": "F16"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """The type of the language model's matrices, and of the vision tower's where that should differ."""
+    """The type of the language model's matrices, and of the vision tower's where that should differ.
+
+    keep_packed: a matrix that is packed in the checkpoint gets the smallest type that holds its integers as
+    they are, or Q8_0 where none does.
+    """
 
     type: FileType
     vision_type: FileType | None = None
+    keep_packed: bool = False
+
+    def keeps(self, role: Role) -> bool:
+        """Whether a packed tensor of this role keeps its integers, if a type holds them."""
+        return self.keep_packed and not (role is Role.VISION and self.vision_type)
 
     def wanted(self, role: Role) -> str:
         """The type of a role, before it is known whether its blocks divide the rows."""
@@ -31,6 +40,8 @@ class Recipe:
         # in the 2B model, and its errors enter every visual token. 8 bits are the floor unless asked for.
         vision = self.vision_type or ("q8_0" if self.type == "q4_0" else self.type)
         match role:
+            case Role.HEAD:
+                return "F32"  # some hundred rows at most, and what they give is compared
             case Role.VECTOR:
                 return "F32"  # under 0.1 % of the bytes, and added to or multiplied with every activation
             case Role.LANGUAGE:

@@ -1,22 +1,26 @@
-"""Writes a GGUF file tensor by tensor."""
+"""Writes GGUF files tensor by tensor."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from qwen2vl_q._native import block_layout
 from qwen2vl_q.base.atomic_file import whole_or_not_at_all
-from qwen2vl_q.convert.metadata import ARCHITECTURE, Entry
+from qwen2vl_q.convert.entries import AnyEntry, Entry, string
+from qwen2vl_q.convert.metadata import ARCHITECTURE
 
 _ALIGNMENT = 32  # GGUF's default
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,45 @@ class OutputTensor:
 
     @property
     def n_bytes(self) -> int:
-        values, size = block_layout(self.type)
+        values, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.type]]
         return self.n_elements // values * size
 
 
 Chunks = Callable[[OutputTensor], Iterator[NDArray[np.uint8]]]
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a file will hold, in its order; general.architecture comes before the entries."""
+
+    entries: Sequence[AnyEntry]
+    tensors: Sequence[OutputTensor]
+    architecture: str = ARCHITECTURE
+
+    @cached_property
+    def head(self) -> bytes:
+        """All but the tensors' values."""
+        entries = (Entry("general.architecture", self.architecture, GGUFValueType.STRING), *self.entries)
+        head = [b"GGUF", struct.pack("<IQQ", _VERSION, len(self.tensors), len(entries))]
+        head += [entry.encoded for entry in entries]
+        offset = 0
+        for tensor in self.tensors:
+            dims = tensor.shape[::-1]
+            type = GGMLQuantizationType[tensor.type]
+            head.append(string(tensor.name))
+            head.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, type, offset))
+            offset += _padded(tensor.n_bytes)
+        size = sum(map(len, head))
+        return b"".join([*head, bytes(_padded(size) - size)])
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.head) + sum(_padded(tensor.n_bytes) for tensor in self.tensors)
+
+
 def write_gguf(
     out: Path,
-    entries: Sequence[Entry],
+    entries: Sequence[AnyEntry],
     tensors: Sequence[OutputTensor],
     chunks: Chunks,
     overwrite: bool,
@@ -48,29 +81,51 @@ def write_gguf(
     architecture: str = ARCHITECTURE,
     check: Callable[[Path], None] | None = None,
 ) -> int:
-    """Writes `out` whole or not at all and returns its size in bytes.
+    """`write_files` of one, whose size in bytes it returns."""
+    contents = Contents(entries, tensors, architecture)
+    write_files({out: contents}, chunks, overwrite, progress, check)
+    return contents.n_bytes
+
+
+def write_files(
+    files: Mapping[Path, Contents],
+    chunks: Chunks,
+    overwrite: bool,
+    progress: Callable[[int], None],
+    check: Callable[..., None] | None = None,
+) -> None:
+    """Writes files (of one folder) whole or not at all.
 
     `chunks` yields a tensor's bytes in order; `progress` is told how many were written after each. `check` is
-    called before the first, with the path of a file that has all but the tensors' values. Raises
-    FileExistsError where `out` exists and `overwrite` is false, OSError where the disk does not take it.
+    called before the first, with the paths of files that have all but the tensors' values. Raises
+    FileExistsError where one exists and `overwrite` is false, OSError where the disk does not take them.
     """
-    with whole_or_not_at_all(out, overwrite) as part:
-        try:
-            _write_head(part, architecture, entries, tensors)
-            data_start = _padded(part.stat().st_size)
-            size = data_start + sum(_padded(t.n_bytes) for t in tensors)
-            free = shutil.disk_usage(part.parent).free
-            if size > free:
-                raise OSError(f"{out}: the file needs {size} bytes, the disk has {free} left")
-            os.truncate(part, size)
-            if check is not None:
-                check(part)
-            _write_data(part, data_start, tensors, chunks, progress)
-        except OSError as error:
-            if error.filename is None and error.errno is not None:  # writing does not say where it failed
-                error.filename = str(out)
-            raise
-    return size
+    with ExitStack() as stack:
+        parts = {out: stack.enter_context(whole_or_not_at_all(out, overwrite)) for out in files}
+        first = next(iter(files))
+        size, free = sum(file.n_bytes for file in files.values()), shutil.disk_usage(first.parent).free
+        if size > free:
+            raise OSError(f"{first}: the file needs {size} bytes, the disk has {free} left")
+        for out, contents in files.items():
+            with _named(out):
+                parts[out].write_bytes(contents.head)
+                os.truncate(parts[out], contents.n_bytes)
+        if check is not None:
+            check(*parts.values())
+        for out, contents in files.items():
+            with _named(out):
+                _write_data(parts[out], len(contents.head), contents.tensors, chunks, progress)
+
+
+@contextmanager
+def _named(out: Path) -> Iterator[None]:
+    """Writing does not say where it failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(out)
+        raise
 
 
 def _write_data(
@@ -91,29 +146,6 @@ def _write_data(
             start += _padded(tensor.n_bytes)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _write_head(
-    part: Path, architecture: str, entries: Sequence[Entry], tensors: Sequence[OutputTensor]
-) -> None:
-    writer = GGUFWriter(part, architecture)
-    try:
-        for entry in entries:
-            writer.add_key_value(entry.key, entry.value, entry.type)
-        for tensor in tensors:
-            # A dtype other than uint8 makes the shape count as elements, not bytes.
-            writer.add_tensor_info(
-                tensor.name,
-                tensor.shape,
-                np.dtype(np.float32),
-                tensor.n_bytes,
-                GGMLQuantizationType[tensor.type],
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
 
 
 def _padded(n: int) -> int:

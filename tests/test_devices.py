@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from children import run_script
+from gguf_files import split_file
 from qwen2vl_q import DeviceError, Qwen2VL, Qwen2VLError, UnsupportedError, _native
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.engine import devices
@@ -250,10 +251,12 @@ def test_auto_takes_what_works(fake: Fake, tiny_gguf: Path, monkeypatch: pytest.
 # --- the backend ----------------------------------------------------------------------------------
 
 
-def test_the_plugin_is_given_every_weight(fake: Fake, tiny_gguf: Path) -> None:
+def test_the_plugin_is_given_every_weight(fake: Fake, tiny_gguf: Path, tmp_path: Path) -> None:
+    """From one file, and from parts of one."""
     file = _native.GgufFile(str(tiny_gguf))
     expected = sum(int(file.raw(tensor.name).sum(dtype=np.int64)) for tensor in file.tensors)
     assert on_cuda(tiny_gguf).read_weights() == expected
+    assert on_cuda(split_file(tiny_gguf, tmp_path, 20)[1]).read_weights() == expected
 
 
 @pytest.mark.parametrize(

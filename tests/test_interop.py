@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from conversations import conversation
 from qwen2vl_q import Qwen2VL
+from qwen2vl_q.base.errors import UnsupportedError
 
 INTEROP = Path(__file__).resolve().parents[2] / "shared" / "interop"
 pytestmark = pytest.mark.skipif(not INTEROP.is_dir(), reason="needs llama.cpp's files in ../shared/interop")
@@ -49,6 +50,14 @@ def log_probabilities(m: Qwen2VL, prompt: list[int], answer: list[int]) -> NDArr
     """[answer, vocabulary]: before each of its tokens."""
     logits = m.logits(prompt + answer)[len(prompt) - 1 : -1].astype(np.float64)
     return np.asarray(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
+
+
+def test_every_file_is_in_the_table_or_refused_by_its_type(golden: dict[str, Any]) -> None:
+    for name in golden["models"]:
+        if name.removeprefix("interop-").removesuffix(".gguf") in TOLERANCES:
+            continue
+        with pytest.raises(UnsupportedError, match=rf"{name}: \S+: stored as \w+, which is not computed"):
+            Qwen2VL.from_gguf(INTEROP / name)
 
 
 @pytest.mark.parametrize("isa", ["generic", ""])

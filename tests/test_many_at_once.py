@@ -7,7 +7,7 @@ import gc
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread
 from time import sleep
 from typing import Any
 
@@ -253,6 +253,28 @@ def test_streams_go_on_while_a_picture_is_encoded(demo: Qwen2VL, slices: list[by
         assert_all_given_back(demo)
 
 
+def test_a_stream_takes_no_turns_from_a_picture(
+    demo: Qwen2VL, slices: list[bytes], rows: list[list[int]]
+) -> None:
+    """One step between two slices, though another thread reads without a pause."""
+    picture = cases.case("what", SEED).images[0]
+    demo.encode_image(picture)
+    demo.reset()
+    stream = demo.generate(IDS, max_new_tokens=3000, ignore_eos=True)
+    next(stream)
+    encoded = Event()
+    reader = Thread(target=lambda: [next(stream) for _ in iter(encoded.is_set, True)])
+    reader.start()
+    slices.clear()
+    rows.clear()
+    demo.encode_image(picture)
+    steps = len(rows)
+    encoded.set()
+    reader.join()
+    assert len(slices) > 10
+    assert steps <= 2 * len(slices)
+
+
 def test_two_who_want_one_picture_encode_it_once(
     demo: Qwen2VL, slices: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +294,7 @@ def test_two_who_want_one_picture_encode_it_once(
     steps = demo._generation.scheduler
 
     def request(talk: Messages) -> Request:
-        return demo._chat_request(talk, 9, (), False, None, None, {"temperature": 0})
+        return demo._chat_request(talk, {"max_new_tokens": 9, "temperature": 0})
 
     def run_for(request: Request, n: int) -> None:
         slices.clear()

@@ -457,7 +457,9 @@ def test_bad_calls_of_chat(tiny: Qwen2VL) -> None:
     with pytest.raises(ValueError, match="message 0, part 0: expected one of image"):
         tiny.chat([{"role": "user", "content": [{"type": "image"}]}])
     with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
-        tiny.chat([question("a")], temprature=1)
+        tiny.chat([question("a")], temprature=1)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'add_vision_id'"):
+        tiny.generate([1], add_vision_id=True)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="context holds 2048"):
         tiny.chat([question("x y " * 2000)])
     with pytest.raises(ValueError, match="a text of 11000002 characters is more than the 2048 tokens"):

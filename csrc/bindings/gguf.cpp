@@ -60,9 +60,9 @@ py::object to_python(const gguf::File& file, const gguf::Value& value, const std
 
 py::dict metadata(const gguf::File& file) {
   py::dict out;
-  for (const auto& [key, value] : file.metadata()) {
-    const std::string where = "key " + gguf::in_quotes(key);
-    out[utf8(file, key, where)] = to_python(file, value, where);
+  for (const gguf::Key& key : file.keys()) {
+    const std::string where = "key " + gguf::in_quotes(key.name);
+    out[utf8(file, key.name, where)] = to_python(file, key.value, where);
   }
   return out;
 }
@@ -106,18 +106,34 @@ py::array_t<float> read(const gguf::File& file, const py::str& name) {
   const py::gil_scoped_release release;
   std::vector<uint8_t> stored(static_cast<size_t>(bytes));
   for (int64_t row = 0; row < rows; ++row) {
-    file.input().read(tensor.offset + static_cast<uint64_t>(row * bytes), stored);
+    tensor.input->read(tensor.offset + static_cast<uint64_t>(row * bytes), stored);
     dequantize_row(traits->type, stored.data(), cols, to + row * cols);
   }
   return out;
 }
 
-py::array_t<uint8_t> raw(const gguf::File& file, const py::str& name) {
+py::array_t<uint8_t> raw(const gguf::File& file, const py::str& name, const py::object& begin,
+                         const py::object& n_bytes) {
   const gguf::Tensor& tensor = tensor_named(file, text(name));
-  py::array_t<uint8_t> out(static_cast<py::ssize_t>(tensor.data_bytes));
+  const auto size = static_cast<int64_t>(tensor.data_bytes);
+  const int64_t from = integer(begin, "begin", 0, size);
+  const int64_t count = n_bytes.is_none() ? size - from : integer(n_bytes, "n_bytes", 0, size - from);
+  py::array_t<uint8_t> out(static_cast<py::ssize_t>(count));
   uint8_t* to = out.mutable_data();
   const py::gil_scoped_release release;
-  file.input().read(tensor.offset, {to, static_cast<size_t>(tensor.data_bytes)});
+  tensor.input->read(tensor.offset + static_cast<uint64_t>(from), {to, static_cast<size_t>(count)});
+  return out;
+}
+
+/// Each key's name and its entry as the file has it.
+py::list entries(const gguf::File& file) {
+  py::list out;
+  std::string entry;
+  for (const gguf::Key& key : file.keys()) {
+    entry.resize(static_cast<size_t>(key.n_bytes));
+    file.parts().front()->input.read(key.offset, {reinterpret_cast<uint8_t*>(entry.data()), entry.size()});
+    out.append(py::make_tuple(utf8(file, key.name, "key " + gguf::in_quotes(key.name)), py::bytes(entry)));
+  }
   return out;
 }
 
@@ -140,10 +156,13 @@ void register_gguf(py::module_& m) {
            py::arg("path"))
       .def_property_readonly("version", &gguf::File::version)
       .def_property_readonly("alignment", &gguf::File::alignment)
+      .def_property_readonly("n_bytes", &gguf::File::n_bytes)
       .def_property_readonly("metadata", &metadata)
+      .def_property_readonly("entries", &entries)
       .def_property_readonly("tensors", &tensors)
       .def("read", &read, py::arg("name"), "A tensor, dequantized to float32 in its shape.")
-      .def("raw", &raw, py::arg("name"), "A tensor's bytes as stored (a copy).");
+      .def("raw", &raw, py::arg("name"), py::arg("begin") = 0, py::arg("n_bytes") = py::none(),
+           "A tensor's bytes as stored (a copy), or some of them.");
 }
 
 }  // namespace qwen2vl::bindings

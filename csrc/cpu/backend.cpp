@@ -85,7 +85,7 @@ class CpuBackend final : public Backend, private Instruments {
   }
 
   void pack_vision() {
-    for (const auto& file : vision_source_->files) file->input().require_unchanged();
+    for (const auto& file : vision_source_->files) file->require_unchanged();
     if (!vision_encoder_.pack_next(*vision_source_->vision, ctx_)) return;
     weight_bytes_ += vision_encoder_.weight_bytes();
     vision_source_.reset();

@@ -83,7 +83,7 @@ int64_t Engine::reuse(Sequence& sequence, const Prompt& prompt) {
   while (common < limit && sequence.cells[common] == prompt.cells()[common]) ++common;
   pool_->truncate(sequence.table, common);
   sequence.drop_waiting();
-  sequence.where = Sequence::Logits::None;
+  sequence.drop_logits();
   return common;
 }
 
@@ -96,7 +96,7 @@ int64_t Engine::adopt(Sequence& sequence, const Prompt& prompt) {
   sequence.token_ids.assign(prompt.token_ids().begin(), prompt.token_ids().begin() + n);
   sequence.cells.assign(prompt.cells().begin(), prompt.cells().begin() + n);
   sequence.positions.assign(prompt.positions().begin(), prompt.positions().begin() + n);
-  sequence.where = Sequence::Logits::None;
+  sequence.drop_logits();
   return n;
 }
 
@@ -137,7 +137,7 @@ void Engine::begin(Sequence& sequence, const Prompt& prompt,
   int32_t largest = 0;  // of the whole prompt, what has been computed included
   for (const Position& p : prompt.positions()) largest = std::max({largest, p[0], p[1], p[2]});
   sequence.next_position = largest + 1;
-  sequence.where = Sequence::Logits::None;
+  sequence.drop_logits();
 }
 
 void Engine::require_pushable(const Sequence& sequence, int32_t token) const {
@@ -158,6 +158,7 @@ void Engine::push(Sequence& sequence, int32_t token) const {
   sequence.cells.push_back({token});
   const int32_t at = sequence.next_position++;
   sequence.positions.push_back({at, at, at});
+  sequence.drop_logits();
 }
 
 void Engine::step(std::span<const StepRows> batch, const Progress& progress) {
@@ -229,29 +230,22 @@ void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Pr
                     : last                  ? LogitsWanted::Last
                                             : LogitsWanted::None,
                     sequence.size() >= sequence.prompt_cells});
-    sequence.where = Sequence::Logits::None;  // a call that fails may have overwritten them
+    sequence.drop_logits();
     row += n;
     page += n_pages;
   }
   const bool all = batch[0].all_logits != nullptr, kept = backend.keeps_logits() && !all;
-  const bool alone = finished.size() == 1 && !all && !kept;
-  float* logits = nullptr;
-  if (all) {
-    logits = batch[0].all_logits;
-  } else if (alone) {
-    finished[0]->logits.resize(static_cast<size_t>(vocab));
-    logits = finished[0]->logits.data();
-  } else if (!kept) {
-    logits_.resize(std::max(logits_.size(), finished.size() * static_cast<size_t>(vocab)));
-    logits = logits_.data();
+  float* logits = batch[0].all_logits;
+  if (!all && !kept && !finished.empty()) {
+    if (!logits_ || logits_.use_count() > 1) logits_ = std::make_shared<std::vector<float>>();
+    logits_->resize(std::max(logits_->size(), finished.size() * static_cast<size_t>(vocab)));
+    logits = logits_->data();
   }
   backend.forward(rows, logits, progress);
   for (size_t i = 0; i < finished.size() && !all; ++i) {
     Sequence& sequence = *finished[i];
     sequence.where = kept ? Sequence::Logits::Device : Sequence::Logits::Host;
-    if (!kept && !alone)
-      sequence.logits.assign(logits + static_cast<int64_t>(i) * vocab,
-                             logits + static_cast<int64_t>(i + 1) * vocab);
+    if (!kept) sequence.logits = {logits_, logits + static_cast<int64_t>(i) * vocab};
   }
 }
 
@@ -271,13 +265,15 @@ std::span<const float> Engine::logits(Sequence& sequence) {
 }
 
 std::span<const float> Engine::logits(Backend& backend, Sequence& sequence) {
+  const size_t vocab = static_cast<size_t>(config_.text.vocab_size);
   if (sequence.where == Sequence::Logits::Device) {
-    sequence.logits.resize(static_cast<size_t>(config_.text.vocab_size));
-    backend.last_logits(sequence.table.pages.back()->handle, sequence.logits.data());
+    const auto fetched = std::make_shared<std::vector<float>>(vocab);
+    backend.last_logits(sequence.table.pages.back()->handle, fetched->data());
+    sequence.logits = {fetched, fetched->data()};
     sequence.where = Sequence::Logits::Host;
   }
   if (sequence.where == Sequence::Logits::None) return {};
-  return sequence.logits;
+  return {sequence.logits.get(), vocab};
 }
 
 int32_t Engine::sample(Sequence& sequence, Sampler& sampler, std::span<const uint8_t> allowed) {

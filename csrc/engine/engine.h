@@ -122,7 +122,7 @@ class Engine {
   // Of the step at work, [row] and [page] of all its sequences.
   std::vector<const float*> embeddings_;
   std::vector<PageHandle> pages_;
-  std::vector<float> logits_;  ///< [sequence][vocab_size]
+  std::shared_ptr<std::vector<float>> logits_;  ///< [sequence][vocab_size]; anew where one still has its row
 };
 
 }  // namespace qwen2vl

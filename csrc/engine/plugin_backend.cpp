@@ -216,7 +216,7 @@ class PluginBackend final : public Backend, private Instruments {
   void encode(const VisionInput& input, float* out, const Progress& progress) {
     const bool first = !vision_loaded_;
     if (first)
-      for (const auto& file : handle_.files()) file->input().require_unchanged();
+      for (const auto& file : handle_.files()) file->require_unchanged();
     const GridTHW& grid = input.grid;
     Reporter reporter(progress);
     qwen2vl_error error{};

@@ -46,7 +46,8 @@ qwen2vl_vision to_c(const VisionConfig& c) {
 
 PluginModel::PluginModel(const ModelConfig& config, const Weights& weights) {
   for (const auto& file : weights.files)
-    mappings_.emplace(file.get(), std::make_unique<MappedFile>(file->input()));
+    for (const auto& part : file->parts())
+      mappings_.emplace(&part->input, std::make_unique<MappedFile>(part->input));
   for (const DecoderLayerWeights& layer : weights.text.layers) layers_.push_back(decoder_layer(layer));
   model_.text = to_c(config.text);
   model_.text.embed_tokens = matrix(weights.text.embed_tokens);

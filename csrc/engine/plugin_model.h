@@ -29,7 +29,7 @@ class PluginModel {
   qwen2vl_decoder_layer decoder_layer(const DecoderLayerWeights& w) const;
   qwen2vl_vision_block vision_block(const VisionBlockWeights& w) const;
 
-  std::map<const gguf::File*, std::unique_ptr<MappedFile>> mappings_;
+  std::map<const InputFile*, std::unique_ptr<MappedFile>> mappings_;
   std::vector<qwen2vl_decoder_layer> layers_;
   std::vector<qwen2vl_vision_block> blocks_;
   qwen2vl_vision vision_{};

@@ -29,11 +29,16 @@ struct Sequence {
   int32_t next_position = 0;  ///< of a text token after the last cell
   PageTable table;
   Logits where = Logits::None;
-  std::vector<float> logits;  ///< [vocab_size]
+  /// [vocab_size], a row of all that a step has computed, which it keeps.
+  std::shared_ptr<const float> logits;
 
   int64_t size() const { return table.size; }
   int64_t waiting() const { return static_cast<int64_t>(cells.size()) - table.size; }
 
+  void drop_logits() {
+    where = Logits::None;
+    logits.reset();
+  }
   /// Drops the cells that wait.
   void drop_waiting() { resize(table.size); }
   void resize(int64_t n) {

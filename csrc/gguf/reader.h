@@ -1,51 +1,33 @@
 #pragma once
 
-#include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <unordered_map>
-#include <variant>
 #include <vector>
 
-#include "base/input_file.h"
+#include "gguf/part.h"
 
 namespace qwen2vl::gguf {
 
-/// A metadata array: elements of one scalar kind, or strings (views of what the File keeps).
-using Array = std::variant<std::vector<int64_t>, std::vector<uint64_t>, std::vector<double>,
-                           std::vector<bool>, std::vector<std::string_view>>;
-
-/// A metadata value. Integers are widened to 64 bit (signed stay signed), floats to double.
-using Value = std::variant<int64_t, uint64_t, double, bool, std::string_view, Array>;
-
-class Cursor;
-
-struct Tensor {
-  std::string_view name;
-  uint32_t type;               ///< GGUF type number; checked to be a type that GGUF defines
-  std::vector<int64_t> shape;  ///< numpy order: outermost first, the row (contiguous) length last
-  uint64_t offset;             ///< of the data, from the start of the file
-  uint64_t data_bytes;         ///< which the file has, and which no other tensor's overlap
-};
-
-/// A GGUF file (version 2 or 3, little-endian). Every length, count, offset, type and alignment is checked
-/// against the file's size before it is used; a FormatError names the file, the key or tensor, what was
-/// expected and what was found; UnsupportedError tells of versions and types that GGUF has withdrawn.
+/// A GGUF file, or all of those that one was split in (NAME-00001-of-00003.gguf ..., keys split.*), of which
+/// any may be named. Errors are those of Part, and FormatError where a part is missing, is one of another
+/// file or lies under another's name.
 class File {
  public:
   explicit File(const std::filesystem::path& path);
 
-  const std::string& path() const { return input_.name(); }  ///< as messages show it
-  uint32_t version() const { return version_; }
-  uint64_t alignment() const { return alignment_; }
+  const std::string& path() const { return first().input.name(); }  ///< as messages show it
+  uint32_t version() const { return first().version; }
+  uint64_t alignment() const { return first().alignment; }
 
-  /// In file order.
-  const std::vector<std::pair<std::string_view, Value>>& metadata() const { return metadata_; }
+  /// In file order; the keys are the first part's.
+  const std::vector<Key>& keys() const { return first().keys; }
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
-  const Value* find(std::string_view key) const;           ///< nullptr where absent
-  const Tensor* find_tensor(std::string_view name) const;  ///< nullptr where absent
+  const Value* find(std::string_view key) const { return first().find(key); }  ///< nullptr where absent
+  const Tensor* find_tensor(std::string_view name) const;                      ///< nullptr where absent
 
   /// Typed look-ups. The first form throws FormatError where the key is absent; both throw where the value
   /// has another type or does not fit.
@@ -59,19 +41,17 @@ class File {
   std::vector<int64_t> get_ints(std::string_view key) const;   ///< any integer array
   std::vector<double> get_floats(std::string_view key) const;  ///< any number array
 
-  const InputFile& input() const { return input_; }
+  /// What the file is on disk, in order.
+  const std::vector<std::unique_ptr<Part>>& parts() const { return parts_; }
+  uint64_t n_bytes() const;  ///< of all parts
+  /// Throws Error where a part is no longer as it was opened.
+  void require_unchanged() const;
 
  private:
-  void place_tensors(Cursor& in);
-  void require_apart() const;
+  const Part& first() const { return *parts_.front(); }
 
-  InputFile input_;
-  std::vector<std::vector<uint8_t>> header_;  // keys and names are views of it
-  uint32_t version_ = 0;
-  uint64_t alignment_ = 32;
-  std::vector<std::pair<std::string_view, Value>> metadata_;
-  std::unordered_map<std::string_view, size_t> metadata_index_;
-  std::vector<Tensor> tensors_;
+  std::vector<std::unique_ptr<Part>> parts_;
+  std::vector<Tensor> tensors_;  // of all parts
   std::unordered_map<std::string_view, size_t> tensor_index_;
 };
 

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "base/error.h"
-#include "base/printable.h"
+#include "model/architecture.h"
 
 namespace qwen2vl {
 namespace {
@@ -109,10 +109,7 @@ TextConfig read_text_config(const gguf::File& file) {
 
 VisionConfig read_vision_config(const gguf::File& file, const TextConfig& text) {
   VisionConfig c;
-  const std::string_view projector = file.get_string("clip.projector_type", "");
-  if (projector != "qwen2vl_merger")
-    throw UnsupportedError(where(file) + "key 'clip.projector_type': expected 'qwen2vl_merger', found '" +
-                           printable(projector) + "'");
+  require_vision_tower(file);
   visit_fields(c, KeyReader{file});
   require(c.embed_dim % c.num_heads == 0, file,
           "clip.vision.embedding_length " + std::to_string(c.embed_dim) +
@@ -121,7 +118,8 @@ VisionConfig read_vision_config(const gguf::File& file, const TextConfig& text) 
   require(c.head_dim % 4 == 0, file,
           "the vision tower's head_dim " + std::to_string(c.head_dim) + " is not a multiple of 4");
 
-  c.intermediate_size = need_tensor(file, "v.blk.0.ffn_up.weight", 2).shape[0];
+  const bool swapped = has_swapped_feed_forward(file);
+  c.intermediate_size = need_tensor(file, "v.blk.0.ffn_up.weight", 2).shape[swapped ? 1 : 0];
 
   // One slice [embed_dim, in_channels, patch, patch] per frame of the temporal patch.
   const gguf::Tensor& first = need_tensor(file, "v.patch_embd.weight", 4);
@@ -136,9 +134,9 @@ VisionConfig read_vision_config(const gguf::File& file, const TextConfig& text) 
       file,
       "tensor 'v.patch_embd.weight': expected [" + std::to_string(c.embed_dim) + ", channels, patch, patch]");
 
-  c.hidden_size = need_tensor(file, "mm.2.weight", 2).shape[0];
+  c.hidden_size = vision_tower_width(file);
   require(c.hidden_size == text.hidden_size, file,
-          "the vision tower projects to " + std::to_string(c.hidden_size) +
+          "another model's vision tower: it projects to " + std::to_string(c.hidden_size) +
               " features, the language model has " + std::to_string(text.hidden_size));
   return c;
 }
@@ -154,25 +152,15 @@ FoundTensor find_tensor(std::span<const gguf::File* const> files, std::string_vi
 ModelConfig read_config(std::span<const gguf::File* const> files) {
   if (files.empty()) throw std::invalid_argument("no model file");
   const gguf::File& text_file = *files[0];
-  const std::string_view architecture = text_file.get_string("general.architecture", "");
-  if (architecture != "qwen2vl") {
-    std::string message =
-        where(text_file) + "expected the architecture 'qwen2vl', found '" + printable(architecture) + "'";
-    if (architecture == "clip")
-      message += " (this is a vision tower: pass the language model's file, and this one as mmproj)";
-    throw UnsupportedError(message);
-  }
+  require_language_model(text_file);
   ModelConfig config;
   config.text = read_text_config(text_file);
   for (const gguf::File* file : files)
-    if (file->find("clip.projector_type") != nullptr) {
+    if (has_vision_tower(*file)) {
       config.vision = read_vision_config(*file, config.text);
       break;
     }
-  if (files.size() > 1 && !config.vision)
-    throw FormatError(where(*files[1]) +
-                      "expected a vision tower (key 'clip.projector_type'), found architecture '" +
-                      printable(files[1]->get_string("general.architecture", "")) + "'");
+  if (files.size() > 1 && !config.vision) require_vision_tower(*files[1]);
   return config;
 }
 

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "gguf/types.h"
+#include "model/architecture.h"
 #include "quant/quantize.h"
 
 namespace qwen2vl {
@@ -50,6 +51,11 @@ class Loader {
     return {matrix(name + ".weight", out, in), vector(name + ".bias", out)};
   }
 
+  /// Of the vision tower, which is there.
+  bool has_swapped_feed_forward() const {
+    return qwen2vl::has_swapped_feed_forward(*find_tensor(files_, "v.blk.0.ffn_up.weight").file);
+  }
+
   void finish() const {
     if (problems_.empty() && !not_computed_.empty()) throw UnsupportedError(not_computed_);
     if (problems_.empty()) return;
@@ -81,7 +87,7 @@ class Loader {
                         ", which is not computed; computed are " + dtype_names();
       return {};
     }
-    return {traits->type, rows, cols, nullptr, found.file, found.tensor->offset};
+    return {traits->type, rows, cols, nullptr, found.tensor->input, found.tensor->offset};
   }
 
   std::span<const gguf::File* const> files_;
@@ -113,6 +119,8 @@ TextWeights load_text(Loader& load, const TextConfig& c) {
 
 VisionWeights load_vision(Loader& load, const VisionConfig& c) {
   VisionWeights w;
+  const bool swapped = load.has_swapped_feed_forward();
+  const std::string fc1 = swapped ? "ffn_down" : "ffn_up", fc2 = swapped ? "ffn_up" : "ffn_down";
   w.patch_embed[0] = load.patch_slice("v.patch_embd.weight", c);
   w.patch_embed[1] = load.patch_slice("v.patch_embd.weight.1", c);
   for (int64_t i = 0; i < c.depth; ++i) {
@@ -124,8 +132,8 @@ VisionWeights load_vision(Loader& load, const VisionConfig& c) {
     b.v = load.linear_with_bias(blk + "attn_v", c.embed_dim, c.embed_dim);
     b.proj = load.linear_with_bias(blk + "attn_out", c.embed_dim, c.embed_dim);
     b.norm2 = load.layer_norm(blk + "ln2", c.embed_dim);
-    b.fc1 = load.linear_with_bias(blk + "ffn_up", c.intermediate_size, c.embed_dim);
-    b.fc2 = load.linear_with_bias(blk + "ffn_down", c.embed_dim, c.intermediate_size);
+    b.fc1 = load.linear_with_bias(blk + fc1, c.intermediate_size, c.embed_dim);
+    b.fc2 = load.linear_with_bias(blk + fc2, c.embed_dim, c.intermediate_size);
     w.blocks.push_back(std::move(b));
   }
   const int64_t merged = c.embed_dim * c.merge_unit();
@@ -140,7 +148,7 @@ VisionWeights load_vision(Loader& load, const VisionConfig& c) {
 const uint8_t* MatrixView::read_rows(int64_t begin, int64_t n, uint8_t* room) const {
   const int64_t stride = row_bytes(type, cols);
   if (data != nullptr) return data + begin * stride;
-  file->input().read(offset + static_cast<uint64_t>(begin * stride), {room, static_cast<size_t>(n * stride)});
+  file->read(offset + static_cast<uint64_t>(begin * stride), {room, static_cast<size_t>(n * stride)});
   return room;
 }
 

@@ -18,8 +18,8 @@ struct MatrixView {
   DType type = DType::F32;
   int64_t rows = 0;
   int64_t cols = 0;
-  const uint8_t* data = nullptr;     ///< where it lies in memory, else nullptr
-  const gguf::File* file = nullptr;  ///< in which it starts at `offset`
+  const uint8_t* data = nullptr;    ///< where it lies in memory, else nullptr
+  const InputFile* file = nullptr;  ///< in which it starts at `offset`
   uint64_t offset = 0;
 
   /// Rows [begin, begin + n): where they lie in memory, or read from the file into `room`, which has place

@@ -84,12 +84,13 @@ class TensorInfo:
         """numpy order: the contiguous dimension last."""
     @property
     def offset(self) -> int:
-        """From the start of the file."""
+        """From the start of the file, or of the part that it lies in."""
     @property
     def n_bytes(self) -> int: ...
 
 class GgufFile:
-    """A checked GGUF file, kept open; what is read after it was cut short raises Error."""
+    """A checked GGUF file, or all of those that one was split in (NAME-00001-of-00003.gguf ...), of which any
+    may be named. Kept open; what is read after it was cut short raises Error."""
 
     def __init__(self, path: _Path) -> None: ...
     @property
@@ -97,17 +98,42 @@ class GgufFile:
     @property
     def alignment(self) -> int: ...
     @property
+    def n_bytes(self) -> int:
+        """Of the file, or of all its parts."""
+    @property
     def metadata(self) -> dict[str, Any]:
-        """Key -> int, float, bool, str or list of these. Strings that are not UTF-8 raise FormatError.
+        """Key -> int, float, bool, str or list of these; of several parts, the first one's. Strings that are
+        not UTF-8 raise FormatError.
 
         Built anew at each access: keep it."""
+    @property
+    def entries(self) -> list[tuple[str, bytes]]:
+        """Each key and its whole entry (name, type, value) as the file has it."""
     @property
     def tensors(self) -> list[TensorInfo]: ...
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor, dequantized to float32 in its shape. KeyError: no such tensor; UnsupportedError: a type
         that `quantize` does not know."""
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes as stored (a copy)."""
+    def raw(self, name: str, begin: int = 0, n_bytes: int | None = None) -> NDArray[np.uint8]:
+        """A tensor's bytes as stored (a copy): all, or n_bytes of them from `begin` on. ValueError for more
+        than there are."""
+
+def require_language_model(file: GgufFile) -> None:
+    """UnsupportedError, saying what the file is, where it is not Qwen2-VL's language model, with or without
+    the vision tower."""
+
+def has_vision_tower(file: GgufFile) -> bool:
+    """Of whatever model."""
+
+def require_vision_tower(file: GgufFile) -> None:
+    """UnsupportedError, saying whose it is, where the file's vision tower is not Qwen2-VL's; FormatError
+    where it has none."""
+
+def vision_tower_width(file: GgufFile) -> int:
+    """The features of the language model that the file's vision tower is made for."""
+
+def has_swapped_feed_forward(file: GgufFile) -> bool:
+    """Whether fc1 is named ffn_down and fc2 ffn_up, as in llama.cpp's files of 2024."""
 
 # --- the engine ---------------------------------------------------------------------------------------
 

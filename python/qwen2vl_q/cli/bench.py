@@ -63,10 +63,15 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[tupl
     type=model_file,
     multiple=True,
     required=True,
-    metavar="M.gguf",
-    help="May be repeated, for a table that compares; demo: the packaged model.",
+    metavar="M",
+    help="A GGUF file, a name of the Hugging Face hub, or demo: the packaged model. May be repeated, for a "
+    "table that compares.",
 )
-@click.option("--mmproj", metavar="FILE", help="The vision tower, where the models' files do not hold it.")
+@click.option(
+    "--mmproj",
+    metavar="FILE",
+    help="The vision tower, where the models' files do not hold it.  [default: the one beside each]",
+)
 @click.option("--image", metavar="FILE", help="A picture.  [default: a drawn one]")
 @click.option(
     "--image-size",
@@ -128,6 +133,7 @@ def bench(models: Sequence[str], as_json: bool, as_csv: bool, profile: bool, **s
       qwen2vl-q bench -m q4.gguf -m q8.gguf --prompt-tokens 512,2048 --depth 0,4096
       qwen2vl-q bench -m m.gguf --only decode --only streams --streams 1,4,16
       qwen2vl-q bench -m q4.gguf -m q8.gguf --csv > figures.csv   # or --json
+      qwen2vl-q bench -m Qwen/Qwen2-VL-2B-Instruct -m Qwen/Qwen2-VL-2B-Instruct:q8_0
       qwen2vl-q bench -m demo --image-size 336x224
     """
     from qwen2vl_q.measure.benchmark import Settings

@@ -20,6 +20,7 @@ import click
 
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.bench_tables import FileSummary, Result
+from qwen2vl_q.cli.model_file import tower_of
 
 if TYPE_CHECKING:
     from qwen2vl_q.measure.benchmark import Measured, Settings
@@ -44,7 +45,13 @@ class Runner:
 
     def run(self, model: str, tell: Tell) -> Result:
         """Raises what loading and running the model raise; Qwen2VLError where its process dies."""
-        settings = replace(self._settings, model=model)
+        from qwen2vl_q.engine.tower_file import TowerFile
+
+        # Found here, so that its size counts.
+        mmproj = self._settings.mmproj or tower_of(model) or TowerFile.find(model).path
+        if mmproj is not None and self._settings.mmproj is None:
+            tell(f"with the vision tower {printable(mmproj, 1000)}")
+        settings = replace(self._settings, model=model, mmproj=mmproj)
         file = _summary(settings)
         before = self._latest or self._limits(tell)
         measured = _in_own_process(settings, tell)
@@ -64,10 +71,9 @@ def _summary(settings: Settings) -> FileSummary:
     from qwen2vl_q._native import GgufFile
     from qwen2vl_q.cli.tables import bits_per_weight, main_type
 
-    names = [name for name in (settings.model, settings.mmproj) if name is not None]
-    n_bytes = sum(Path(name).stat().st_size for name in names)
-    tensors = [tensor for name in names for tensor in GgufFile(name).tensors]
-    return FileSummary(main_type(tensors), n_bytes, bits_per_weight(tensors))
+    files = [GgufFile(name) for name in (settings.model, settings.mmproj) if name is not None]
+    tensors = [tensor for file in files for tensor in file.tensors]
+    return FileSummary(main_type(tensors), sum(file.n_bytes for file in files), bits_per_weight(tensors))
 
 
 def _in_own_process(settings: Settings, tell: Tell) -> Measured:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2vl_q.cli.device import device_option, print_note
-from qwen2vl_q.cli.model_file import model_file
+from qwen2vl_q.cli.model_file import model_file, tower_file, tower_of
 from qwen2vl_q.cli.options import COUNT
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.pictures import picture_file, picture_from_stdin
@@ -30,15 +30,17 @@ _DEMO_NOTE = (
     "-m",
     "--model",
     type=model_file,
-    metavar="M.gguf",
-    help="The model; demo: the packaged one, which knows drawn cards alone.  [default: demo]",
+    metavar="M",
+    help="The model: a GGUF file, a name of the Hugging Face hub (qwen2vl-q pull --help), or demo: the "
+    "packaged one, which knows drawn cards alone.  [default: demo]",
 )
 @click.option(
     "--mmproj",
-    type=model_file,
+    type=tower_file,
     metavar="FILE",
-    help="The vision tower, where the model's file does not hold it.",
+    help="The vision tower, where the model's file does not hold it.  [default: mmproj*.gguf beside it ...]",
 )
+@click.option("--no-mmproj", is_flag=True, help="Do not look for one: text alone.")
 @click.option(
     "--image",
     "images",
@@ -74,6 +76,8 @@ def chat(**options: Any) -> None:
     Examples:
       qwen2vl-q chat --image card-0.png -p "What is in the picture?"      # the packaged model
       qwen2vl-q chat -m m.gguf --image photo.jpg -p "What is in this picture?"
+      qwen2vl-q chat -m Qwen2-VL-2B-Instruct-Q4_K_M.gguf --mmproj mmproj-Qwen2-VL-2B-Instruct-f16.gguf
+      qwen2vl-q chat -m Qwen/Qwen2-VL-2B-Instruct --image photo.jpg       # fetched from the hub, once
       qwen2vl-q chat -m m.gguf --image page1.png --image page2.png --stats
       cat question.txt | qwen2vl-q chat -m m.gguf -p -
       curl https://example.org/photo.jpg | qwen2vl-q chat -m m.gguf --image - -p "What is this?"
@@ -84,6 +88,8 @@ def chat(**options: Any) -> None:
         question = sys.stdin.read().rstrip("\n")
     if question is not None and not question.strip():
         raise click.UsageError("the prompt is empty")
+    if options["mmproj"] and options["no_mmproj"]:
+        raise click.UsageError("--mmproj and --no-mmproj exclude each other")
     if options["mmproj"] and not options["model"]:
         raise click.UsageError("--mmproj is half of a model: name the other with -m")
     conversation = _start(options)
@@ -125,10 +131,12 @@ def _start(options: dict[str, Any]) -> Conversation:
             options["threads"],
             options["ctx"],
             options["precision"],
-            mmproj=options["mmproj"],
+            mmproj=False if options["no_mmproj"] else options["mmproj"] or tower_of(file),
             device=options["device"],
             progress=bars,
         )
+    if model.mmproj and not options["mmproj"]:
+        say(f"vision tower: {model.mmproj}")
     print_note(model.note)
     if options["verbose"]:
         say(f"{file}: {model!r}, weights {model.weight_bytes / 1e9:.2f} GB")

@@ -1,136 +1,162 @@
-"""qwen2vl-q convert: a Hugging Face checkpoint becomes one GGUF file."""
+"""qwen2vl-q convert: a Hugging Face checkpoint, or other GGUF files, become one GGUF file."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
+import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.cli.model_file import tower_file
+from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
-from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, Report, convert_checkpoint
-from qwen2vl_q.convert.files import download, is_hub_id
+from qwen2vl_q.cli.writing import gguf_path, notes_console, require_new, writing
+from qwen2vl_q.convert import (
+    FILE_TYPES,
+    Adapter,
+    FileType,
+    GgufReport,
+    Recipe,
+    Report,
+    convert_checkpoint,
+    convert_gguf,
+    default_recipe,
+)
+from qwen2vl_q.engine.tower_file import TowerFile
+from qwen2vl_q.hub.models import Models
+from qwen2vl_q.hub.names import HubName
 
 
-def _gguf_path(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
-    if value.suffix != ".gguf":  # also keeps --force from overwriting a checkpoint's own files
-        raise click.BadParameter(f"'{printable(str(value))}' does not end in .gguf")
-    folder = value.absolute().parent
-    if not folder.is_dir():
-        raise click.BadParameter(f"there is no folder '{printable(str(folder))}'")
-    return value
+def _adapters(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[Path, float]]:
+    """Folders with their scales."""
+    found = []
+    for value in values:
+        folder, colon, scale = value.rpartition(":")
+        if not colon or Path(value).is_dir():
+            folder, scale = value, "1"
+        if not Path(folder).is_dir():
+            raise click.BadParameter(f"'{printable(folder)}' is not a folder")
+        try:
+            number = float(scale)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise click.BadParameter(f"'{printable(value)}': expected a number after the colon")
+        found.append((Path(folder), number))
+    return found
 
 
-@click.command(short_help="Convert a Hugging Face checkpoint to one GGUF file.")
+@click.command(short_help="Convert a checkpoint, or GGUF files of other types, to one file.")
 @click.argument("source", metavar="SRC")
 @click.argument(
-    "out", metavar="OUT.gguf", type=click.Path(dir_okay=False, path_type=Path), callback=_gguf_path
+    "out", metavar="OUT.gguf", type=click.Path(dir_okay=False, path_type=Path), callback=gguf_path
 )
 @click.option(
     "--type",
     "type_",
     type=click.Choice(FILE_TYPES, case_sensitive=False),
-    default="q4_0",
-    show_default=True,
-    help="Of the weights.",
+    help="Of the weights.  [default: q4_0; of quantized checkpoints the one that keeps their integers]",
 )
 @click.option(
     "--vision-type",
     type=click.Choice(FILE_TYPES, case_sensitive=False),
     help="Of the vision tower's weights.  [default: q8_0 in q4_0 files, else as --type]",
 )
+@click.option(
+    "--lora",
+    "adapters",
+    metavar="DIR[:SCALE]",
+    multiple=True,
+    callback=_adapters,
+    help="A PEFT adapter to merge, with its own scale times SCALE; may be repeated.",
+)
+@click.option(
+    "--mmproj",
+    type=tower_file,
+    metavar="FILE",
+    help="The vision tower of SRC.gguf, where it has none.  [default: the one beside it]",
+)
 @click.option("--name", help="The model's name in the file.  [default: from SRC]")
 @click.option("--force", is_flag=True, help="Overwrite OUT.gguf where it exists.")
 def convert(
-    source: str, out: Path, type_: FileType, vision_type: FileType | None, name: str | None, force: bool
+    source: str,
+    out: Path,
+    type_: FileType | None,
+    vision_type: FileType | None,
+    adapters: list[tuple[Path, float]],
+    mmproj: str | None,
+    name: str | None,
+    force: bool,
 ) -> None:
-    """Convert a Qwen2-VL checkpoint to one GGUF file.
+    """Convert a Qwen2-VL checkpoint, or GGUF files of other types, to one GGUF file.
 
     SRC is a folder as the Hugging Face hub has it (config.json, safetensors, tokenizer), or the name of a
-    model there, which is then downloaded into the hub's cache. The file holds the language model, the vision
-    tower, the tokenizer, the chat template, and the limits and defaults of both.
+    model there, owner/name[@REVISION], which is then downloaded into the hub's cache; or a GGUF file, with
+    its vision tower inside or beside it (--mmproj), whose vocabulary, template and other keys stay. OUT.gguf
+    holds the language model, the vision tower, the tokenizer, the chat template, and the limits and defaults
+    of both.
 
     Norms and biases stay F32. In q4_0 files the embeddings and the head are Q6_K, the vision tower Q8_0. A
     matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says which.
+
+    Of GPTQ and AWQ checkpoints the integers are kept as they are, in Q4_0, Q5_0 or Q8_0, unless --type asks
+    for another type; where they cannot be (act-order, bitsandbytes in 4 bits), matrices become Q8_0. Notes at
+    the end say what was done and what it cost.
 
     \b
     Examples:
       qwen2vl-q convert Qwen/Qwen2-VL-2B-Instruct qwen2-vl-2b.gguf
       qwen2vl-q convert ./my-finetune my-finetune-q8_0.gguf --type q8_0
       qwen2vl-q convert ./my-finetune m.gguf --type q4_0 --vision-type f16 --force
+      qwen2vl-q convert ./base m.gguf --lora ./adapter --lora ./another:0.5
+      qwen2vl-q convert Qwen2-VL-2B-Instruct-f16.gguf q8.gguf --mmproj mmproj-f16.gguf --type q8_0
     """
-    if out.exists() and not force:  # before a download, not after
-        raise click.UsageError(f"{printable(str(out))} exists: pass --force to overwrite it")
-    notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    if is_hub_id(source):
-        notes.print(f"No folder '{source}' here: fetching it from the Hugging Face hub")
-        folder, name = download(source), name or source.rsplit("/", 1)[1].replace("-", " ")
+    if not force:
+        require_new(out)  # before a download, not after
+    notes = notes_console()
+    if Path(source).suffix.lower() == ".gguf":
+        if adapters:
+            raise click.UsageError("--lora: adapters are merged into checkpoints, not into GGUF files")
+        _convert_gguf(source, mmproj, out, Recipe(type_ or "q4_0", vision_type), name, force)
+        return
+    if mmproj is not None:
+        raise click.UsageError("--mmproj belongs to a GGUF file; a checkpoint has its vision tower")
+    if not Path(source).exists() and HubName.reads_as(source):
+        asked = HubName.parse(source)
+        if asked.type:
+            raise click.UsageError(f"SRC: the type of OUT.gguf is --type's, found {printable(source)}")
+        folder, name = Models(tell=say).checkpoint(asked), name or asked.title
     elif not Path(source).is_dir():
         raise click.UsageError(f"SRC: '{printable(source)}' is not a folder")
     else:
         folder = Path(source)
-    with _ended_by_signal(out), _progress(notes) as progress:
-        task = progress.add_task(printable(out.name), total=None)
-        report = convert_checkpoint(
-            folder,
-            out,
-            Recipe(type_, vision_type),
-            name,
-            force,
-            lambda done, total: progress.update(task, completed=done, total=total),
+    recipe = Recipe(type_, vision_type) if type_ else default_recipe(folder, vision_type)
+    with writing(notes, out) as progress:
+        merged = [Adapter(path, scale) for path, scale in adapters]
+        report = convert_checkpoint(folder, out, recipe, name, force, progress, merged)
+    _print_report(stdout_console(), report)
+
+
+def _convert_gguf(
+    source: str, mmproj: str | None, out: Path, recipe: Recipe, name: str | None, force: bool
+) -> None:
+    tower = mmproj or TowerFile.find(source).path
+    notes = notes_console()
+    if tower is not None and mmproj is None:
+        notes.print(f"vision tower: {printable(tower, 1000)}")
+    with writing(notes, out) as progress:
+        report = convert_gguf(
+            Path(source), None if tower is None else Path(tower), out, recipe, name, force, progress
         )
     _print_report(stdout_console(), report)
 
 
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-@contextlib.contextmanager
-def _ended_by_signal(out: Path) -> Iterator[None]:
-    """Makes a termination signal an exception, so that the unfinished file is removed on the way out; says so
-    after Ctrl-C."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [
-        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-    ]  # not on Windows
-    # What is ignored stays so: nohup ignores SIGHUP.
-    previous = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"interrupted: {printable(str(out))} is not written", err=True)
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _print_report(console: Console, report: Report) -> None:
+def _print_report(console: Console, report: Report | GgufReport) -> None:
     path = printable(str(report.path))
     console.print(f"{path}: {report.n_bytes:,} bytes", highlight=False, markup=False)
     groups: dict[tuple[str, ...], Totals] = {}

@@ -30,10 +30,11 @@ class ModelParts:
 
         Raises FormatError or UnsupportedError, naming the file and the key.
         """
-        metadata = _native.GgufFile(path).metadata
+        file = _native.GgufFile(path)
+        _native.require_language_model(file)
+        metadata = file.metadata
         vision_metadata = metadata if vision_path == path else _native.GgufFile(vision_path).metadata
         path, vision_path = printable(path, _PATH_CHARS), printable(vision_path, _PATH_CHARS)
-        _require_architecture(metadata, path)
         tokenizer = Tokenizer.from_metadata(metadata, path)
         template = metadata.get("tokenizer.chat_template", DEFAULT_TEMPLATE)
         if not isinstance(template, str):
@@ -66,20 +67,9 @@ def fitted(processor: ImageProcessor, vision: Mapping[str, Any] | None, path: st
     )
 
 
-def check_model_file(path: str) -> None:
-    """Raises what `Qwen2VL.from_gguf(path)` would for the file's content; of the weights it reads next to
-    nothing."""
-    parts = ModelParts.read(path, path)
-    fitted(parts.processor, _native.read_config(path)["vision_config"], path)
-
-
-def _require_architecture(metadata: Mapping[str, Any], path: str) -> None:
-    found = metadata.get("general.architecture")
-    if found == "clip":
-        raise UnsupportedError(
-            f"{path}: this is a vision tower alone (mmproj); give it beside its language model"
-        )
-    if found != "qwen2vl":
-        raise UnsupportedError(
-            f"{path}: general.architecture: expected 'qwen2vl', found '{printable(found)}'"
-        )
+def check_model_file(path: str, mmproj: str | None = None) -> None:
+    """Raises what `Qwen2VL.from_gguf(path, mmproj=mmproj)` would for the files' content; of the weights it
+    reads next to nothing."""
+    vision_path = mmproj or path
+    parts = ModelParts.read(path, vision_path)
+    fitted(parts.processor, _native.read_config(path, mmproj)["vision_config"], vision_path)

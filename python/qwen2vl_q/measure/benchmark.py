@@ -304,7 +304,10 @@ class Benchmark:
 
         def prepare() -> Iterator[tuple[int, ...]]:
             limit = _STREAM_WARM_UP + steps
-            requests = [model._token_request(ids, (), limit, GREEDY, (), True, None, None) for ids in prompts]
+            requests = [
+                model._token_request(ids, (), {"max_new_tokens": limit, "ignore_eos": True})
+                for ids in prompts
+            ]
             for request in requests:  # before the first step, so that all end with the last
                 model._generation.scheduler.submit(request)
             tokens = zip(*map(model._generation.tokens, requests), strict=True)
