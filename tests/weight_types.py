@@ -33,6 +33,7 @@ class RandomBlocks:
 
 
 RANDOM_BLOCKS = {
+    "Q2_K": RandomBlocks(80, (12, 8), (0, 16), 0x88),
     "Q3_K": RandomBlocks(108, (2.3 * 24,), (104, 108), 0xFF),
     "Q4_K": RandomBlocks(0, (8 * 48, 48), (4, 12), 0xA0),
     "Q5_K": RandomBlocks(0, (16 * 48, 48), (4, 12), 0xA0),

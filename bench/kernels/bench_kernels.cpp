@@ -59,13 +59,14 @@ class Bench {
                           LinearShape{DType::Q6_K, 8960, 1536}, LinearShape{DType::Q4_1, 8960, 1536},
                           LinearShape{DType::Q5_0, 8960, 1536}, LinearShape{DType::Q5_1, 8960, 1536},
                           LinearShape{DType::Q4_K, 8960, 1536}, LinearShape{DType::Q5_K, 8960, 1536},
-                          LinearShape{DType::Q3_K, 8960, 1536}, LinearShape{DType::IQ4_NL, 8960, 1536},
-                          LinearShape{DType::IQ4_XS, 8960, 1536}}) {
+                          LinearShape{DType::Q2_K, 8960, 1536}, LinearShape{DType::Q3_K, 8960, 1536},
+                          LinearShape{DType::IQ4_NL, 8960, 1536}, LinearShape{DType::IQ4_XS, 8960, 1536}}) {
       matmul_many_rows(s);
       matmul_groups(s);
     }
-    for (const DType type : {DType::Q4_0, DType::Q8_0, DType::Q6_K, DType::Q4_1, DType::Q5_0, DType::Q5_1,
-                             DType::Q4_K, DType::Q5_K, DType::Q3_K, DType::IQ4_NL, DType::IQ4_XS})
+    for (const DType type :
+         {DType::Q4_0, DType::Q8_0, DType::Q6_K, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q4_K,
+          DType::Q5_K, DType::Q2_K, DType::Q3_K, DType::IQ4_NL, DType::IQ4_XS})
       for (const int64_t rows : {1, 2, 4, 8}) matmul_few_rows(type, rows);
     for (const DType type : {DType::Q4_0, DType::Q6_K})
       for (const int64_t rows : {8, 16, 32, 64})
@@ -383,7 +384,7 @@ class Bench {
 
   void packing() {
     for (const DType type : {DType::F16, DType::Q8_0, DType::Q4_0, DType::Q6_K, DType::Q5_0, DType::Q4_K,
-                             DType::Q5_K, DType::Q3_K, DType::IQ4_NL, DType::IQ4_XS}) {
+                             DType::Q5_K, DType::Q2_K, DType::Q3_K, DType::IQ4_NL, DType::IQ4_XS}) {
       const std::string name = "pack_panel " + std::string(dtype_traits(type).name);
       if (!wanted(name)) continue;
       const int64_t cols = 8960 / 256 * 256, n = 1536, bytes = n * row_bytes(type, cols);

@@ -16,6 +16,7 @@ enum class DType : uint32_t {
   Q5_0 = 6,
   Q5_1 = 7,
   Q8_0 = 8,
+  Q2_K = 10,
   Q3_K = 11,
   Q4_K = 12,
   Q5_K = 13,
@@ -30,9 +31,10 @@ struct QuantFormat {
   int low_bits = 0;   ///< 2 or 4: unsigned; 8: signed; 0: the type is not quantized
   int high_bits = 0;  ///< stored apart from the low ones
   int offset = 0;
-  int part = 32;             ///< values that share a scale (and a minimum): 32 or 16
-  int scale_bits = 16;       ///< of a part's scale. 16: an f16; 8: an integer, multiplied by the block's f16
-  bool has_minimum = false;  ///< stored as scales are; the offset is 0
+  int part = 32;        ///< values that share a scale (and a minimum): 32 or 16
+  int scale_bits = 16;  ///< of a part's scale. 16: an f16; 8: an integer, multiplied by the block's f16; 4:
+                        ///< the same, unsigned, the minimum's above it in its byte
+  bool has_minimum = false;       ///< stored as scales are; the offset is 0
   const int8_t* table = nullptr;  ///< of 4 bits: the 16 values that q stands for
 
   constexpr int bits() const { return low_bits + high_bits; }
@@ -114,6 +116,14 @@ template <>
 struct Block<DType::Q8_0> {
   uint16_t d;
   int8_t qs[kBlock32];
+};
+
+/// x[i] = d * (scales[i / 16] & 15) * q[i] - m * (scales[i / 16] >> 4), q in 0..3 as Q3_K's low bits.
+template <>
+struct Block<DType::Q2_K> {
+  uint8_t scales[kBlock256 / 16];
+  uint8_t qs[kBlock256 / 4];
+  uint16_t d, m;
 };
 
 /// x[i] = d * (scale[i / 16] - 32) * (q[i] - 4), q in 0..7. Bits 2 j and 2 j + 1 of qs[32 * half + l] are the

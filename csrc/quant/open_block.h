@@ -8,13 +8,13 @@ namespace qwen2vl {
 
 /// A block taken apart: value i is scale * value(q[i]) - minimum with the QuantFormat's `value` and, for its
 /// part p = i / part,
-///   scale = d * scales[p],  minimum = m * minima[p]      where scales have 8 bits,
+///   scale = d * scales[p],  minimum = m * minima[p]      where scales have 8 or 4 bits,
 ///   scale = d,              minimum = m                  where they have 16.
 struct OpenBlock {
   uint8_t q[kBlock256];  ///< of 8 bits: two's complement
   uint16_t d, m;         ///< f16
   int8_t scales[kBlock256 / 16];
-  int8_t minima[kBlock256 / 32];
+  int8_t minima[kBlock256 / 16];
 };
 
 // Eight bytes at a time: of single ones, which may alias anything, compilers make no vectors.
@@ -96,6 +96,16 @@ inline void open_block(const Block<DType::Q5_1>& block, OpenBlock& out) {
 inline void open_block(const Block<DType::Q8_0>& block, OpenBlock& out) {
   std::memcpy(out.q, block.qs, sizeof block.qs);
   out.d = block.d;
+}
+
+inline void open_block(const Block<DType::Q2_K>& block, OpenBlock& out) {
+  for (int p = 0; p < 16; ++p) {
+    out.scales[p] = block.scales[p] & 15;
+    out.minima[p] = static_cast<int8_t>(block.scales[p] >> 4);
+  }
+  open_twos(block.qs, out.q);
+  out.d = block.d;
+  out.m = block.m;
 }
 
 inline void open_block(const Block<DType::Q3_K>& block, OpenBlock& out) {

@@ -209,7 +209,7 @@ void check_matmul_q8(DType type, int64_t rows, int64_t n, int64_t cols, int plan
       [&](int64_t j, int64_t k) { return weights[j * cols + k]; });
   // Weights with a minimum are two terms, together below the weight and twice the minimum, which no weight of
   // another block is much smaller than.
-  const double roundings = cols / 16.0 + 4;
+  const double roundings = cols / 16.0 * (dtype_traits(type).format.has_minimum ? 2 : 1) + 4;
   const double largest = dtype_traits(type).format.has_minimum
                              ? std::fabs(*std::max_element(weights.begin(), weights.end(), smaller_magnitude))
                              : 0;

@@ -17,7 +17,7 @@ struct UnpackedGroup {
   UnpackedGroup(const VectorDecoder<T>& decoder, int64_t b, int g, int v)
       : bytes(decoder.quants(b, g, v)), scale(decoder.scale(b, 4 * g / kFormat.part, v)) {
     if constexpr (kFormat.is_signed()) bytes = bit_xor(bytes, set1_bytes(0x80));
-    if constexpr (kFormat.has_minimum) minimum = decoder.minimum(b, v);
+    if constexpr (kFormat.has_minimum) minimum = decoder.minimum(b, 4 * g / kFormat.part, v);
   }
 
   /// Of the i-th column.

@@ -28,7 +28,7 @@ template <DType T>
 struct VectorDecoder {
   static constexpr QuantFormat kFormat = traits_of(T).format;
   static constexpr int kParts = static_cast<int>(kBlock32) / kFormat.part;  // of a block
-  static_assert(!kFormat.has_minimum || (kParts == 1 && kFormat.offset == 0));
+  static_assert(!kFormat.has_minimum || kFormat.offset == 0);
 
   const uint8_t *low, *high, *scales, *block_scales, *minima, *block_minima;
   int64_t panel_bytes;
@@ -75,17 +75,21 @@ struct VectorDecoder {
   }
 
   /// Of the block's s-th part.
-  Vec scale(int64_t b, int s, int v) const { return part_value(scales, block_scales, b, s, v); }
-  Vec minimum(int64_t b, int v) const { return part_value(minima, block_minima, b, 0, v); }
+  Vec scale(int64_t b, int s, int v) const { return part_value<0>(scales, block_scales, b, s, v); }
+  Vec minimum(int64_t b, int s, int v) const { return part_value<4>(minima, block_minima, b, s, v); }
 
  private:
+  /// kShift: where 4 bits begin.
+  template <int kShift>
   Vec part_value(const uint8_t* values, const uint8_t* block_values, int64_t b, int s, int v) const {
     const int64_t at = (b * kParts + s) * kPanelRows;
     if constexpr (kFormat.scale_bits == 16) {
       return load_f16(as_16_bits(values + offset(v, 2)) + at);
     } else {
       const Vec block = load_f16(as_16_bits(block_values + offset(v, 2)) + b / 8 * kPanelRows);
-      return mul(block, to_float(load_int8(values + offset(v, 1) + at)));
+      IntVec n = load_int8(values + offset(v, 1) + at);
+      if constexpr (kFormat.scale_bits == 4) n = bit_and(shift_right(n, kShift), set1_int(15));
+      return mul(block, to_float(n));
     }
   }
 };
