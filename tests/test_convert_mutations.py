@@ -16,6 +16,7 @@ import pytest
 from adapters import factors, write_adapter
 from checkpoints import CheckpointSpec, write_checkpoint
 from packers import PackSpec, write_bitsandbytes_checkpoint, write_packed_checkpoint
+from qwen2vl_q import Qwen2VL
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.convert import Adapter, Recipe, convert_checkpoint, default_recipe
 
@@ -82,7 +83,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_packed_checkpoint(folder / "gptq", SPEC, PackSpec())
     write_packed_checkpoint(folder / "awq", SPEC, PackSpec("awq", symmetric=False))
     write_bitsandbytes_checkpoint(folder / "bitsandbytes", SPEC, nested=True)
-    write_checkpoint(folder / "plain", SPEC)
+    convert_checkpoint(write_checkpoint(folder / "plain", SPEC), folder / "plain.gguf", Recipe("q4_0"))
     tensors = factors(np.random.default_rng(0), Q, (64, 64), 4)
     write_adapter(folder / "adapter", tensors, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 2})
     return {path.name: path for path in folder.iterdir()}
@@ -126,7 +127,7 @@ def test_packed_checkpoints(sources: dict[str, Path], tmp_path: Path, kind: str)
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_adapters(sources: dict[str, Path], tmp_path: Path) -> None:
-    converted = 0
+    converted = beside = 0
     for seed in range(COUNT):
         rng = np.random.default_rng(seed)
         folder = copy(sources["adapter"], tmp_path / "a")
@@ -142,4 +143,10 @@ def test_adapters(sources: dict[str, Path], tmp_path: Path) -> None:
             )
 
         converted += attempt(work, f"seed {seed}")
+
+        def load() -> None:
+            Qwen2VL.from_gguf(sources["plain.gguf"], lora=folder)  # noqa: B023
+
+        beside += attempt(load, f"seed {seed}, beside")
+    assert 0 < beside < COUNT
     assert 0 < converted < COUNT

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adapters import factors, write_adapter
 from children import run_script
 from gguf_files import split_file
 from qwen2vl_q import DeviceError, Qwen2VL, Qwen2VLError, UnsupportedError, _native
@@ -142,6 +143,16 @@ def test_a_library_whose_name_is_not_utf8(library: str, tiny_gguf: Path, tmp_pat
     Path(bad).write_text("not a library")
     with pytest.raises(DeviceError, match=r"/\\xfe\.so: cannot be loaded: "):
         _native.plugin_devices(bad)
+
+
+def test_adapters_are_computed_on_the_cpu_alone(fake: Fake, tiny_gguf: Path, tmp_path: Path) -> None:
+    tensors = factors(np.random.default_rng(0), "model.layers.0.self_attn.q_proj", (64, 64), 4)
+    adapter = write_adapter(tmp_path / "a", tensors)
+    with pytest.raises(UnsupportedError, match="device cuda: adapters are computed on the CPU alone"):
+        on_cuda(tiny_gguf, lora=adapter)
+    model = on_cuda(tiny_gguf, lora=adapter, device="auto")
+    assert model.device == "cpu"
+    assert model.note.startswith("computing on the CPU: device cuda: adapters are")
 
 
 def test_devices_are_listed(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from adapters import PREFIX, factors, write_adapter
 from checkpoints import Array, CheckpointSpec, random_tensors, write_checkpoint
+from command_line import Run
 from conversations import N_TEXT_TOKENS
 from gguf_files import rewritten, tower_of_2024
 from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
@@ -225,6 +227,29 @@ def test_the_demo_still_answers(tmp_path: Path) -> None:
 
     assert answer(lora=[(adapter, 0.01)]) == answer()
     assert answer(lora=[(adapter, 10)]) != answer()
+
+
+def test_the_commands(folder: Path, run: Run) -> None:
+    file, adapter = folder / "untied-f32.gguf", folder / "all"
+
+    def answer(*options: object) -> str:
+        code, out, _ = run("chat", "-m", file, "-p", "Hi", "--max-new-tokens", 4, *options)
+        assert code == 0
+        return out
+
+    plain, whole = answer(), answer("--lora", adapter)
+    assert plain != whole
+    assert answer("--lora", f"{adapter}:0") == plain
+    assert answer("--lora", f"{adapter}:0.25", "--lora", f"{adapter}:0.75") == whole
+    code, _, errors = run("chat", "-m", file, "-p", "Hi", "--lora", f"{adapter}:x")
+    assert code == 2
+    assert "expected a number after the colon" in errors
+    decode = ["--only", "decode", "--decode-tokens", 1, "--repeat", 1, "--profile", "--json"]
+    code, out, _ = run("bench", "-m", file, *decode, "--lora", f"{adapter}:2")
+    [found] = json.loads(out)
+    assert found["lora"] == [{"folder": str(adapter), "scale": 2}]
+    [stage] = [s for s in found["decode"][0]["stages"] if s["name"] == "text o_proj"]
+    assert stage["float_ops"] == 2 * (2 * 256 * 256 + 2 * RANK * 256)
 
 
 def put(name: str, values: NDArray[Any]) -> Callable[[Tensors], None]:

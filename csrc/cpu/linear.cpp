@@ -50,6 +50,7 @@ void linear(Context& ctx, const PackedLinear& layer, const InputRows& x, float* 
       ctx, layer.parts, x.rows, [&](const PackedLinear::Part& part, const MatmulTask& task, int thread) {
         const float* bias = center.mean.empty() ? layer.bias_of(part) : center.output.data() + part.column;
         const MatmulOutput at{out + part.column, out_stride, bias, store};
+        update.fetch(part.update, task);
         product(part.matrix, task, at, thread, part.inputs == Inputs::Fine);
         update.add(part.update, task, at);
       });
@@ -89,6 +90,7 @@ InputRows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const InputRo
   const LowRankProduct update(ctx, gate_up, x);
   for_tasks(ctx, {&gate, 1}, x.rows, [&](const PackedLinear::Part&, const MatmulTask& task, int thread) {
     const MatmulOutput gate_out{out, stride, gate_up.bias_of(gate), Store::Overwrite};
+    update.fetch(gate.update, task);
     product(gate.matrix, task, gate_out, thread);
     update.add(gate.update, task, gate_out);
 
@@ -98,6 +100,7 @@ InputRows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const InputRo
     float* up_values = ctx.scratch.threads[thread].up.resize(x.rows * width);
     const MatmulTask own{0, task.panels(), task.row_begin, task.row_end};
     const MatmulOutput up_out{up_values, width, bias == nullptr ? nullptr : bias + first, Store::Overwrite};
+    update.fetch(up.update, own, task.panel_begin);
     product(from_panel(up.matrix, task.panel_begin), own, up_out, thread);
     update.add(up.update, own, up_out, task.panel_begin);
 

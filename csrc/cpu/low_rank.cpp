@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/prefetch.h"
 #include "cpu/linear_product.h"
 
 namespace qwen2vl::cpu {
@@ -36,6 +37,12 @@ LowRankProduct::LowRankProduct(Context& ctx, const PackedLinear& layer, const In
         kernels_.add_row(row, row + slice * slice_values, down.rows);
     });
   inner_ = {sums, x.rows, down.rows};
+}
+
+void LowRankProduct::fetch(const PartUpdate& update, const MatmulTask& task, int64_t first_panel) const {
+  const PanelMatrix& up = update.up.matrix;
+  if (up.rows > 0 && task.rows() <= kMemoryBoundRows)
+    prefetch(up.panel(first_panel + task.panel_begin), static_cast<size_t>(task.panels() * up.panel_bytes));
 }
 
 void LowRankProduct::add(const PartUpdate& update, const MatmulTask& task, const MatmulOutput& out,

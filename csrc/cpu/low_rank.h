@@ -11,6 +11,9 @@ class LowRankProduct {
   /// Multiplies the rows with the factors A of all parts. Until the next layer's is made.
   LowRankProduct(Context& ctx, const PackedLinear& layer, const InputRows& x);
 
+  /// Fetches what `add` will read, while the task's own weights are multiplied: the pieces are too short for
+  /// the processor to see them coming.
+  void fetch(const PartUpdate& update, const MatmulTask& task, int64_t first_panel = 0) const;
   /// Adds a task's outputs to `out`, whose bias is not looked at; both count from the part's panel
   /// `first_panel` on.
   void add(const PartUpdate& update, const MatmulTask& task, const MatmulOutput& out,

@@ -305,6 +305,7 @@ def as_dict(result: Result, profile: bool) -> dict[str, Any]:
     m = result.measured
     return {
         "model": result.settings.model,
+        "lora": [{"folder": str(folder), "scale": scale} for folder, scale in result.settings.lora],
         "device": m.device,
         "isa": m.isa,
         "n_threads": m.n_threads,
