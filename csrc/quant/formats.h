@@ -16,12 +16,12 @@ inline constexpr DTypeTraits kDTypes[] = {
     {DType::BF16, "BF16", 1, 2},
     //                                                          bits: low high offset part scale minimum
     {DType::Q4_0, "Q4_0", kBlock32, sizeof(Block<DType::Q4_0>), {4, 0, 8, 32, 16, false}},
-    {DType::Q4_1, "Q4_1", kBlock32, sizeof(Block<DType::Q4_1>), {4, 0, 0, 32, 16, true}, false},
-    {DType::Q5_0, "Q5_0", kBlock32, sizeof(Block<DType::Q5_0>), {4, 1, 16, 32, 16, false}, false},
-    {DType::Q5_1, "Q5_1", kBlock32, sizeof(Block<DType::Q5_1>), {4, 1, 0, 32, 16, true}, false},
+    {DType::Q4_1, "Q4_1", kBlock32, sizeof(Block<DType::Q4_1>), {4, 0, 0, 32, 16, true}},
+    {DType::Q5_0, "Q5_0", kBlock32, sizeof(Block<DType::Q5_0>), {4, 1, 16, 32, 16, false}},
+    {DType::Q5_1, "Q5_1", kBlock32, sizeof(Block<DType::Q5_1>), {4, 1, 0, 32, 16, true}},
     {DType::Q8_0, "Q8_0", kBlock32, sizeof(Block<DType::Q8_0>), {8, 0, 0, 32, 16, false}},
-    {DType::Q4_K, "Q4_K", kBlock256, sizeof(Block<DType::Q4_K>), {4, 0, 0, 32, 8, true}, false},
-    {DType::Q5_K, "Q5_K", kBlock256, sizeof(Block<DType::Q5_K>), {4, 1, 0, 32, 8, true}, false},
+    {DType::Q4_K, "Q4_K", kBlock256, sizeof(Block<DType::Q4_K>), {4, 0, 0, 32, 8, true}},
+    {DType::Q5_K, "Q5_K", kBlock256, sizeof(Block<DType::Q5_K>), {4, 1, 0, 32, 8, true}},
     {DType::Q6_K, "Q6_K", kBlock256, sizeof(Block<DType::Q6_K>), {4, 2, 32, 16, 8, false}},
 };
 
