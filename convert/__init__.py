@@ -1,8 +1,9 @@
 """Hugging Face checkpoints, and other GGUF files, to GGUF."""
 
 from qwen2vl_q.convert.convert import ConvertedTensor, Report, convert_checkpoint
+from qwen2vl_q.convert.imatrix import Imatrix, read_imatrix
 from qwen2vl_q.convert.pair import merge_models, pair_paths, split_model
-from qwen2vl_q.convert.recipe import FILE_TYPES, FileType, Recipe
+from qwen2vl_q.convert.recipe import FILE_TYPES, FileType, Override, Recipe
 from qwen2vl_q.convert.requantize import GgufReport, convert_gguf
 
 __all__ = [
@@ -10,11 +11,14 @@ __all__ = [
     "ConvertedTensor",
     "FileType",
     "GgufReport",
+    "Imatrix",
+    "Override",
     "Recipe",
     "Report",
     "convert_checkpoint",
     "convert_gguf",
     "merge_models",
     "pair_paths",
+    "read_imatrix",
     "split_model",
 ]

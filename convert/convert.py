@@ -18,7 +18,7 @@ from qwen2vl_q.convert.checkpoint import Checkpoint
 from qwen2vl_q.convert.config import read_config
 from qwen2vl_q.convert.files import model_name
 from qwen2vl_q.convert.metadata import metadata
-from qwen2vl_q.convert.recipe import Recipe, type_for_row
+from qwen2vl_q.convert.recipe import Recipe, TextShape, type_for_row
 from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
@@ -55,12 +55,14 @@ def convert_checkpoint(
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    n_threads: int = 0,
 ) -> Report:
     """Converts the checkpoint in the folder `source` to the file `out`, which appears whole or not at all.
 
-    What it becomes has to pass the runtime's own checks, before the tensors are quantized. Raises FormatError
-    or UnsupportedError for a checkpoint that is damaged or not a Qwen2-VL, FileExistsError where `out` exists
-    and `overwrite` is false, OSError for the disk's errors.
+    What it becomes has to pass the runtime's own checks, before the tensors are quantized, on `n_threads` (0:
+    one for each core). Raises FormatError or UnsupportedError for a checkpoint that is damaged or not a
+    Qwen2-VL, and what `Recipe.check` raises, FileExistsError where `out` exists and `overwrite` is false,
+    OSError for the disk's errors.
     """
     notes = _leftover_notes(out)
     config = read_config(source)
@@ -69,7 +71,7 @@ def convert_checkpoint(
     ignored = ["lm_head.weight"] if config.tie_word_embeddings else []
     checkpoint.check(mapped, ignored)
     tokenizer = read_tokenizer(source, config)
-    tensors = [tensor for m in mapped for tensor in _plan(m, recipe)]
+    tensors = _plan(mapped, recipe)
     text = (name or model_name(source)).encode(errors="replace").decode()  # a path may be no Unicode
     entries = metadata(text, config, recipe, tokenizer, sum(t.output.n_elements for t in tensors))
     by_name = {tensor.output.name: tensor for tensor in tensors}
@@ -86,7 +88,7 @@ def convert_checkpoint(
         out,
         entries,
         [tensor.output for tensor in tensors],
-        lambda output: _chunks(checkpoint, by_name[output.name]),
+        lambda output: _chunks(checkpoint, by_name[output.name], recipe, n_threads),
         overwrite,
         advance,
         check=lambda part: _check(part, config.path),
@@ -96,6 +98,7 @@ def convert_checkpoint(
         for name in ignored
         if name in checkpoint.tensors
     ]
+    notes += recipe.notes([tensor.output for tensor in tensors])
     if "default" not in tokenizer.chat_templates:
         notes.append("the checkpoint has no chat template: Qwen2-VL's own is used")
     return Report(out, size, tensors, notes)
@@ -118,16 +121,21 @@ def _check(part: Path, config_path: Path) -> None:
         raise type(error)(f"{config_path}: the runtime refuses what it describes: {reason}") from None
 
 
-def _plan(mapped: MappedTensor, recipe: Recipe) -> list[ConvertedTensor]:
-    wanted = recipe.wanted(mapped.role)
-    type = type_for_row(wanted, mapped.target_shape[-1])
-    return [
-        ConvertedTensor(mapped, part, OutputTensor(target, type, mapped.target_shape), wanted)
-        for part, target in enumerate(mapped.targets)
-    ]
+def _plan(mapped: Sequence[MappedTensor], recipe: Recipe) -> list[ConvertedTensor]:
+    shape = TextShape.of({target: m.target_shape for m in mapped for target in m.targets})
+    tensors = []
+    for m in mapped:
+        for part, target in enumerate(m.targets):
+            wanted = recipe.wanted(m.role, target, shape)
+            type = type_for_row(wanted, m.target_shape[-1])
+            tensors.append(ConvertedTensor(m, part, OutputTensor(target, type, m.target_shape), wanted))
+    recipe.check([tensor.output for tensor in tensors])
+    return tensors
 
 
-def _chunks(checkpoint: Checkpoint, tensor: ConvertedTensor) -> Iterator[NDArray[np.uint8]]:
+def _chunks(
+    checkpoint: Checkpoint, tensor: ConvertedTensor, recipe: Recipe, n_threads: int
+) -> Iterator[NDArray[np.uint8]]:
     """The tensor's bytes, a slice of rows at a time."""
     mapped, shape = tensor.mapped, tensor.output.shape
     stored = checkpoint.tensors[mapped.source]
@@ -142,6 +150,8 @@ def _chunks(checkpoint: Checkpoint, tensor: ConvertedTensor) -> Iterator[NDArray
         yield quantize(
             np.ascontiguousarray(values.reshape(-1, shape[-1] if len(shape) > 1 else values.size)),
             tensor.output.type,
+            n_threads,
+            recipe.weights(tensor.output),
         )
 
 

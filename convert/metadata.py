@@ -10,7 +10,7 @@ from gguf.utility import size_label
 
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.convert.config import CheckpointConfig, VisionConfig
-from qwen2vl_q.convert.entries import Entry
+from qwen2vl_q.convert.entries import ARCHITECTURE, Entry
 from qwen2vl_q.convert.files import as_float32, quoted, read_json, read_json_if_present
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS, Recipe
 from qwen2vl_q.convert.tokenizer_files import Tokenizer
@@ -20,7 +20,6 @@ from qwen2vl_q.vision.image_processor import ImageProcessor
 _LAYER_NORM_EPS = 1e-6  # fixed in transformers' vision tower and merger; config.json does not name it
 _NOMINAL_IMAGE_SIZE = 560  # llama.cpp's loader wants the key; no size is special to this model
 _QUANTIZATION_VERSION = 2  # of ggml's block formats
-ARCHITECTURE = "qwen2vl"
 
 
 def metadata(

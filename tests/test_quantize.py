@@ -174,7 +174,10 @@ def q6_k_twin(values: Floats) -> Bytes:
         return xq, qq
 
     def half(d: Floats) -> NDArray[np.float16]:
-        return np.copysign(np.clip(np.abs(d), f32(2**-24), f32(65504)), d).astype(np.float16)
+        found: NDArray[np.float16] = np.copysign(np.clip(np.abs(d), f32(2**-24), f32(65504)), d).astype(
+            np.float16
+        )
+        return found
 
     extreme = np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], -1)[..., 0]
     some = np.abs(extreme) > 2.0**-25

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from qwen2vl_q.base.printable import printable
+from qwen2vl_q.cli.converting import convert_model
 from qwen2vl_q.cli.model_file import model_file
-from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
-from qwen2vl_q.cli.writing import gguf_path, notes_console, require_new, writing
-from qwen2vl_q.convert import (
-    FILE_TYPES,
-    FileType,
-    GgufReport,
-    Recipe,
-    Report,
-    convert_checkpoint,
-    convert_gguf,
-)
+from qwen2vl_q.cli.writing import gguf_path, notes_console, require_new
+from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe
 from qwen2vl_q.convert.files import download, is_hub_id
-from qwen2vl_q.engine.tower_file import TowerFile
 
 
 @click.command(short_help="Convert a checkpoint, or GGUF files of other types, to one file.")
@@ -79,53 +67,9 @@ def convert(
     """
     if not force:
         require_new(out)  # before a download, not after
-    notes = notes_console()
     recipe = Recipe(type_, vision_type)
-    if Path(source).suffix.lower() == ".gguf":
-        _convert_gguf(source, mmproj, out, recipe, name, force)
-        return
-    if mmproj is not None:
-        raise click.UsageError("--mmproj belongs to a GGUF file; a checkpoint has its vision tower")
-    if is_hub_id(source):
-        notes.print(f"No folder '{source}' here: fetching it from the Hugging Face hub")
-        folder, name = download(source), name or source.rsplit("/", 1)[1].replace("-", " ")
-    elif not Path(source).is_dir():
-        raise click.UsageError(f"SRC: '{printable(source)}' is not a folder")
-    else:
-        folder = Path(source)
-    with writing(notes, out) as progress:
-        report = convert_checkpoint(folder, out, recipe, name, force, progress)
-    _print_report(stdout_console(), report)
-
-
-def _convert_gguf(
-    source: str, mmproj: str | None, out: Path, recipe: Recipe, name: str | None, force: bool
-) -> None:
-    tower = mmproj or TowerFile.find(source).path
-    notes = notes_console()
-    if tower is not None and mmproj is None:
-        notes.print(f"vision tower: {printable(tower, 1000)}")
-    with writing(notes, out) as progress:
-        report = convert_gguf(
-            Path(source), None if tower is None else Path(tower), out, recipe, name, force, progress
-        )
-    _print_report(stdout_console(), report)
-
-
-def _print_report(console: Console, report: Report | GgufReport) -> None:
-    path = printable(str(report.path))
-    console.print(f"{path}: {report.n_bytes:,} bytes", highlight=False, markup=False)
-    groups: dict[tuple[str, ...], Totals] = {}
-    for tensor in report.tensors:
-        group = groups.setdefault((tensor.mapped.role.value, tensor.output.type), Totals())
-        group.add(tensor.output.n_elements, tensor.output.n_bytes)
-    console.print(size_table(("tensors", "type"), groups))
-    fallbacks = Counter(
-        (t.mapped.role.value, t.mapped.target_shape[-1], t.wanted, t.output.type)
-        for t in report.tensors
-        if t.wanted != t.output.type
-    )
-    for (role, row, wanted, type), count in fallbacks.items():
-        console.print(f"{type} instead of {wanted}: {count} of {role}, rows of {row}", highlight=False)
-    for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+    if is_hub_id(source) and mmproj is None:
+        notes_console().print(f"No folder '{source}' here: fetching it from the Hugging Face hub")
+        name = name or source.rsplit("/", 1)[1].replace("-", " ")
+        source = str(download(source))
+    convert_model(source, mmproj, out, recipe, name, force)
