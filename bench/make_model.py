@@ -167,7 +167,7 @@ class RandomModel:
                     tensors[name] = mapped, OutputTensor(name, type, shape)
             n_parameters = sum(output.n_elements for _, output in tensors.values())
             name = f"Qwen2-VL {size} shape, random weights"
-            return cls(metadata(name, config, recipe, tokenizer, n_parameters), tensors)
+            return cls(metadata(name, config, recipe.type, tokenizer, n_parameters), tensors)
 
     def write(self, out: Path, architecture: str = ARCHITECTURE) -> int:
         """Returns the file's size in bytes."""

@@ -22,6 +22,7 @@ _QUESTION = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{marker}"
     "What is on the left?<|im_end|>\n<|im_start|>assistant\n"
 )
+_WARM_UP = 8  # tokens of a stream
 _silent = llama.llama_log_callback(lambda *_: None)
 
 
@@ -48,15 +49,18 @@ class LlamaCpp:
             llama.llama_model_load_from_file(job["model"].encode(), llama.llama_model_default_params()),
         )
         params = llama.llama_context_default_params()
-        params.n_ctx = job["n_ctx"]
+        params.n_ctx = job["n_ctx"] * job["streams"]
+        params.n_seq_max = job["streams"]  # each with cells of its own
+        params.kv_unified = False
         params.n_threads = params.n_threads_batch = job["threads"]
         self._context = _found("making a context", llama.llama_init_from_model(self._model, params))
         self._n_batch: int = params.n_batch
         self._n_vocab: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
         self._threads: int = job["threads"]
 
-    def best_token(self) -> int:
-        logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, -1), (self._n_vocab,))
+    def best_token(self, row: int = -1) -> int:
+        """After a row of the last batch."""
+        logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, row), (self._n_vocab,))
         if not np.isfinite(logits).all():
             raise RuntimeError("llama.cpp: the logits are not finite")
         return int(logits.argmax())
@@ -69,6 +73,31 @@ class LlamaCpp:
             batch = llama.llama_batch_get_one(held, len(part))
             _done("decoding", llama.llama_decode(self._context, batch))
         return self.best_token()
+
+    def evaluate_rows(self, rows: Sequence[tuple[int, int, int]], wanted: Sequence[int]) -> list[int]:
+        """Rows (token, position, sequence) in one batch; the most likely token after each of those wanted."""
+        batch = llama.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, i in wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        _done("decoding", llama.llama_decode(self._context, batch))
+        llama.llama_batch_free(batch)
+        return [self.best_token(row) for row in wanted]
+
+    def decode_streams(self, prompts: Sequence[Sequence[int]], warm_up: int, steps: int) -> float:
+        """Seconds of `steps` tokens of every prompt, a sequence each, after `warm_up` others."""
+        tokens = [
+            self.evaluate_rows([(t, at, i) for at, t in enumerate(prompt)], [len(prompt) - 1])[0]
+            for i, prompt in enumerate(prompts)
+        ]
+        started = 0.0
+        for step in range(warm_up + steps):
+            if step == warm_up:
+                started = perf_counter()
+            rows = [(t, len(prompts[i]) + step, i) for i, t in enumerate(tokens)]
+            tokens = self.evaluate_rows(rows, range(len(rows)))
+        return perf_counter() - started
 
     def forget(self) -> None:
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
@@ -143,6 +172,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             started = perf_counter()
             runner.evaluate(tokens)
             seconds.append(perf_counter() - started)
+    elif task == "streams":
+        random = np.random.default_rng(job["seed"])
+        prompts = random.integers(300, 150_000, (job["streams"], n)).tolist()
+        count = job["streams"] * job["repeat"]
+        seconds = [runner.decode_streams(prompts, _WARM_UP, job["repeat"])]
     else:
         token = runner.evaluate(tokens)
         count, seconds = job["repeat"], []

@@ -11,6 +11,7 @@ import numpy as np
 
 from qwen2vl_q import Qwen2VL, __version__
 from qwen2vl_q.engine.stats import peak_memory_bytes
+from qwen2vl_q.measure.benchmark import Benchmark, Settings
 
 
 def _last(model: Qwen2VL, tokens: list[int], n: int, images: list[Any] | None = None) -> int:
@@ -50,6 +51,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             started = perf_counter()
             _last(model, tokens, 1)
             seconds.append(perf_counter() - started)
+    elif task == "streams":
+        settings = Settings(job["model"], decode_tokens=job["repeat"])
+        streams = Benchmark(model, settings).streams(job["streams"])
+        count, seconds = streams.count, [streams.run(streams.prepare())]
     else:
         count = job["repeat"]
         steps = model.generate(tokens, max_new_tokens=count + 1, ignore_eos=True)

@@ -5,6 +5,9 @@ All get random weights in the 2B shape: one file for us; for llama.cpp a languag
 written to --folder once (4 GB). Every measurement runs in a process of its own, one after the other (ours,
 theirs, ours, theirs, ...), so that they share neither memory nor cores.
 
+"Streams" are decoded together: ours calls of `generate` on one model, llama.cpp's sequences with a row each
+in every batch, as in llama-batched-bench; tokens/s are of all of them. OpenVINO has no part in that.
+
 Either peer is an optional install, best into an environment of its own, and left out where none is named.
 llama.cpp is built for this very processor from its source package (half an hour on two cores):
 
@@ -42,11 +45,13 @@ from make_model import RandomModel
 from qwen2vl_q._native import default_thread_count
 from qwen2vl_q.cli.bench_tables import table
 from qwen2vl_q.convert.recipe import Recipe
-from qwen2vl_q.measure.benchmark import drawn_picture
+from qwen2vl_q.measure.benchmark import STREAM_PROMPT, drawn_picture
 from qwen2vl_q.measure.limits import Limits
 
 _HERE = Path(__file__).parent
 _DECODED = 32  # tokens
+_RATE = "tokens/s"  # of all streams
+_STREAMS = (1, 2, 8, 32)
 _LONGEST = 1800  # seconds that a measurement may take
 _MEMORY_CONTEXT = 4096  # cells, all in use
 
@@ -54,13 +59,16 @@ _MEMORY_CONTEXT = 4096  # cells, all in use
 @dataclass(frozen=True)
 class Task:
     name: str
-    kind: str  # "image", "question", "prefill", "decode"
+    kind: str  # "image", "question", "prefill", "decode", "streams"
     n: int  # tokens of the prompt
     repeat: int  # runs within a measurement; for decoding, tokens
-    n_ctx: int
+    n_ctx: int  # of each stream
+    streams: int = 1  # sequences that are decoded together
 
     @property
     def key(self) -> str:
+        if self.kind == "streams":
+            return f"streams-{self.streams}"
         return f"{self.kind}-{self.n}" if self.n or self.kind == "decode" else self.kind
 
 
@@ -71,6 +79,10 @@ TASKS = [
     Task("prefill 2048", "prefill", 2048, 1, 2304),
     Task("decode, empty context", "decode", 0, _DECODED, 512),
     Task("decode at 4096", "decode", 4096, _DECODED, 4352),
+    *(
+        Task(f"decode at {STREAM_PROMPT}, streams: {n}", "streams", STREAM_PROMPT, _DECODED, 256, n)
+        for n in _STREAMS
+    ),
 ]
 
 
@@ -81,6 +93,7 @@ class Side:
     name: str
     command: tuple[str, ...]
     files: dict[str, Any]
+    leaves_out: tuple[str, ...] = ()  # kinds of tasks
 
     def measure(self, job: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(
@@ -98,7 +111,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Row:
-    """What each side took, turn by turn: seconds of a run, or bytes. Ours come first."""
+    """What each side took, turn by turn: seconds of a run, bytes, or tokens/s. Ours come first."""
 
     name: str
     unit: str
@@ -106,9 +119,13 @@ class Row:
 
     @property
     def ratios(self) -> dict[str, list[float]]:
+        """Above 1 where ours is better: what the peers took by ours, our tokens/s by theirs."""
         ours, *_ = self.measured.values()
         return {
-            name: [peer / own for own, peer in zip(ours, values, strict=True)]
+            name: [
+                own / peer if self.unit == _RATE else peer / own
+                for own, peer in zip(ours, values, strict=True)
+            ]
             for name, values in list(self.measured.items())[1:]
         }
 
@@ -156,11 +173,15 @@ def compare(task: Task, sides: list[Side], job: dict[str, Any], turns: int, paus
             click.echo(f"{task.name}: {side.name}, turn {turn + 1} of {turns}", err=True)
             time.sleep(pause)
             details = {"task": task.kind, "n": task.n, "repeat": task.repeat, "n_ctx": task.n_ctx}
-            results[side.name].append(side.measure({**job, **details, "seed": turn}))
+            result = side.measure({**job, **details, "streams": task.streams, "seed": turn})
+            results[side.name].append(result)
     counts = {name: side[0]["count"] for name, side in results.items()}
     if task.kind != "question" and len({*counts.values()}) != 1:
         raise click.ClickException(f"{task.name}: not the same work: {counts} tokens")
     click.echo(f"{task.name}: " + ", ".join(side[0]["version"] for side in results.values()), err=True)
+    if task.kind == "streams":
+        rates = {name: [r["count"] / median(r["seconds"]) for r in side] for name, side in results.items()}
+        return [Row(task.name, _RATE, rates)]
     per_run = 1000 / task.repeat if task.kind == "decode" else 1.0
     seconds = {name: [per_run * median(r["seconds"]) for r in side] for name, side in results.items()}
     rows = [Row(task.name, "ms a token" if task.kind == "decode" else "s", seconds)]
@@ -225,26 +246,31 @@ def main(
         sides.append(Side("llama.cpp", command, llama_cpp_files(folder, size, type_)))
     if openvino_python:
         command = (openvino_python, str(_HERE / "peer_openvino.py"))
-        sides.append(Side("OpenVINO", command, {"model": str(openvino_model), "properties": properties}))
+        files = {"model": str(openvino_model), "properties": properties}
+        sides.append(Side("OpenVINO", command, files, leaves_out=("streams",)))
     job = {"threads": n_threads, "picture": str(folder / "picture.npy")}
     before = Limits.measure(n_threads=n_threads)
     rows = [
         row
         for task in TASKS
         if not only or task.key in only
-        for row in compare(task, sides, job, turns, pause)
+        for row in compare(task, [s for s in sides if task.kind not in s.leaves_out], job, turns, pause)
     ]
     after = Limits.measure(n_threads=n_threads)
     if as_json:
         measured = [{**asdict(row), "ratios": row.ratios} for row in rows]
         print(json.dumps({"rows": measured, "limits": [asdict(before), asdict(after)]}, indent=2))
         return
-    peers = [side.name for side in sides[1:]]
-    heading = (f"{type_}, {n_threads} threads", "ours", *peers, *(f"{name} / ours" for name in peers))
-    print(table([heading, *(row.cells() for row in rows)]))
+    title = f"{type_}, {n_threads} threads"
+    streams = [row for row in rows if row.unit == _RATE]
+    for group, ratio in (([row for row in rows if row not in streams], "{} / ours"), (streams, "ours / {}")):
+        if group:
+            ours, *peers = group[0].measured
+            heading = (title, ours, *peers, *map(ratio.format, peers))
+            print(table([heading, *(row.cells() for row in group)]), end="\n\n")
     for name, limits in (("before", before), ("after", after)):
         rates = {k: f"{v / 1e9:.0f}" for k, v in asdict(limits).items() if k.endswith("_per_s")}
-        print(f"\nLimits {name}, {limits.isa}, in 10^9: " + ", ".join(f"{k} {v}" for k, v in rates.items()))
+        print(f"Limits {name}, {limits.isa}, in 10^9: " + ", ".join(f"{k} {v}" for k, v in rates.items()))
 
 
 if __name__ == "__main__":

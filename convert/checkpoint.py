@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,26 @@ from safetensors import SafetensorError, safe_open
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.files import quoted, read_json
-from qwen2vl_q.convert.tensor_map import MappedTensor
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# Little-endian storage; numpy has no bfloat16, so its bits are read and widened here.
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+FLOATS = ("F32", "F16", "BF16")
+# Little-endian storage; numpy has no bfloat16, so its bits are read and widened here. I32 are packed words,
+# U8 packed bytes.
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I32": np.dtype("<u4"),
+    "U8": np.dtype("u1"),
+}
 # Tables that old versions of transformers saved and every runtime computes.
 _DERIVED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
+_PREFIXES = (
+    ("model.visual.", "visual."),
+    ("model.language_model.", "model."),
+    ("language_model.", "model."),  # of a model without its head
+)
 _SHOWN = 3  # of the tensors that do not fit
 
 
@@ -39,9 +51,17 @@ class StoredTensor:
         return f"{printable(self.name, 80)} {printable(list(self.shape), 40)}"
 
 
+class ExpectedTensor(NamedTuple):
+    name: str  # canonical
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+    optional: bool = False
+
+
 def canonical_name(name: str) -> str:
     """The hub's style (`visual.*`, `model.*`) of a name in that style or in transformers' newer one."""
-    for prefix, replacement in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+    name = name.removeprefix("vlm.")  # of ColQwen2
+    for prefix, replacement in _PREFIXES:
         if name.startswith(prefix):
             return replacement + name[len(prefix) :]
     return name
@@ -50,13 +70,19 @@ def canonical_name(name: str) -> str:
 class Checkpoint:
     """The tensors of a folder by canonical name. Opening it reads the headers only."""
 
-    def __init__(self, folder: Path):
-        """Raises FormatError where a shard is missing or damaged, or a name occurs twice."""
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[Path] | None = None,
+        canonical: Callable[[str], str] = canonical_name,
+    ):
+        """Of the folder's shards, or of `files`. Raises FormatError where one is missing or damaged, or a
+        name occurs twice."""
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        for file in _shard_files(folder):
+        for file in _shard_files(folder) if files is None else files:
             for tensor in _read_header(file):
-                name = canonical_name(tensor.name)
+                name = canonical(tensor.name)
                 if name in self.tensors:
                     other = self.tensors[name]
                     raise FormatError(
@@ -65,22 +91,26 @@ class Checkpoint:
                     )
                 self.tensors[name] = tensor
 
-    def check(self, expected: Iterable[MappedTensor], ignored: Iterable[str]) -> None:
+    def check(self, expected: Iterable[ExpectedTensor], ignored: Iterable[str]) -> None:
         """Raises one FormatError for all missing, unexpected, misshapen and unreadable tensors; it names the
         first few."""
-        wanted = {tensor.source: tensor.source_shape for tensor in expected}
+        wanted = {tensor.name: tensor for tensor in expected}
         problems = [
-            f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in self.tensors
+            f"missing: {tensor.name} {list(tensor.shape)}"
+            for tensor in wanted.values()
+            if tensor.name not in self.tensors and not tensor.optional
         ]
         skip = set(ignored)
         for name, stored in self.tensors.items():
             if name not in wanted:
                 if name not in skip and not name.endswith(_DERIVED):
                     problems.append(f"unexpected: {stored} in {stored.file.name}")
-            elif stored.shape != wanted[name]:
-                problems.append(f"misshapen: {stored}, expected {list(wanted[name])}")
-            elif stored.dtype not in _DTYPES:
-                problems.append(f"type: {stored} is {stored.dtype}, expected F32, F16 or BF16")
+            elif stored.shape != wanted[name].shape:
+                problems.append(f"misshapen: {stored}, expected {list(wanted[name].shape)}")
+            elif stored.dtype not in wanted[name].dtypes:
+                *most, last = wanted[name].dtypes
+                names = f"{', '.join(most)} or {last}" if most else last
+                problems.append(f"type: {stored} is {stored.dtype}, expected {names}")
         if problems:
             listing = "; ".join(problems[:_SHOWN])
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -90,7 +120,17 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop of a tensor's first axis, as float32 [stop - start, ...]."""
+        values = self.load(name, start, stop)
+        if self.tensors[name].dtype == "BF16":
+            wide = values.astype(np.uint32)
+            wide <<= 16
+            values = wide.view(np.float32)
+        return np.asarray(values, np.float32)
+
+    def load(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows start..stop of a tensor, or the whole, as it is stored."""
         tensor = self.tensors[name]
+        stop = tensor.shape[0] if stop is None else stop
         dtype = _DTYPES[tensor.dtype]
         row = math.prod(tensor.shape[1:])
         count = (stop - start) * row
@@ -100,11 +140,7 @@ class Checkpoint:
         )
         if values.size != count:
             raise FormatError(f"{tensor.file}: tensor '{tensor.name}': the file ends within it")
-        if tensor.dtype == "BF16":
-            wide = values.astype(np.uint32)
-            wide <<= 16
-            values = wide.view(np.float32)
-        return np.asarray(values, np.float32).reshape(stop - start, *tensor.shape[1:])
+        return values.reshape(stop - start, *tensor.shape[1:])
 
 
 def _shard_files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.files import as_float32, quoted, read_json
+from qwen2vl_q.convert.quantization import Packing, read_packing
 
 # Values that transformers leaves out of a saved config.json where they equal its defaults
 # (Qwen2VLTextConfig, Qwen2VLVisionConfig). Shapes are checked against the tensors afterwards.
@@ -24,6 +25,7 @@ _TEXT_DEFAULTS: Mapping[str, object] = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "use_sliding_window": False,
+    "max_window_layers": 80,
     "tie_word_embeddings": False,
     "rope_theta": 1e6,
 }
@@ -40,7 +42,7 @@ _VISION_DEFAULTS: Mapping[str, object] = {
 }
 # The runtime's own (csrc/model/config.cpp): far above any model of the family (72B: 29568 wide, 80 layers,
 # 152064 rows), far below what overflows.
-_MAX_SIZE = 1 << 20
+MAX_SIZE = 1 << 20
 _MAX_LAYERS = 1024
 _MAX_HEADS = 4096
 _MAX_CONTEXT = 1 << 24
@@ -87,6 +89,7 @@ class CheckpointConfig:
     vision: VisionConfig
     tie_word_embeddings: bool
     token_ids: Mapping[str, int]  # "image_token_id": 151655, ...: those that config.json gives
+    packing: Packing | None  # of the matrices that are quantized already
 
 
 class _Section:
@@ -103,7 +106,7 @@ class _Section:
                     return candidate[name]
         return None
 
-    def size(self, key: str, *aliases: str, limit: int = _MAX_SIZE) -> int:
+    def size(self, key: str, *aliases: str, limit: int = MAX_SIZE) -> int:
         value = self.value(key, *aliases)
         if isinstance(value, float) and value.is_integer():  # mlp_ratio is 4.0 in some files
             value = int(value)
@@ -142,6 +145,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     if not path.exists():
         raise FormatError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint")
     root = read_json(path)
+    if root.get("model_type") == "colqwen2":  # transformers' own wrapper; its files begin names with "vlm."
+        root = _object(path, root, "vlm_config")
     _check_architecture(path, root)
     nested = _object(path, root, "text_config")
     vision_object = _object(path, root, "vision_config")
@@ -156,7 +161,7 @@ def read_config(folder: Path) -> CheckpointConfig:
         for key, value in section.items()
         if key.endswith("_token_id") and isinstance(value, int) and not isinstance(value, bool)
     }
-    return CheckpointConfig(path, text, vision, tied, ids)
+    return CheckpointConfig(path, text, vision, tied, ids, read_packing(path, root))
 
 
 def _object(path: Path, root: Mapping[str, object], key: str) -> dict[str, object]:
@@ -173,13 +178,6 @@ def _check_architecture(path: Path, root: Mapping[str, object]) -> None:
             f"{path}: model_type: expected 'qwen2_vl', found {quoted(model_type)} "
             f"({printable(root.get('architectures'))})"
         )
-    quantization = root.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedError(
-            f"{path}: the checkpoint is already quantized ({printable(method)}): "
-            "convert the original one instead"
-        )
 
 
 def _read_text(path: Path, sections: list[Mapping[str, object]]) -> TextConfig:
@@ -189,7 +187,7 @@ def _read_text(path: Path, sections: list[Mapping[str, object]]) -> TextConfig:
     ]
     keys = _Section(path, sections, _TEXT_DEFAULTS)
     keys.require("hidden_act", "silu")
-    keys.require("use_sliding_window", False)
+    _require_full_attention(path, keys)
     rope = _Section(path, ropes, {"rope_type": "default"})
     kind = rope.value("rope_type", "type")
     if kind not in ("default", "mrope"):
@@ -227,12 +225,25 @@ def _read_text(path: Path, sections: list[Mapping[str, object]]) -> TextConfig:
     return text
 
 
+def _require_full_attention(path: Path, keys: _Section) -> None:
+    """A window is used by layers from max_window_layers on, as in transformers: by none in many files."""
+    types = keys.value("layer_types")
+    if types is not None and (not isinstance(types, list) or any(t != "full_attention" for t in types)):
+        raise UnsupportedError(
+            f"{path}: layer_types: only 'full_attention' is supported, found {quoted(types)}"
+        )
+    first = keys.value("max_window_layers")
+    slides = not isinstance(first, int) or first < keys.size("num_hidden_layers", limit=_MAX_LAYERS)
+    if types is None and slides:
+        keys.require("use_sliding_window", False)
+
+
 def _mrope_section(rope: _Section) -> tuple[int, int, int]:
     value = rope.value("mrope_section")
     if (
         not isinstance(value, list)
         or len(value) != 3
-        or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MAX_SIZE for n in value)
+        or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MAX_SIZE for n in value)
     ):
         raise rope.error("mrope_section", "three integers", value)
     return value[0], value[1], value[2]

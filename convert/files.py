@@ -1,4 +1,4 @@
-"""A checkpoint's folder: its JSON files, its name, and a copy from the Hugging Face hub where asked for."""
+"""A checkpoint's folder: its JSON files and its name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import numpy as np
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.base.printable import printable
 
-# What a checkpoint's folder needs: everything else on the hub (other formats, pictures) stays there.
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 _MAX_TEXT_BYTES = 1 << 28  # the largest that is published, a tokenizer.json, has 11 MB
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -64,21 +62,3 @@ def model_name(folder: Path) -> str:
     else:
         name = resolved.name
     return re.sub(r"[-_\s]+", " ", name).strip() or "Qwen2-VL"
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether `source` reads as owner/name of the hub and is not a path that exists."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None and not Path(source).exists()
-
-
-def download(repo_id: str) -> Path:
-    """Downloads a checkpoint into the hub's cache and returns its folder. Raises OSError where it cannot."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError) as error:  # what snapshot_download documents
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise OSError(
-            f"'{repo_id}' is no folder here, and the Hugging Face hub did not deliver it: {printable(reason)}"
-        ) from error

@@ -56,7 +56,7 @@ class GgufSource:
         self.language_entries = _entries(language, vision=False)
         self.vision_entries = _entries(self.tower, vision=True)
         if mmproj is not None:
-            self.tensors += [t for t in _tensors(self.tower, mmproj) if is_vision(t.output.name)]
+            self.tensors += _tensors(self.tower, mmproj)
 
     @property
     def entries(self) -> list[StoredEntry]:
@@ -69,16 +69,11 @@ class GgufSource:
         return {tensor.output.name: tensor for tensor in self.tensors}
 
 
-def is_vision(name: str) -> bool:
-    """Of a key or a tensor: the vision tower's."""
-    return name.startswith(("clip.", "v.", "mm."))
-
-
 def _entries(file: GgufFile, vision: bool) -> Sequence[StoredEntry]:
     return [
         StoredEntry(key, encoded)
         for key, encoded in file.entries
-        if is_vision(key) == vision and not key.startswith(_OF_THE_FILE)
+        if key.startswith("clip.") == vision and not key.startswith(_OF_THE_FILE)
     ]
 
 

@@ -12,7 +12,7 @@ from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.convert.config import CheckpointConfig, VisionConfig
 from qwen2vl_q.convert.entries import ARCHITECTURE, Entry
 from qwen2vl_q.convert.files import as_float32, quoted, read_json, read_json_if_present
-from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS, Recipe
+from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS
 from qwen2vl_q.convert.tokenizer_files import Tokenizer
 from qwen2vl_q.engine.sampling import Sampling
 from qwen2vl_q.vision.image_processor import ImageProcessor
@@ -23,9 +23,16 @@ _QUANTIZATION_VERSION = 2  # of ggml's block formats
 
 
 def metadata(
-    name: str, config: CheckpointConfig, recipe: Recipe, tokenizer: Tokenizer, n_parameters: int
+    name: str,
+    config: CheckpointConfig,
+    type: str,
+    tokenizer: Tokenizer,
+    n_parameters: int,
+    heads: Sequence[str] = (),
 ) -> list[Entry]:
-    """Every key of the file but general.architecture, which the writer puts first."""
+    """Every key of the file but general.architecture, which the writer puts first. `type` is the file's, by
+    its name in FILE_TYPE_NUMBERS. `heads`: the names of linear maps of the last hidden states (after the last
+    norm), which the file holds as head.NAME.weight [outputs, hidden] and perhaps head.NAME.bias."""
     folder = config.path.parent
     return [
         Entry("general.type", "model", T.STRING),
@@ -33,10 +40,11 @@ def metadata(
         Entry("general.name", name, T.STRING),
         Entry("general.size_label", size_label(n_parameters, n_parameters, 0, 0), T.STRING),
         *_text(config),
-        Entry("general.file_type", FILE_TYPE_NUMBERS[recipe.type], T.UINT32),
+        Entry("general.file_type", FILE_TYPE_NUMBERS[type], T.UINT32),
         *_vision(config, _preprocessing(folder, config.vision)),
         Entry("general.quantization_version", _QUANTIZATION_VERSION, T.UINT32),
         *_tokenizer(tokenizer),
+        *([Entry(f"{ARCHITECTURE}.heads", list(heads), T.ARRAY)] if heads else []),
     ]
 
 

@@ -11,13 +11,15 @@ from gguf import GGUFValueType as T
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.entries import AnyEntry, Entry
-from qwen2vl_q.convert.gguf_source import GgufSource, StoredTensor, is_vision
+from qwen2vl_q.convert.gguf_source import GgufSource, StoredTensor
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS
 from qwen2vl_q.convert.writer import Contents, write_files
 from qwen2vl_q.engine.model_parts import check_model_file
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
+# llama.cpp's language models refuse tensors that they do not know; towers let them be.
+_LANGUAGE = ("token_embd.", "blk.", "output_norm.", "output.")
 _OF_BOTH = ("general.name", "general.quantization_version")
 
 
@@ -36,7 +38,9 @@ def split_model(
     """
     source = GgufSource(model)
     language, tower = pair_paths(prefix)
-    halves = [[t for t in source.tensors if is_vision(t.output.name) == vision] for vision in (False, True)]
+    halves: tuple[list[StoredTensor], list[StoredTensor]] = [], []
+    for tensor in source.tensors:
+        halves[not tensor.output.name.startswith(_LANGUAGE)].append(tensor)
     files = {
         language: Contents(source.language_entries, [t.output for t in halves[0]]),
         tower: Contents(_tower_entries(source, halves[1]), [t.output for t in halves[1]], "clip"),

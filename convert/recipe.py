@@ -25,7 +25,7 @@ FileType = Literal[
 FILE_TYPES: tuple[FileType, ...] = get_args(FileType)
 
 # general.file_type: the numbers of llama.cpp's LLAMA_FTYPE.
-FILE_TYPE_NUMBERS: dict[FileType, int] = {
+FILE_TYPE_NUMBERS: dict[str, int] = {
     "f32": 0,
     "f16": 1,
     "q4_0": 2,
@@ -88,12 +88,20 @@ class Recipe:
     """The type of the language model's matrices, and of the vision tower's where that should differ.
 
     Of `overrides` the first that fits counts. With `imatrix` the columns of its tensors are weighted.
+
+    keep_packed: a matrix that is packed in the checkpoint gets the smallest type that holds its integers as
+    they are, or Q8_0 where none does.
     """
 
     type: FileType
     vision_type: FileType | None = None
     overrides: tuple[Override, ...] = ()
     imatrix: Imatrix | None = None
+    keep_packed: bool = False
+
+    def keeps(self, role: Role) -> bool:
+        """Whether a packed tensor of this role keeps its integers, if a type holds them."""
+        return self.keep_packed and not (role is Role.VISION and self.vision_type)
 
     def wanted(self, role: Role, name: str, shape: TextShape) -> str:
         """The type of a tensor, before it is known whether its blocks divide the rows."""
@@ -106,6 +114,8 @@ class Recipe:
         # in the 2B model, and its errors enter every visual token. 8 bits are the floor unless asked for.
         vision = _base(self.vision_type or (self.type if _base(self.type) in _FLOATS else "q8_0"))
         match role:
+            case Role.HEAD:
+                return "F32"  # some hundred rows at most, and what they give is compared
             case Role.VISION:
                 return vision
             case Role.PATCH:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from qwen2vl_q.convert.config import CheckpointConfig, VisionConfig
+from qwen2vl_q.convert.config import MAX_SIZE, CheckpointConfig, VisionConfig
 
 
 class Role(Enum):
@@ -18,6 +19,7 @@ class Role(Enum):
     LANGUAGE = "language model matrix"
     VISION = "vision tower matrix"
     PATCH = "patch embedding"
+    HEAD = "projection or score head"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,43 @@ def map_tensors(config: CheckpointConfig) -> list[MappedTensor]:
 def role_of(name: str) -> Role | None:
     """Of a tensor by its name in the file; None for one that the model does not read."""
     return _ROLES.get(re.sub(r"^((?:v\.)?blk\.)\d+(?=\.)", r"\1{}", name))
+
+
+def map_heads(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[MappedTensor]:
+    """Linear maps of the hidden states that a fine-tune has beside the model (custom_text_proj, score, ...):
+    modules of the top level with a weight [any, hidden] and perhaps a bias. In the file NAME is head.NAME."""
+    mapped = []
+    for name, parts in _modules_beside(shapes).items():
+        weight = shapes.get(f"{name}.weight", ())
+        fits = len(weight) == 2 and weight[1] == config.text.hidden_size and 0 < weight[0] <= MAX_SIZE
+        plain = re.fullmatch(r"[A-Za-z0-9_]{1,40}", name) and parts <= {"weight", "bias"}
+        if fits and plain:
+            mapped.append(MappedTensor(f"{name}.weight", weight, (f"head.{name}.weight",), Role.HEAD))
+            if "bias" in parts:
+                mapped.append(MappedTensor(f"{name}.bias", weight[:1], (f"head.{name}.bias",), Role.VECTOR))
+    return mapped
+
+
+def other_modules(
+    shapes: Mapping[str, tuple[int, ...]], heads: Sequence[MappedTensor]
+) -> dict[str, list[str]]:
+    """Of what stands beside the model what is none of `heads`: modules with the names of their tensors."""
+    known = {head.source.rpartition(".")[0] for head in heads}
+    return {
+        name: [f"{name}.{part}" for part in sorted(parts)]
+        for name, parts in _modules_beside(shapes).items()
+        if name not in known
+    }
+
+
+def _modules_beside(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, set[str]]:
+    """Modules of the top level that Qwen2-VL does not have, with what they hold."""
+    modules: dict[str, set[str]] = {}
+    for tensor in shapes:
+        name, dot, part = tensor.partition(".")
+        if dot and name not in ("model", "visual", "lm_head"):
+            modules.setdefault(name, set()).add(part)
+    return modules
 
 
 def _patch_embedding(c: VisionConfig) -> MappedTensor:

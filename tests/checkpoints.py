@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -167,14 +168,19 @@ def _bias_keys(tensors: dict[str, Array], spec: CheckpointSpec, rng: np.random.G
             queries[:, :, -2:] *= spec.key_bias_queries
 
 
-def write_safetensors(path: Path, tensors: dict[str, Array], dtype: str = "F32") -> None:
-    """The format by hand, as numpy has no bfloat16: 8 bytes of header length, a JSON header, the data."""
+_OWN_DTYPES = {"int32": "I32", "uint8": "U8", "float16": "F16"}  # of arrays that are not float32
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], dtype: str = "F32") -> None:
+    """The format by hand, as numpy has no bfloat16: 8 bytes of header length, a JSON header, the data.
+    `dtype` is that of float32 arrays; others stay what they are."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     chunks, offset = [], 0
     for name, values in tensors.items():
-        chunk = _stored(values, dtype)
+        own = _OWN_DTYPES.get(values.dtype.name)
+        chunk = values.tobytes() if own else _stored(values, dtype)
         header[name] = {
-            "dtype": dtype,
+            "dtype": own or dtype,
             "shape": list(values.shape),
             "data_offsets": [offset, offset + len(chunk)],
         }

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import constants, file_download
 from PIL import Image
 
 from checkpoints import CheckpointSpec, write_checkpoint
 from command_line import Run
+from hub_server import HubServer
 from pictures import encoded, picture
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.cli.main import main
@@ -47,3 +52,32 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return code, *capsys.readouterr()
 
     return run
+
+
+def only_loopback(host: str, *arguments: Any, resolve: Any = socket.getaddrinfo, **options: Any) -> Any:
+    assert host == "127.0.0.1"
+    return resolve(host, *arguments, **options)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Nothing but this server is the hub, and caches are the test's own."""
+    server = HubServer()
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in (constants, file_download):  # where versions of huggingface_hub have it
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", only_loopback)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("QWEN2VL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def checkpoint_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), CheckpointSpec(n_shards=2), seed=5)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.vision.image_processor import smart_resize
 
 N_TEXT_TOKENS = 1024
@@ -51,3 +52,9 @@ def conversation(seed: int, parts: Parts) -> Conversation:
             images.append(random_image(rng, *part))
             token_ids += [VISION_START, *[IMAGE_PAD] * n_cells(*part), VISION_END]
     return Conversation(token_ids, images)
+
+
+def encoded_patches(m: Qwen2VL, pixel_values: NDArray[np.float32], grid: Grid) -> _native.Embeddings:
+    embeddings = _native.VisionPass(m._native, pixel_values, grid).advance()
+    assert embeddings is not None
+    return embeddings

@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 Value = tuple[gguf.GGUFValueType, Any]
 
@@ -47,9 +48,13 @@ def rewritten(
     keys: Mapping[str, Value] | None = None,
     keep: Callable[[str], bool] = lambda name: True,
     architecture: str = "qwen2vl",
+    added: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Path:
-    """A file with the keys and tensors of `model` whose names `keep` takes, and with `keys`, as `out`."""
-    _write(model, gguf.GGUFWriter(out, architecture), keys or {}, keep)
+    """A file with the keys and tensors of `model` whose names `keep` takes, `keys` and `added`, as `out`."""
+    writer = gguf.GGUFWriter(out, architecture)
+    for name, values in (added or {}).items():
+        writer.add_tensor(name, values)
+    _write(model, writer, keys or {}, keep)
     return out
 
 

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import pytest
 
-from qwen2vl_q.base import atomic_file
+from qwen2vl_q.base import atomic_file, file_lock
 from qwen2vl_q.base.atomic_file import part_of, whole_or_not_at_all
 
 
@@ -64,14 +64,14 @@ def test_a_part_that_is_renamed_before_it_is_locked(tmp_path: Path, monkeypatch:
     """The other writer is done between our opening and our locking: what we hold is its whole file."""
     out = tmp_path / "m.gguf"
     part_of(out).write_text("theirs, whole")
-    lock = atomic_file._lock
+    lock = file_lock.try_lock
 
-    def late(file: BinaryIO) -> None:
+    def late(file: BinaryIO) -> bool:
         if not out.exists():
             part_of(out).replace(out)
-        lock(file)
+        return lock(file)
 
-    monkeypatch.setattr(atomic_file, "_lock", late)
+    monkeypatch.setattr(atomic_file, "try_lock", late)
     with whole_or_not_at_all(out, overwrite=True) as part:
         assert out.read_text() == "theirs, whole"
         part.write_text("ours")

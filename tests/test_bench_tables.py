@@ -93,8 +93,8 @@ def test_tables() -> None:
     assert len({len(line) for line in text.splitlines()}) == 1  # columns are aligned
     summary = cells(text)
     assert summary[1][0] == "m.gguf (Q4_0; x, 2 threads, fast)"
-    assert ["", "image 28 x 28 (10 tokens)", "5.00 (4.00 to 6.00)", "2.0 (1.7 to 2.5)", "60 %"] in summary
-    assert ["", "first token, photo (20 tokens)", "7.00 (7.00 to 7.00)", "", ""] in summary
+    assert ["", "image 28 x 28 (10 tokens)", "5.00 (4.00 to 6.00)", "2.0 (1.7 to 2.5)", "60 %", ""] in summary
+    assert ["", "first token, photo (20 tokens)", "7.00 (7.00 to 7.00)", "", "", ""] in summary
     profile = cells(profile_table(hand_made_result()))
     assert ["decode at 0", "text down_proj", "2", "3000.0", "68.2 %", "0.0 GB/s", "67 %"] in profile
     assert ["decode at 0", "text norm", "4", "500.0", "11.4 %", "", ""] in profile
@@ -104,7 +104,7 @@ def test_tables() -> None:
 def test_one_table_compares_files() -> None:
     one = hand_made_result()
     sampled = Timing("decode at 0, sampled", 10, (5.0, 20.0), STAGES)
-    settings = replace(one.settings, model="other.gguf", prompt_tokens=(10,), streams=(2,))
+    settings = replace(one.settings, model="other.gguf", prompt_tokens=(10,), streams=(2, 1))
     other = replace(
         one,
         settings=settings,
@@ -114,7 +114,10 @@ def test_one_table_compares_files() -> None:
             image=[],  # has no tower
             question=[],
             sampled=[sampled],
-            streams=[Timing("decode, 2 streams", 20, (4.0,))],
+            streams=[
+                Timing("2 streams, decode at 32", 20, (4.0,)),
+                Timing("1 stream, decode at 32", 10, (5.0,)),
+            ],
             peak_memory_bytes=None,
         ),
     )
@@ -122,15 +125,15 @@ def test_one_table_compares_files() -> None:
     assert cells(comparison_table([one, other])) == [
         [
             *("file", "type", "size", "bits", "image 1024x683", "first token", "prefill 10", "decode at 0"),
-            *("sampled at 0", "2 streams", "peak memory"),
+            *("sampled at 0", "2 streams", "1 streams", "peak memory"),
         ],
         [
             *("m.gguf", "Q4_0", "1.2 MB", "4.50", "5.00 s (60 %)", "7.00 s", "2.5 (25 %)", "2.3 (50 %)"),
-            *("", "", "2.00 GB"),
+            *("", "", "", "2.00 GB"),
         ],
         [
             *("other.gguf", "F16", "4.40 GB", "16.00", "", "", "2.5 (25 %)", "2.3 (50 %)"),
-            *("0.8 (18 %)", "5.0", ""),
+            *("0.8 (18 %)", "5.0 (2.50 x)", "2.0 (1.00 x)", ""),
         ],
     ]
     assert "Medians of 3 on x, 2 threads, fast" in comparison_notes([one, other])

@@ -30,7 +30,7 @@ def user(*content: str) -> dict[str, Any]:
     return {"role": "user", "content": parts}
 
 
-def rendered(template: ChatTemplate, messages: list[dict[str, Any]], **options: bool) -> str:
+def rendered(template: ChatTemplate, messages: list[dict[str, Any]], **options: Any) -> str:
     return "".join(text for text, _ in template.render(messages, **options))
 
 
@@ -286,3 +286,85 @@ def test_equals_transformers() -> None:
                 )
                 options = {"add_generation_prompt": prompt, "add_vision_id": number}
                 assert rendered(ChatTemplate(), messages, **options) == expected
+
+
+# --- variables ------------------------------------------------------------------------------------------
+
+
+def test_variables() -> None:
+    """As NuExtract's template takes them."""
+    source = (
+        "{% if template %}# Template:\n{{ template }}\n{% endif %}"
+        "{% for e in examples or [] %}{{ e.input }} -> {{ e.output | tojson }}\n{% endfor %}"
+        "{{ messages[0].content[0].text }}"
+    )
+    template = ChatTemplate(source)
+    variables = {
+        "template": '{"name": "string"}',
+        "examples": ({"input": "a", "output": {"n": [1, None, 2.5]}},),
+    }
+    assert template.render([user("x")], variables=variables) == [
+        ('# Template:\n{"name": "string"}\na -> {"n": [1, null, 2.5]}\nx', False)
+    ]
+    assert template.render([user("x")]) == template.render([user("x")], variables={}) == [("x", False)]
+
+
+def test_texts_of_variables_stay_text() -> None:
+    source = "<|im_start|>{{ v }}{% for k in d %}{{ k }}{{ d[k] }}{% endfor %}<|im_end|>"
+    variables = {"v": "<|im_end|>", "d": {"<|im_start|>": "<|image_pad|>"}}
+    pieces = ChatTemplate(source, special_tokens=SPECIAL).render([user("a")], variables=variables)
+    assert pieces == [
+        ("<|im_start|>", True),
+        ("<|im_end|><|im_start|><|image_pad|>", False),
+        ("<|im_end|>", True),
+    ]
+
+
+class Odd:
+    pass
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        *(
+            ({name: 1}, f"template variable: '{name}' is the template's own")
+            for name in ("messages", "eos_token", "add_generation_prompt", "add_vision_id", "bos_token")
+        ),
+        *(
+            ({name: 1}, f"template variable: '{name}' is the template's own")
+            for name in ("raise_exception", "namespace", "range", "dict", "cycler", "joiner")
+        ),
+        ({"a b": 1}, "template variable: expected a name, found 'a b'"),
+        ({3: 1}, "template variable: expected a name, found 3"),
+        ({"x": Odd()}, "template variable 'x': expected text, numbers, lists and objects, found Odd"),
+        ({"x": [b"a"]}, "template variable 'x': expected text, .* found bytes"),
+        ({"x": {1: 2}}, "template variable 'x': expected texts as an object's keys"),
+        ({"x": "\ud800"}, "surrogate|character"),
+        ({"x": {"\ud800": 1}}, "surrogate|character"),
+        ({"x": nested(40)}, "template variable 'x': more than 30 lists in one another"),
+        ({"x": "a" * 2**20}, "template variables: expected at most 1048576 characters, found"),
+        ({"x": [0] * 2**18}, "template variables: expected at most 1048576 characters, found"),
+    ],
+)
+def test_variables_that_are_refused(variables: dict[Any, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate("{{ x }}", special_tokens=SPECIAL).render([user("a")], variables=variables)
+
+
+def test_variables_count_in_the_budget() -> None:
+    deepest = nested(28)
+    assert ChatTemplate("{{ x | tojson }}").render([user("a")], variables={"x": deepest})
+    text = "a" * 2**19
+    [(out, _)] = ChatTemplate("{{ x }}").render([user("a")], variables={"x": text})
+    assert out == text
+    source = "{% for i in range(9) %}{{ x }}{% endfor %}"
+    with pytest.raises(FormatError, match=r"characters of output|takes too much work"):
+        ChatTemplate(source).render([user("a")], variables={"x": text})

@@ -15,9 +15,9 @@ import pytest
 from command_line import PROGRAM
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.cli import repl
-from qwen2vl_q.cli.chat import answer
 from qwen2vl_q.cli.conversation import Conversation
 from qwen2vl_q.cli.settings import Settings
+from qwen2vl_q.cli.turn import answer
 from terminal import PROMPT, Terminal
 
 

@@ -64,14 +64,18 @@ def test_types_of_files_in_any_case(run: Run, tmp_path: Path, type_: str) -> Non
     ("name", "message"),
     [
         (
-            "Qwen/Qwen2-VL-2B-Instruct",
-            "Qwen/Qwen2-VL-2B-Instruct: there is no such file; if the Hugging Face hub has a checkpoint of "
-            "this name: qwen2vl-q convert Qwen/Qwen2-VL-2B-Instruct qwen2-vl-2b-instruct.gguf",
+            "someone/Qwen2-VL-GGUF",
+            "someone/Qwen2-VL-GGUF is no file here, and the Hugging Face hub has no such repository; a "
+            "private one needs a login (hf auth login) or HF_TOKEN",
         ),
         (
-            "someone/Qwen2-VL-GGUF",
-            "someone/Qwen2-VL-GGUF: there is no such file; if the Hugging Face hub has it: "
-            "hf download someone/Qwen2-VL-GGUF, then -m the .gguf file",
+            "hf:Qwen2-VL",
+            "expected owner/name[:TYPE][@REVISION], found 'hf:Qwen2-VL'",
+        ),
+        (
+            "Qwen2-VL",
+            "Qwen2-VL: there is no such file; expected a GGUF file, a name of the Hugging Face hub, "
+            "owner/name[:TYPE][@REVISION], or demo",
         ),
         ("folder", "folder is a folder, not a GGUF file"),
         (
@@ -84,6 +88,7 @@ def test_types_of_files_in_any_case(run: Run, tmp_path: Path, type_: str) -> Non
         ("some/missing.gguf", "some/missing.gguf: No such file or directory"),
     ],
 )
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("command", [["chat", "-p", "a", "-m"], ["inspect"], ["bench", "-m"]])
 def test_models_that_are_no_files(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], name: str, message: str

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.cli.conversation import Conversation
+from qwen2vl_q.cli.setting_options import SETTING_OPTIONS
 from qwen2vl_q.cli.settings import Settings
-from qwen2vl_q.cli.slash import SlashCommands, setting_options
+from qwen2vl_q.cli.slash import SlashCommands
 
 NAMES = [
     "max-new-tokens",
@@ -35,7 +37,8 @@ def commands(conversation: Conversation) -> SlashCommands:
 
 
 def test_every_setting_is_an_option() -> None:
-    assert sorted(setting_options()) == sorted(NAMES)
+    assert sorted(SETTING_OPTIONS) == sorted(NAMES)
+    assert [option.name for option in SETTING_OPTIONS.values()] == [field.name for field in fields(Settings)]
 
 
 def test_settings_are_printed(commands: SlashCommands, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from gguf import GGUFWriter
 
 from checkpoints import CheckpointSpec, write_checkpoint
+from hub_server import HubServer, Repository
 from qwen2vl_q.base.errors import FormatError, Qwen2VLError
 from qwen2vl_q.cli.convert import convert
 from qwen2vl_q.cli.inspect import inspect
@@ -96,32 +97,27 @@ def test_convert_usage_errors(checkpoint: Path, tmp_path: Path) -> None:
     assert run(convert, checkpoint, out, "--force").exit_code == 0
 
 
-def test_convert_downloads_a_hub_id(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_convert_fetches_a_name_of_the_hub(
+    hub: HubServer, checkpoint_files: dict[str, bytes], tmp_path: Path
 ) -> None:
-    asked = []
-
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
-        return str(checkpoint)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    result = run(convert, "Qwen/Qwen2-VL-2B-Instruct", tmp_path / "m.gguf")
-    assert result.exit_code == 0
-    assert asked == ["Qwen/Qwen2-VL-2B-Instruct"]
-    assert "general" in run(inspect, tmp_path / "m.gguf", "--json").stdout
-    assert "Qwen2 VL 2B Instruct" in run(inspect, tmp_path / "m.gguf").stdout
+    hub.repositories["Qwen/Qwen2-VL-Tiny"] = Repository(checkpoint_files)
+    result = run(convert, "Qwen/Qwen2-VL-Tiny", tmp_path / "m.gguf")
+    assert result.exit_code == 0, result.exception
+    assert "Qwen2 VL Tiny" in run(inspect, tmp_path / "m.gguf").stdout
+    assert run(convert, "hf:Qwen/Qwen2-VL-Tiny@main", tmp_path / "m.gguf", "--force").exit_code == 0
+    result = run(convert, "Qwen/Qwen2-VL-Tiny:Q8_0", tmp_path / "m.gguf", "--force")
+    assert result.exit_code == 2 and "the type of OUT.gguf is --type's" in result.stderr
 
 
-def test_convert_says_why_the_hub_did_not_deliver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(name: str, allow_patterns: list[str]) -> str:
-        raise FileNotFoundError("no connection\nand a long explanation")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    result = run(convert, "Qwen/Nothing", tmp_path / "m.gguf")
-    assert str(result.exception) == (
-        "'Qwen/Nothing' is no folder here, and the Hugging Face hub did not deliver it: no connection"
-    )
+def test_convert_refuses_what_is_no_checkpoint(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["a/b"] = Repository({"a-Q4_0.gguf": b"x"})
+    for name, message in (
+        ("a/b", "a/b holds GGUF files and no checkpoint in safetensors"),
+        ("a/none", "a/none is no file here, and the Hugging Face hub has no such repository"),
+    ):
+        result = run(convert, name, tmp_path / "m.gguf")
+        assert message in str(result.exception)
+    assert hub.downloads() == []
 
 
 def test_inspect(model: Path) -> None:

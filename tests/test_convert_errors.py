@@ -76,9 +76,25 @@ def test_a_tied_head_that_was_saved_is_left_out(own_checkpoint: Path, tmp_path: 
             "model_type: expected 'qwen2_vl', found 'qwen2_5_vl'",
         ),
         ({"model_type": None}, UnsupportedError, "found None"),
-        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedError, r"already quantized \(awq\)"),
+        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedError, "bits: expected 4, found None"),
+        ({"quantization_config": "x"}, FormatError, "quantization_config: expected an object, found 'x'"),
         ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act: only 'silu' is supported, found 'gelu'"),
-        ({"use_sliding_window": True}, UnsupportedError, "use_sliding_window"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 1},
+            UnsupportedError,
+            "use_sliding_window: only F",
+        ),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            UnsupportedError,
+            "layer_types: only 'full",
+        ),
+        (
+            {"layer_types": "x"},
+            UnsupportedError,
+            "layer_types: only 'full_attention' is supported, found 'x'",
+        ),
+        ({"model_type": "colqwen2"}, UnsupportedError, "model_type: expected 'qwen2_vl', found None"),
         ({"rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3]}}, UnsupportedError, "'yarn'"),
         (
             {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}},

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from checkpoints import CheckpointSpec, write_checkpoint
-from conversations import Parts, conversation, random_image
+from conversations import Parts, conversation, encoded_patches, random_image
 from demo import cases
 from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
 from qwen2vl_q.base.errors import DeviceError, UnsupportedError
@@ -23,6 +23,7 @@ from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
 from qwen2vl_q.engine.devices import cuda_plugin
 from shapes import SHAPES
 from test_demo_answers import FIRST_SEED, same
+from test_sequences import accept_together
 from weight_types import with_weights
 
 FloatArray = NDArray[np.float32]
@@ -158,10 +159,10 @@ def test_a_large_picture(model: Qwen2VL, reference: Qwen2VL) -> None:
 def test_temporal_steps_do_not_see_each_other(model: Qwen2VL, reference: Qwen2VL) -> None:
     rng = np.random.default_rng(7)
     pixels = rng.standard_normal((3 * 8 * 6, 1176)).astype(np.float32)
-    together = model._native.encode_image(pixels, (3, 8, 6))
-    assert nmse(together, reference._native.encode_image(pixels, (3, 8, 6))) < FAST
+    together = encoded_patches(model, pixels, (3, 8, 6)).numpy()
+    assert nmse(together, encoded_patches(reference, pixels, (3, 8, 6)).numpy()) < FAST
     for t in range(3):
-        alone = model._native.encode_image(pixels[t * 48 : (t + 1) * 48], (1, 8, 6))
+        alone = encoded_patches(model, pixels[t * 48 : (t + 1) * 48], (1, 8, 6)).numpy()
         np.testing.assert_array_equal(together[t * 12 : (t + 1) * 12], alone)
 
 
@@ -218,7 +219,7 @@ def test_streams_together_equal_each_alone(model: Qwen2VL, streams: int) -> None
     for step in range(4):
         tokens = [state.sample(greedy) for state in states]
         assert tokens == [found[0][step] for found in expected]
-        _native.accept_together(states, tokens)
+        accept_together(states, tokens)
         for state, found in zip(states, expected, strict=True):
             np.testing.assert_array_equal(state.logits, found[1][step])
 

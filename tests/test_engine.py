@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from checkpoints import CheckpointSpec, write_checkpoint
-from conversations import IMAGE_PAD, Parts, conversation, random_image
+from conversations import IMAGE_PAD, VIDEO_PAD, Parts, conversation, encoded_patches, random_image
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.base.errors import Qwen2VLError, UnsupportedError
 from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
@@ -162,16 +162,14 @@ def test_converted_checkpoint_gives_llama_cpps_tokens(tmp_path: Path) -> None:
 # --- sequences ------------------------------------------------------------------------------------
 
 
-def prompt_of(m: Qwen2VL, seed: int, parts: Parts) -> tuple[_native.Prompt, list[FloatArray]]:
+def prompt_of(m: Qwen2VL, seed: int, parts: Parts) -> tuple[_native.Prompt, list[_native.Embeddings]]:
     """A native prompt with the embeddings of its images."""
     c = conversation(seed, parts)
-    images, embeddings, at = [], [], 0
+    images, embeddings = [], []
     for i, image in enumerate(c.images):
         pixel_values, grid = preprocess(image, 3136, 12845056)
-        at = c.token_ids.index(IMAGE_PAD, at)
-        images.append((at, grid, bytes([i + 1] * 16)))
-        embeddings.append(m._native.encode_image(pixel_values, grid))
-        at += len(embeddings[-1])
+        images.append((grid, bytes([i + 1] * 16)))
+        embeddings.append(encoded_patches(m, pixel_values, grid))
     return _native.Prompt(m._native, np.array(c.token_ids, np.int32), images), embeddings
 
 
@@ -211,9 +209,9 @@ def test_other_pixels_are_not_reused(model: Qwen2VL) -> None:
     c = conversation(9, [9, (60, 60), 5])
     _, grid = preprocess(c.images[0], 3136, 12845056)
     ids = np.array(c.token_ids, np.int32)
-    a, b = (_native.Prompt(model._native, ids, [(10, grid, bytes([k] * 16))]) for k in (1, 2))
+    a, b = (_native.Prompt(model._native, ids, [(grid, bytes([k] * 16))]) for k in (1, 2))
     sequence = _native.SequenceState(model._native, 64)
-    sequence.prefill(a, [model.encode_image(c.images[0])])
+    sequence.prefill(a, [_native.Embeddings(model.encode_image(c.images[0]))])
     assert sequence.reuse(b) == 10  # up to the vision start token
     with pytest.raises(ValueError, match="image 0: its embeddings are needed"):
         sequence.prefill(b, [None])
@@ -251,8 +249,8 @@ def test_a_cancelled_image_leaves_the_model_usable(model: Qwen2VL) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model._native.encode_image(pixel_values, grid, cancel)
-    assert np.isfinite(model._native.encode_image(pixel_values, grid)).all()
+        _native.VisionPass(model._native, pixel_values, grid).advance(progress=cancel)
+    assert np.isfinite(encoded_patches(model, pixel_values, grid).numpy()).all()
 
 
 def test_memory_grows_with_use(model: Qwen2VL) -> None:
@@ -269,26 +267,41 @@ def test_memory_grows_with_use(model: Qwen2VL) -> None:
 
 def test_prompts_are_checked(model: Qwen2VL) -> None:
     def prompt(
-        ids: list[int], images: list[tuple[int, tuple[int, int, int], bytes]] | None = None
+        ids: list[int], images: list[tuple[tuple[int, int, int], bytes]] | None = None
     ) -> _native.Prompt:
         return _native.Prompt(model._native, np.array(ids, np.int32), images or [])
 
     key = bytes(16)
     pads = [IMAGE_PAD] * 4
     for ids, images, message in (
-        ([], [], "empty"),
-        ([1, 1040], [], "token 1: expected an id below 1040, found 1040"),
-        ([-1], [], "token 0"),
-        (pads, [], "0 grid"),
-        ([1, *pads], [(1, (1, 4, 6), key)], "expected 6 pad tokens, found 4"),
-        ([1, *pads], [(0, (1, 4, 4), key)], "no run of 4 pad tokens starts at token 0"),
-        ([1, *pads], [(1, (1, 3, 4), key)], "multiples of 2"),
-        ([1, *pads], [(1, (1, 2**40, 2**40), key)], "grid_thw: expected 1 to 16777216, found 1099511627776"),
-        ([1, *pads], [(1, (1, 4, 4), b"short")], "16 bytes"),
-        ([1, 2], [(0, (1, 4, 4), key)], "expected 1 run"),
+        ([], [], r"token_ids: expected integers \[n\], n > 0, found none"),
+        ([1, 1040], [], r"token_ids\[1\]: expected 0\.\.1039, found 1040"),
+        ([-1], [], r"token_ids\[0\]: expected 0\.\.1039, found -1"),
+        (pads, [], r"of \[\] tokens, one an image, found \[4\]"),
+        ([1, *pads], [((1, 4, 6), key)], r"\(1036\) of \[6\] tokens, one an image, found \[4\]"),
+        ([*pads, 1, *pads, 2], [((1, 4, 4), key)], r"of \[4\] tokens, one an image, found \[4, 4\]"),
+        ([1] + [IMAGE_PAD, 2] * 40, [], r"found \[(1, ){32}\.\.\.\]$"),
+        ([1, *pads], [((1, 3, 4), key)], "multiples of 2"),
+        ([1, *pads], [((1, 2**40, 2**40), key)], "grid_thw: expected 1 to 16777216, found 1099511627776"),
+        ([1, *pads], [((1, 4, 4), b"short")], "16 bytes"),
+        ([1, 2], [((1, 4, 4), key)], r"of \[4\] tokens, one an image, found \[\]"),
     ):
         with pytest.raises(ValueError, match=message):
             prompt(ids, images)
+
+
+def test_runs_are_found_in_order(model: Qwen2VL) -> None:
+    """Of pictures and videos; two kinds of pad tokens are two runs."""
+    items = [((1, 4, 4), bytes(16)), ((2, 4, 6), bytes(16)), ((1, 2, 2), bytes(16))]
+    ids = [5, *[IMAGE_PAD] * 4, *[VIDEO_PAD] * 12, 6, IMAGE_PAD]
+    prompt = _native.Prompt(model._native, ids, items)
+    assert prompt.runs == [(1, 5), (5, 17), (18, 19)]
+    assert prompt.positions.shape == (3, len(ids))
+    for wrong, found in ((np.zeros(3), r"float64 \[3\]"), (np.zeros((2, 2), np.int8), r"int8 \[2, 2\]")):
+        with pytest.raises(ValueError, match=rf"expected integers \[n\], n > 0, found {found}"):
+            _native.Prompt(model._native, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"takes 19 tokens, 17 of them for 3 image\(s\), but .* holds 18"):
+        _native.Prompt(model._native, ids, items, n_ctx=18)
 
 
 def test_context_is_a_limit(model: Qwen2VL) -> None:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pictures import encoded, picture
-from qwen2vl_q import Qwen2VL, Qwen2VLError
+from qwen2vl_q import Qwen2VL, Qwen2VLError, _native
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.chat.chat_template import ChatTemplate
 from qwen2vl_q.engine.embedding_cache import EmbeddingCache
@@ -177,17 +177,20 @@ def test_images_larger_than_the_context_are_not_resized(
 
 
 def test_embedding_cache_is_bounded() -> None:
+    def rows(n: int) -> _native.Embeddings:
+        return _native.Embeddings(np.zeros((n, 1), np.float32))  # of 4 bytes
+
     cache = EmbeddingCache(100)
-    arrays = {name: np.full(10, i, np.float32) for i, name in enumerate((b"a", b"b", b"c"))}  # 40 bytes each
+    arrays = {name: rows(10) for name in (b"a", b"b", b"c")}
     cache.put(b"a", arrays[b"a"])
     cache.put(b"b", arrays[b"b"])
     assert cache.get(b"a") is arrays[b"a"]
     cache.put(b"c", arrays[b"c"])
     assert cache.get(b"b") is None  # the longest unused
     assert cache.get(b"a") is arrays[b"a"] and cache.get(b"c") is arrays[b"c"]
-    cache.put(b"large", np.zeros(26, np.float32))
+    cache.put(b"large", rows(26))
     assert cache.get(b"large") is None and cache.get(b"a") is not None
-    cache.put(b"whole", np.zeros(25, np.float32))
+    cache.put(b"whole", rows(25))
     assert cache.get(b"whole") is not None and cache.get(b"a") is None
 
 
@@ -454,7 +457,9 @@ def test_bad_calls_of_chat(tiny: Qwen2VL) -> None:
     with pytest.raises(ValueError, match="message 0, part 0: expected one of image"):
         tiny.chat([{"role": "user", "content": [{"type": "image"}]}])
     with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
-        tiny.chat([question("a")], temprature=1)
+        tiny.chat([question("a")], temprature=1)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected keyword argument 'add_vision_id'"):
+        tiny.generate([1], add_vision_id=True)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="context holds 2048"):
         tiny.chat([question("x y " * 2000)])
     with pytest.raises(ValueError, match="a text of 11000002 characters is more than the 2048 tokens"):

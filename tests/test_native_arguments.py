@@ -27,9 +27,9 @@ def calls(model: Qwen2VL, path: Path) -> dict[str, Callable[[Any], object]]:
         "index": lambda n: _native.measure_device_limits("none.so", n),
         "top_k": lambda n: _native.Sampler(top_k=n),
         "token": sequence.accept,
-        "token of many": lambda n: _native.accept_together([sequence], [n]),
-        "grid_thw": lambda n: native.position_ids(np.array([1], np.int32), [(1, n, 2)]),
-        "image start": lambda n: _native.Prompt(native, np.array([1], np.int32), [(n, (1, 4, 4), bytes(16))]),
+        "token of a step": sequence.push,
+        "grid_thw": lambda n: _native.Prompt(native, [1], [((1, n, 2), bytes(16))]),
+        "n_ctx of a prompt": lambda n: _native.Prompt(native, [1], n_ctx=n),
     }
 
 
@@ -67,7 +67,7 @@ def test_what_is_no_integer(tiny: Qwen2VL, tiny_gguf: Path) -> None:
 def test_integers_of_numpy_are_integers(tiny: Qwen2VL) -> None:
     assert _native.SequenceState(tiny._native, np.int64(7)).n_ctx == 7  # type: ignore[arg-type]
     grid: Any = (np.int8(1), np.uint64(4), np.int32(4))
-    assert tiny._native.position_ids(np.full(4, 1036, np.int32), [grid]).shape == (3, 4)
+    assert _native.Prompt(tiny._native, [1036] * 4, [(grid, bytes(16))]).runs == [(0, 4)]
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])

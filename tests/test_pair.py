@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator
@@ -114,6 +115,19 @@ def test_another_alignment(pair: tuple[Path, Path], tmp_path: Path) -> None:
     wide = rewritten(pair[0], tmp_path / "wide.gguf", {"general.alignment": u32(256)})
     merge_models(wide, pair[1], tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == DEMO_MODEL.read_bytes()
+
+
+def test_what_llama_cpps_language_model_does_not_know_goes_with_the_tower(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
+    """It refuses a file with a tensor more."""
+    head = {"head.score.weight": np.ones((1, 64), np.float32)}
+    rewritten(tiny_gguf, tmp_path / "m.gguf", added=head)
+    split_model(tmp_path / "m.gguf", tmp_path / "half")
+    language, tower = (stored_bytes(path) for path in pair_paths(tmp_path / "half"))
+    assert "head.score.weight" not in language and "head.score.weight" in tower
+    merge_models(*pair_paths(tmp_path / "half"), tmp_path / "again.gguf")
+    assert stored_bytes(tmp_path / "again.gguf") == stored_bytes(tmp_path / "m.gguf")
 
 
 def test_a_tower_of_2024(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -293,12 +307,29 @@ def test_llama_cpp_reads_the_language_model(llama_cpp: LlamaCpp, sized_pair: tup
 
 
 def test_llama_cpp_reads_the_tower(llama_cpp: LlamaCpp, sized_pair: tuple[Path, Path]) -> None:
+    """And sees in a picture, of a size that neither resizes, what we see."""
     try:
-        from llama_cpp import mtmd_cpp
+        from llama_cpp import mtmd_cpp as mtmd
     except (FileNotFoundError, RuntimeError):
         pytest.skip("llama.cpp was built without mtmd")
-    parameters = mtmd_cpp.mtmd_context_params_default()
+    image = np.ascontiguousarray(picture(112, 84))
+    height, width, _ = image.shape
+    expected = Qwen2VL.from_gguf(sized_pair[0], n_threads=1, precision="exact").encode_image(image)
+    parameters = mtmd.mtmd_context_params_default()
     parameters.use_gpu = parameters.print_timings = parameters.warmup = False
-    context = mtmd_cpp.mtmd_init_from_file(os.fsencode(sized_pair[1]), llama_cpp.model, parameters)
-    assert context and mtmd_cpp.mtmd_support_vision(context)
-    mtmd_cpp.mtmd_free(context)
+    parameters.n_threads = 1
+    context = mtmd.mtmd_init_from_file(os.fsencode(sized_pair[1]), llama_cpp.model, parameters)
+    assert context and mtmd.mtmd_support_vision(context)
+    pixels = image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(mtmd.mtmd_bitmap_init(width, height, pixels))
+    marker = mtmd.mtmd_default_marker()
+    chunks = mtmd.mtmd_input_chunks_init()
+    prompt = mtmd.mtmd_input_text(marker, len(marker), True, True)
+    assert mtmd.mtmd_tokenize(context, chunks, ctypes.byref(prompt), bitmaps, 1) == 0
+    found = [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
+    (chunk,) = (c for c in found if mtmd.mtmd_input_chunk_get_type(c) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE)
+    assert mtmd.mtmd_encode_chunk(context, chunk) == 0
+    assert mtmd.mtmd_input_chunk_get_n_tokens(chunk) == len(expected)
+    embeddings = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), expected.shape).copy()
+    mtmd.mtmd_free(context)
+    assert np.square(embeddings - expected).mean() / expected.var() < 1e-3

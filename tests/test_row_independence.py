@@ -13,6 +13,7 @@ from checkpoints import CheckpointSpec, write_checkpoint
 from conversations import IMAGE_PAD, N_TEXT_TOKENS
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
+from test_sequences import accept_together
 
 SPEC = CheckpointSpec(
     hidden_size=256,
@@ -60,14 +61,14 @@ def test_a_prompt_may_be_cut_anywhere(model: Qwen2VL) -> None:
     rng = np.random.default_rng(1)
     ids = rng.integers(0, N_TEXT_TOKENS, 640).astype(np.int32)
     ids[90:102] = IMAGE_PAD
-    picture = rng.standard_normal((12, SPEC.hidden_size)).astype(np.float32)
-    prompt = _native.Prompt(model._native, ids, [(90, (1, 6, 8), bytes(16))])
+    picture = _native.Embeddings(rng.standard_normal((12, SPEC.hidden_size)).astype(np.float32))
+    prompt = _native.Prompt(model._native, ids, [((1, 6, 8), bytes(16))])
     whole = _native.SequenceState(model._native, N_CTX).prefill_logits(prompt, [picture])
     cut = _native.SequenceState(model._native, N_CTX)
     rows = []
     for end in (1, 3, 20, 84, 85, 120, 200, 263, 264, 500, 639):
         head = ids[:end]
-        items = [(90, (1, 6, 8), bytes(16))] if end > 90 else []
+        items = [((1, 6, 8), bytes(16))] if end > 90 else []
         cut.reuse(head_prompt := _native.Prompt(model._native, head, items))
         rows.append(cut.prefill_logits(head_prompt, [picture] * len(items)))
     cut.reuse(prompt)
@@ -96,7 +97,7 @@ def test_a_decoded_token_may_stand_among_others(model: Qwen2VL) -> None:
     for n in (2, 16, 48):
         together = states(n)
         for step in range(2):
-            _native.accept_together(together, [tokens[i][step] for i in range(n)])
+            accept_together(together, [tokens[i][step] for i in range(n)])
         for one, other in zip(alone, together, strict=False):
             np.testing.assert_array_equal(other.logits, one.logits)
 

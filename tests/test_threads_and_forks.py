@@ -15,7 +15,7 @@ from qwen2vl_q import Qwen2VL
 
 IDS = list(range(3, 100))
 ROWS = 512  # of a step
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 # --- forks ----------------------------------------------------------------------------------------
@@ -50,7 +50,8 @@ for _ in range(2):
 """
 
 
-@forks
+@pytest.mark.forks
+@needs_fork
 def test_a_forked_child_computes_what_its_parent_does(tiny_gguf: Path) -> None:
     run_script(CHILD_COMPUTES, tiny_gguf)
 
@@ -78,7 +79,8 @@ assert same and os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
 
 
-@forks
+@pytest.mark.forks
+@needs_fork
 def test_streams_go_on_on_both_sides_of_a_fork(tiny_gguf: Path) -> None:
     run_script(STREAMS_GO_ON, tiny_gguf, timeout=60)
 
@@ -124,7 +126,8 @@ assert call["generate"]()
 """
 
 
-@forks
+@pytest.mark.forks
+@needs_fork
 @pytest.mark.parametrize("call", ["generate", "logits"])
 def test_a_child_forked_during_a_call_is_told(call: str, tiny_gguf: Path) -> None:
     """The thread that holds the model is not there: nothing in the child may wait for it."""
@@ -152,7 +155,8 @@ assert same and os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 0
 """
 
 
-@forks
+@pytest.mark.forks
+@needs_fork
 def test_a_call_goes_on_in_a_child_that_its_own_callback_forked(tiny_gguf: Path) -> None:
     run_script(FORK_IN_A_CALLBACK, tiny_gguf, timeout=60)
 

@@ -122,12 +122,12 @@ class Bench {
     else
       fill_blocks(dtype_traits(s.type), blocks);
     Matrix m;
-    m.panels = {s.type, s.n, s.cols, panel_parts(s.type, s.cols).bytes, nullptr};
+    m.panels = {s.type, s.n, s.cols, panel_parts(s.type, s.cols).bytes, nullptr, kernels_.layout};
     m.storage = AlignedBuffer(m.panels.panel_count() * m.panels.panel_bytes);
     uint8_t* out = m.storage.data();
     pool_.parallel_for(m.panels.panel_count(), 16, [&](int64_t begin, int64_t end, int) {
       for (int64_t p = begin; p < end; ++p)
-        pack_panel(s.type, blocks.data(), distinct, s.cols, p % (distinct / kPanelRows),
+        pack_panel(m.panels, blocks.data(), distinct, p % (distinct / kPanelRows),
                    out + p * m.panels.panel_bytes);
     });
     m.panels.data = out;
@@ -170,7 +170,7 @@ class Bench {
     std::vector<float> expected(w.rows * x.rows);
     AlignedBuffer scratch(matmul_scratch_bytes(w.cols));
     const int64_t panels = std::min<int64_t>(w.panel_count(), 64);
-    select_kernels("generic").matmul_q8(w, 0, panels, x, x.rows - 1, x.rows,
+    select_kernels("generic").matmul_q8(w, x, {0, panels, x.rows - 1, x.rows},
                                         {expected.data(), w.rows, nullptr, Store::Overwrite},
                                         scratch.as<std::byte>());
     const int64_t begin = (x.rows - 1) * w.rows;
@@ -191,8 +191,9 @@ class Bench {
     const Timing t = time_of([&] {
       for (int64_t m = 0; m < x.rows; m += rows_per_task)
         pool_.parallel_for(tasks, 1, [&](int64_t begin, int64_t end, int thread) {
-          kernels_.matmul_q8(w, begin * panels_per_task, std::min(end * panels_per_task, w.panel_count()), x,
-                             m, std::min(m + rows_per_task, x.rows),
+          kernels_.matmul_q8(w, x,
+                             {begin * panels_per_task, std::min(end * panels_per_task, w.panel_count()), m,
+                              std::min(m + rows_per_task, x.rows)},
                              {out.data(), w.rows, nullptr, Store::Overwrite},
                              scratch[thread].as<std::byte>());
         });
@@ -234,7 +235,7 @@ class Bench {
     const int64_t panels = w.panels.panel_count();
     const auto run = [&](const KernelTable& kernels, int64_t first, int64_t n, int64_t m, int64_t end,
                          float* to, int thread) {
-      kernels.matmul_groups(w.panels, first, std::min(first + n, panels), x, m, end,
+      kernels.matmul_groups(w.panels, x, {first, std::min(first + n, panels), m, end},
                             {to, s.n, nullptr, Store::Overwrite}, scratch[thread].as<std::byte>());
     };
     const Timing t = time_of([&] {
@@ -384,12 +385,12 @@ class Bench {
       if (!wanted(name)) continue;
       const int64_t cols = 8960 / 256 * 256, n = 1536, bytes = n * row_bytes(type, cols);
       std::vector<uint8_t> blocks(bytes, 0x11);
-      const int64_t panel_bytes = panel_parts(type, cols).bytes;
-      AlignedBuffer out(n / kPanelRows * panel_bytes);
+      const PanelMatrix packed{type, n, cols, panel_parts(type, cols).bytes, nullptr, kernels_.layout};
+      AlignedBuffer out(packed.panel_count() * packed.panel_bytes);
       report(name, static_cast<double>(bytes), "GB/s ", 0.0, time_of([&] {
                pool_.parallel_for(n / kPanelRows, 4, [&](int64_t begin, int64_t end, int) {
                  for (int64_t p = begin; p < end; ++p)
-                   pack_panel(type, blocks.data(), n, cols, p, out.data() + p * panel_bytes);
+                   pack_panel(packed, blocks.data(), n, p, out.data() + p * packed.panel_bytes);
                });
              }));
     }

@@ -68,7 +68,7 @@ std::string printable(std::string_view text, size_t limit) {
 }
 
 std::string printable_path(const std::filesystem::path& path) {
-  constexpr size_t kLongest = 4096;
+  constexpr size_t kLongest = 4096;   // Linux' PATH_MAX
   const auto text = path.u8string();  // the system's own bytes on POSIX
   return printable({reinterpret_cast<const char*>(text.data()), text.size()}, kLongest);
 }

@@ -19,7 +19,7 @@ int default_thread_count();
 /// starts its own threads at its first loop.
 class ThreadPool {
  public:
-  static constexpr int kMaxThreads = 1024;
+  static constexpr int kMaxThreads = 1024;  ///< beyond any machine: a number was mistyped
 
   /// `n_threads` threads in all, the caller's included; 1 means no worker. Throws std::invalid_argument for a
   /// number out of range, Error where the system does not give so many.

@@ -1,5 +1,6 @@
 #include "bindings/arguments.h"
 
+#include <chrono>
 #include <limits>
 #include <stdexcept>
 #include <string_view>
@@ -96,6 +97,32 @@ std::filesystem::path path(const py::handle& value, const char* name) {
 #else
   return std::string_view(py::reinterpret_borrow<py::bytes>(owned));
 #endif
+}
+
+void require_shape(const FloatArray& array, int64_t rows, int64_t cols, const std::string& name) {
+  if (array.ndim() == 2 && array.shape(0) == rows && array.shape(1) == cols) return;
+  std::string found = "(";
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) found += (i ? ", " : "") + std::to_string(array.shape(i));
+  throw std::invalid_argument(name + ": expected shape (" + std::to_string(rows) + ", " +
+                              std::to_string(cols) + "), found " + found + ")");
+}
+
+GridTHW to_grid(const GridTuple& grid) {
+  const auto size = [](const py::object& value) { return integer(value, "grid_thw", 1, kMostPatches); };
+  return {size(std::get<0>(grid)), size(std::get<1>(grid)), size(std::get<2>(grid))};
+}
+
+Progress make_progress(const PyProgress& callback) {
+  const py::function* function = callback ? &*callback : nullptr;
+  auto last = std::chrono::steady_clock::now();
+  return [function, last](int64_t done, int64_t total) mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last < std::chrono::milliseconds(50) && !(function != nullptr && done == total)) return;
+    last = now;
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (function != nullptr) (*function)(done, total);
+  };
 }
 
 }  // namespace qwen2vl::bindings

@@ -20,6 +20,8 @@ void register_machine(py::module_& m);   // machine.cpp: instruction sets, threa
 void register_quantize(py::module_& m);  // quantize.cpp
 void register_gguf(py::module_& m);      // gguf.cpp
 void register_config(py::module_& m);    // config.cpp: what a file is
-void register_engine(py::module_& m);    // engine.cpp
+void register_model(py::module_& m);     // model.cpp
+void register_vision(py::module_& m);    // vision.cpp
+void register_sequence(py::module_& m);  // sequence.cpp: prompts, samplers, steps
 
 }  // namespace qwen2vl::bindings

@@ -8,5 +8,7 @@ PYBIND11_MODULE(_native, m) {
   qwen2vl::bindings::register_quantize(m);
   qwen2vl::bindings::register_gguf(m);
   qwen2vl::bindings::register_config(m);
-  qwen2vl::bindings::register_engine(m);
+  qwen2vl::bindings::register_model(m);
+  qwen2vl::bindings::register_vision(m);
+  qwen2vl::bindings::register_sequence(m);
 }

@@ -15,7 +15,7 @@ struct CpuOptions {
 };
 
 /// Repacks the language model's weights for the processor's kernels (progress counts its layers) and runs on
-/// it. The vision tower's are repacked when the first picture comes, whose progress counts them too: a
+/// it. The vision tower's are repacked when the first image comes, whose progress counts them too: a
 /// conversation in words needs neither the time nor the memory. Until then their files stay open.
 std::unique_ptr<Backend> make_cpu_backend(const ModelConfig& config, Weights weights,
                                           const CpuOptions& options, const Progress& progress);

@@ -101,8 +101,8 @@ const float* CausalTile::query(const float* qkv, int64_t stride, int64_t r) cons
   return qkv + row * stride + (task_.head * group_ + r % group_) * head_dim_;
 }
 
-/// softmax(begin, end, n) for each token's rows and the n of `cells` from `cell` that they see, if
-/// any; then clear(row, n) for each row.
+/// softmax(begin, end, n) for each token's rows and the n of `cells` from `cell` that they see, if any; then
+/// clear(row, n) for each row.
 template <typename Softmax, typename Clear>
 void CausalTile::for_tokens(int64_t cell, int64_t cells, const Softmax& softmax, const Clear& clear) {
   for (int64_t r = 0; r < rows_; r += group_) {

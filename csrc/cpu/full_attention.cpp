@@ -11,8 +11,6 @@
 namespace qwen2vl::cpu {
 namespace {
 
-// ------------------------------------------------------------------------------------------
-
 // 100 rows use each key and value that is loaded 100 times. Their probabilities (100 KB for 512 keys in
 // bf16), with 512 keys and values of head_dim 80 in bf16 (160 KB), stay in a second-level cache of 512 KB; in
 // float32 half as many keys do.
@@ -21,6 +19,11 @@ constexpr int64_t kTileRows = 100;
 constexpr int64_t kNearKeys = 128;
 // The scores of so many rows (20 KB) stay there until they are probabilities.
 constexpr int64_t kNearRows = 10;
+// A piece: so many dot products' terms of queries and keys (twice as many multiplications with the values'
+// take a hundredth to a tenth of a second), but enough tasks for every thread that the last ones weigh
+// little.
+constexpr int64_t kProducts = int64_t{1} << 31;
+constexpr int64_t kTasks = 8;
 
 /// Keys and values of one head in panels, as float32 or as pairs of bf16 (see KernelTable).
 template <typename T>
@@ -189,30 +192,30 @@ class FullTile {
 
 }  // namespace
 
-void FullAttention::operator()(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation) {
-  const double products = 4.0 * static_cast<double>(rows * rows * num_heads_ * head_dim_);
-  const auto stage = ctx.profile.stage("image attention", {0, products, 0});
+Pieces FullAttention::operator()(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation) {
   if (ctx.precision == Precision::Fast && ctx.kernels.has_bf16_dot)
-    run<uint16_t>(ctx, qkv, rows, rotation);
-  else
-    run<float>(ctx, qkv, rows, rotation);
+    return run<uint16_t>(ctx, qkv, rows, rotation);
+  return run<float>(ctx, qkv, rows, rotation);
 }
 
 template <typename T>
-void FullAttention::run(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation) {
+Pieces FullAttention::run(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation) {
   const int64_t width = num_heads_ * head_dim_, stride = 3 * width;
   const int64_t key_size = HeadPanels<T>::key_elements(rows, head_dim_);
   const int64_t value_size = HeadPanels<T>::value_elements(rows, head_dim_);
   T* packed = reinterpret_cast<T*>(
       packed_.resize(((key_size + value_size) * num_heads_ * static_cast<int64_t>(sizeof(T)) + 3) / 4));
-  ctx.scratch.reserve_kernel(FullTile<T>::scratch_bytes(head_dim_));
   const auto panels_of = [&](int64_t h) {
     T* keys = packed + h * (key_size + value_size);
     return HeadPanels<T>{keys, keys + key_size};
   };
+  const double products = 4.0 * static_cast<double>(rows * rows * width);
+  const auto stage = [&](double share) {
+    return ctx.profile.stage("image attention", {0, share * products, 0});
+  };
 
   // All heads of a row before the next row: rows are long, and a head's share of one is a few cache lines.
-  ctx.pool.parallel_for(panels(rows), 4, [&](int64_t begin, int64_t end, int) {
+  const auto pack = [&](int64_t begin, int64_t end, int) {
     std::vector<float> keys(kPanelRows * head_dim_);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = p * kPanelRows, n = std::min(kPanelRows, rows - row);
@@ -223,16 +226,28 @@ void FullAttention::run(Context& ctx, float* qkv, int64_t rows, const Rotation& 
         pack_rows(ctx.kernels, keys.data(), k + width, stride, row, n, rows, head_dim_, panels_of(h));
       }
     }
-  });
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  ctx.pool.parallel_for(num_heads_ * tiles, 1, [&](int64_t begin, int64_t end, int thread) {
-    FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch.threads[thread].kernel_bytes());
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t h = t / tiles, row = t % tiles * kTileRows;
-      tile(qkv + row * stride + h * head_dim_, stride, std::min(kTileRows, rows - row), rotation, row, rows,
-           panels_of(h));
-    }
-  });
+  };
+  {
+    const auto counted = stage(0);
+    ctx.pool.parallel_for(panels(rows), 4, pack);
+  }
+
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, n_tasks = num_heads_ * tiles;
+  const int64_t of_a_piece = std::max(kTasks * ctx.pool.size(), kProducts / (kTileRows * rows * head_dim_));
+  for (int64_t first = 0; first < n_tasks; first += of_a_piece) {
+    co_yield 0;
+    const int64_t n = std::min(of_a_piece, n_tasks - first);
+    const auto counted = stage(static_cast<double>(n) / static_cast<double>(n_tasks));
+    ctx.scratch.reserve_kernel(FullTile<T>::scratch_bytes(head_dim_));
+    ctx.pool.parallel_for(n, 1, [&](int64_t begin, int64_t end, int thread) {
+      FullTile<T> tile(ctx.kernels, head_dim_, ctx.scratch.threads[thread].kernel_bytes());
+      for (int64_t t = first + begin; t < first + end; ++t) {
+        const int64_t h = t / tiles, row = t % tiles * kTileRows;
+        tile(qkv + row * stride + h * head_dim_, stride, std::min(kTileRows, rows - row), rotation, row, rows,
+             panels_of(h));
+      }
+    });
+  }
 }
 
 }  // namespace qwen2vl::cpu

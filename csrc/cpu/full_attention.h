@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/pieces.h"
 #include "cpu/context.h"
 
 namespace qwen2vl::cpu {
@@ -22,15 +23,15 @@ struct Rotation {
 class FullAttention {
  public:
   FullAttention(int64_t num_heads, int64_t head_dim) : num_heads_(num_heads), head_dim_(head_dim) {}
-  void operator()(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation);
-  void release_buffers() { packed_.release(); }
+  /// In pieces, beside which other work may go on; one call at a time.
+  Pieces operator()(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation);
 
  private:
   template <typename T>
-  void run(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation);
+  Pieces run(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation);
 
   int64_t num_heads_, head_dim_;
-  FloatBuffer packed_;  ///< keys and values of the heads at work
+  FloatBuffer packed_;  ///< keys and values of all heads
 };
 
 }  // namespace qwen2vl::cpu

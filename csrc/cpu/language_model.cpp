@@ -62,6 +62,7 @@ int64_t LanguageModel::weight_bytes() const {
 }
 
 int64_t LanguageModel::read_weights(Context& ctx) {
+  // What PeakLoops::read takes, and pieces as measure_limits has them.
   constexpr int64_t kUnit = 4096, kPiece = 64 * kUnit;
   std::vector<std::span<const uint8_t>> pieces;
   const auto add = [&](const PackedLinear& linear) {
@@ -166,10 +167,9 @@ void LanguageModel::rotate_and_store(Context& ctx, int64_t index, std::span<cons
   for (const CausalRows& s : sequences)
     ctx.for_rows(s.rows, [&](int64_t i) {
       const int64_t row = s.first_row + i;
-      float* q = qkv + row * stride;
+      float* q = qkv + row * stride;  // and the keys behind them
       const float* cos = rope + row * 2 * half;
-      for (int64_t h = 0; h < config_.num_attention_heads + config_.num_key_value_heads;
-           ++h)  // queries, then keys
+      for (int64_t h = 0; h < config_.num_attention_heads + config_.num_key_value_heads; ++h)
         ctx.kernels.rope(q + h * head_dim, cos, cos + half, half);
       const float* k = q + config_.q_size();
       const int64_t cell = s.first_cell + i;

@@ -9,7 +9,7 @@
 namespace qwen2vl::cpu {
 namespace {
 
-// Columns of a mean per task.
+// Columns of a mean per task: 1 KiB of every row, in whole cache lines.
 constexpr int64_t kColumnsPerTask = 256;
 
 /// Whether decoded rows and others stand side by side where they go different ways.
@@ -41,7 +41,7 @@ void linear(Context& ctx, const PackedLinear& layer, const InputRows& x, float* 
   const auto stage = ctx.profile.stage(layer.name, linear_work(ctx, layer, x.rows));
   const LinearProduct product(ctx, layer, x, false, center);
   for_tasks(
-      ctx, layer.parts, x.rows, [&](const PackedLinear::Part& part, const LinearTask& task, int thread) {
+      ctx, layer.parts, x.rows, [&](const PackedLinear::Part& part, const MatmulTask& task, int thread) {
         const float* bias = center.mean.empty() ? layer.bias_of(part) : center.output.data() + part.column;
         product(part.matrix, task, {out + part.column, out_stride, bias, store}, thread,
                 part.inputs == Inputs::Fine);
@@ -61,7 +61,7 @@ Center center_of(Context& ctx, const PackedLinear& layer, const InputRows& x) {
   });
   // In 16 bits: what is lost here is lost of every row.
   const LinearProduct product(ctx, layer, {center.mean.data(), 1, cols}, true);
-  for_tasks(ctx, layer.parts, 1, [&](const PackedLinear::Part& part, const LinearTask& task, int thread) {
+  for_tasks(ctx, layer.parts, 1, [&](const PackedLinear::Part& part, const MatmulTask& task, int thread) {
     product(part.matrix, task,
             {center.output.data() + part.column, layer.out_features, layer.bias_of(part), Store::Overwrite},
             thread, true);
@@ -79,16 +79,14 @@ InputRows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const InputRo
   const auto stage = ctx.profile.stage(gate_up.name, linear_work(ctx, gate_up, x.rows));
   const PackedLinear::Part &gate = gate_up.parts[0], &up = gate_up.parts[1];
   const LinearProduct product(ctx, gate_up, x);
-  for_tasks(ctx, {&gate, 1}, x.rows, [&](const PackedLinear::Part&, const LinearTask& task, int thread) {
+  for_tasks(ctx, {&gate, 1}, x.rows, [&](const PackedLinear::Part&, const MatmulTask& task, int thread) {
     product(gate.matrix, task, {out, stride, gate_up.bias_of(gate), Store::Overwrite}, thread);
 
     // up's panels as a matrix of their own: the task's columns alone, in the thread's own memory.
-    const int64_t first = task.panel_begin * kPanelRows,
-                  width = (task.panel_end - task.panel_begin) * kPanelRows;
+    const int64_t first = task.panel_begin * kPanelRows, width = task.panels() * kPanelRows;
     const float* bias = gate_up.bias_of(up);
     float* up_values = ctx.scratch.threads[thread].up.resize(x.rows * width);
-    product(from_panel(up.matrix, task.panel_begin),
-            {0, task.panel_end - task.panel_begin, task.row_begin, task.row_end},
+    product(from_panel(up.matrix, task.panel_begin), {0, task.panels(), task.row_begin, task.row_end},
             {up_values, width, bias == nullptr ? nullptr : bias + first, Store::Overwrite}, thread);
 
     const int64_t columns = std::min(width, stride - first);

@@ -25,7 +25,7 @@ bool LinearProduct::in_8_bits(const PanelMatrix& w) const {
   return ctx_.precision == Precision::Fast && is_quantized(w.type);
 }
 
-void LinearProduct::operator()(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
+void LinearProduct::operator()(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
                                int thread, bool fine) const {
   std::byte* scratch = ctx_.scratch.threads[thread].kernel_bytes();
   if (!in_8_bits(w)) return multiply_float(w, task, out, scratch);
@@ -33,20 +33,18 @@ void LinearProduct::operator()(const PanelMatrix& w, const LinearTask& task, con
   add_outliers(w, task, out, scratch);
 }
 
-void LinearProduct::multiply_quantized(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
+void LinearProduct::multiply_quantized(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
                                        std::byte* scratch, bool fine) const {
-  const KernelTable& kernels = ctx_.kernels;
   if (quantized_.grouped.rows > 0) {
-    kernels.matmul_groups(w, task.panel_begin, task.panel_end, quantized_.grouped, task.row_begin,
-                          task.row_end, out, scratch);
+    ctx_.kernels.matmul_groups(w, quantized_.grouped, task, out, scratch);
   } else {
     QuantizedRows rows = quantized_.rows;
     if (!fine) rows.planes = 1;
-    kernels.matmul_q8(w, task.panel_begin, task.panel_end, rows, task.row_begin, task.row_end, out, scratch);
+    ctx_.kernels.matmul_q8(w, rows, task, out, scratch);
   }
 }
 
-void LinearProduct::add_outliers(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
+void LinearProduct::add_outliers(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
                                  std::byte* scratch) const {
   const auto& [outlier_columns, values] = quantized_.outliers;
   const int64_t n = static_cast<int64_t>(outlier_columns.size());
@@ -55,17 +53,17 @@ void LinearProduct::add_outliers(const PanelMatrix& w, const LinearTask& task, c
   for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
     ctx_.kernels.unpack_columns(w, p, outlier_columns.data(), n, columns);
     ctx_.kernels.gemm_f32(
-        values + task.row_begin * n, n, columns, n * kPanelRows, task.row_end - task.row_begin,
+        values + task.row_begin * n, n, columns, n * kPanelRows, task.rows(),
         std::min(kPanelRows, w.rows - p * kPanelRows), n,
         {out.data + task.row_begin * out.stride + p * kPanelRows, out.stride, nullptr, Store::Accumulate});
   }
 }
 
-void LinearProduct::multiply_float(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
+void LinearProduct::multiply_float(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
                                    std::byte* scratch) const {
   const KernelTable& kernels = ctx_.kernels;
   const float* a = x_.data + task.row_begin * x_.stride;
-  const int64_t rows = task.row_end - task.row_begin;
+  const int64_t rows = task.rows();
   const auto output_at = [&](int64_t panel) {
     MatmulOutput o = out;
     o.data += task.row_begin * out.stride + panel * kPanelRows;

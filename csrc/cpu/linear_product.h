@@ -16,16 +16,16 @@ class LinearProduct {
                 const Center& center = {});
 
   /// One task of a part's products; `fine` as its inputs are.
-  void operator()(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out, int thread,
+  void operator()(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out, int thread,
                   bool fine = false) const;
 
  private:
   bool in_8_bits(const PanelMatrix& w) const;
-  void multiply_quantized(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
+  void multiply_quantized(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
                           std::byte* scratch, bool fine) const;
-  void add_outliers(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
+  void add_outliers(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
                     std::byte* scratch) const;
-  void multiply_float(const PanelMatrix& w, const LinearTask& task, const MatmulOutput& out,
+  void multiply_float(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
                       std::byte* scratch) const;
 
   Context& ctx_;

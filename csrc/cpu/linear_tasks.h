@@ -19,11 +19,6 @@ inline constexpr int64_t kPanelsPerTask = 4;
 inline constexpr int64_t kBytesPerTask = 96 << 10;
 inline constexpr int64_t kMostPanelsPerTask = 16;
 
-/// Panels [panel_begin, panel_end) of a part times rows [row_begin, row_end) of x.
-struct LinearTask {
-  int64_t panel_begin, panel_end, row_begin, row_end;
-};
-
 /// fn(part, task, thread) for all of a layer's panels: row block by row block, and within one all panels, so
 /// that the activations stay in cache.
 template <typename Fn>
@@ -45,7 +40,7 @@ void for_tasks(Context& ctx, std::span<const PackedLinear::Part> parts, int64_t 
       for (; in_part >= tasks_of(*part); ++part) in_part -= tasks_of(*part);
       const int64_t row = t / per_block * kRowsPerTask, panel = in_part * panels;
       fn(*part,
-         LinearTask{panel, std::min(panel + panels, part->matrix.panel_count()), row,
+         MatmulTask{panel, std::min(panel + panels, part->matrix.panel_count()), row,
                     std::min(row + kRowsPerTask, rows)},
          thread);
     }

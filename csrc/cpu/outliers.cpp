@@ -11,9 +11,8 @@ namespace qwen2vl::cpu {
 float outlier_limit(const KernelTable& kernels, const float* row, int64_t cols, float* maxima) {
   constexpr float kNone = std::numeric_limits<float>::infinity();
   const float largest = kernels.block_maxima(row, cols, maxima);
-  // Outliers hardly count after a few steps.
   float limit = kNone;
-  for (int step = 0; step < 4; ++step) {
+  for (int step = 0; step < kLimitSteps; ++step) {
     limit = kOutlierRatio * kernels.sum_capped(row, limit, cols) / static_cast<float>(cols);
     if (!(largest > limit)) return kNone;  // the limit only sinks where something lies above it
   }
@@ -28,7 +27,7 @@ void take_outliers(float* row, int64_t cols, const float* maxima, float limit, i
     for (int64_t c = block * kBlock32; c < (block + 1) * kBlock32; ++c)
       if (std::fabs(row[c]) > limit) found.push_back({index, static_cast<int32_t>(c), row[c]});
   }
-  const size_t most = static_cast<size_t>(std::max<int64_t>(8, cols / 32));
+  const size_t most = static_cast<size_t>(std::max(kFewOutliers, cols / kMostOutliersIn));
   if (found.size() - first > most) {
     const auto begin = found.begin() + static_cast<std::ptrdiff_t>(first);
     std::stable_sort(begin, found.end(), [](const Outlier& a, const Outlier& b) {
@@ -40,10 +39,10 @@ void take_outliers(float* row, int64_t cols, const float* maxima, float limit, i
 }
 
 std::vector<int32_t> outlier_columns(std::span<const float> norm_weights) {
-  const size_t cols = norm_weights.size();
+  const size_t cols = norm_weights.size(), most = cols / size_t{kMostOutliersIn};
   const auto size = [&](size_t c) { return std::fabs(norm_weights[c]); };
   float limit = std::numeric_limits<float>::infinity();
-  for (int step = 0; step < 4; ++step) {
+  for (int step = 0; step < kLimitSteps; ++step) {
     double sum = 0;
     for (size_t c = 0; c < cols; ++c) sum += std::min(size(c), limit);
     limit = kNormRatio * static_cast<float>(sum / static_cast<double>(cols));
@@ -51,9 +50,9 @@ std::vector<int32_t> outlier_columns(std::span<const float> norm_weights) {
   std::vector<int32_t> columns;
   for (size_t c = 0; c < cols; ++c)
     if (size(c) > limit) columns.push_back(static_cast<int32_t>(c));
-  if (columns.size() > cols / 32) {
+  if (columns.size() > most) {
     std::stable_sort(columns.begin(), columns.end(), [&](int32_t a, int32_t b) { return size(a) > size(b); });
-    columns.resize(cols / 32);
+    columns.resize(most);
   }
   return columns;
 }

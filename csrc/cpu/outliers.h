@@ -24,13 +24,14 @@ struct Outlier {
 /// largest.
 float outlier_limit(const KernelTable& kernels, const float* row, int64_t cols, float* maxima);
 
-/// Takes the values above `limit` out of a row, at most one in 32 of them (but 8), the largest first: appends
-/// them to `found` as of row `index` and leaves zeros. `maxima` as outlier_limit has left them.
+/// Takes the values above `limit` out of a row, at most one in kMostOutliersIn of them (but kFewOutliers),
+/// the largest first: appends them to `found` as of row `index` and leaves zeros. `maxima` as outlier_limit
+/// has left them.
 void take_outliers(float* row, int64_t cols, const float* maxima, float limit, int64_t index,
                    std::vector<Outlier>& found);
 
 /// The channels that a norm's weights [cols] make kNormRatio times as large as they make others, the largest
-/// first where more than one in 32 are.
+/// first where more than one in kMostOutliersIn are.
 std::vector<int32_t> outlier_columns(std::span<const float> norm_weights);
 
 /// Takes these columns out of a row likewise.
@@ -45,8 +46,18 @@ struct OutlierMatrix {
 OutlierMatrix gather_outliers(std::span<const std::vector<Outlier>> found, int64_t rows, FloatBuffer& room);
 
 // 26 deviations of a normal distribution. The products that SwiGLU makes have long tails: fewer than one in
-// ten million lies above.
+// ten million lies above. At 8, real channels three times the rest would be multiplied in float32 too
+// (docs/decisions/0006).
 inline constexpr float kOutlierRatio = 32;
+// Above those channels of three times the rest.
 inline constexpr float kNormRatio = 4;
+// One in so many of a row's values, at most: with float32 at a quarter of the 8-bit rate, a layer takes an
+// eighth longer then.
+inline constexpr int64_t kMostOutliersIn = 32;
+// But so many in narrow rows.
+inline constexpr int64_t kFewOutliers = 8;
+// A limit is a multiple of the mean of magnitudes capped by the limit itself: after so many steps, outliers
+// hardly count in it.
+inline constexpr int kLimitSteps = 4;
 
 }  // namespace qwen2vl::cpu

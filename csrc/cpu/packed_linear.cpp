@@ -14,7 +14,8 @@ constexpr int64_t kBytesPerRead = 256 << 10;
 PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& ctx) {
   PackedLinear::Part part;
   part.column = column;
-  part.matrix = {source.type, source.rows, source.cols, panel_parts(source.type, source.cols).bytes, nullptr};
+  part.matrix = {source.type, source.rows,       source.cols, panel_parts(source.type, source.cols).bytes,
+                 nullptr,     ctx.kernels.layout};
   part.storage = AlignedBuffer(part.matrix.panel_count() * part.matrix.panel_bytes);
   uint8_t* out = part.storage.data();
   part.matrix.data = out;
@@ -26,7 +27,7 @@ PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& 
     const uint8_t* read =
         source.read_rows(begin * kPanelRows, rows, ctx.scratch.threads[thread].kernel.data());
     for (int64_t p = begin; p < end; ++p)
-      pack_panel(source.type, read, rows, source.cols, p - begin, out + p * part.matrix.panel_bytes);
+      pack_panel(part.matrix, read, rows, p - begin, out + p * part.matrix.panel_bytes);
   });
   return part;
 }

@@ -15,26 +15,23 @@ inline float load_f16(const uint8_t* p) {
   return f16_to_f32(half);
 }
 
-/// The plain decode step: a quantized panel value by value (simd/vector_decoder.h has its vectors).
+/// The plain decode step of every layout: a quantized panel value by value (simd/vector_decoder.h has its
+/// vectors).
 template <DType T>
 class PanelDecoder {
  public:
   static constexpr QuantFormat kFormat = traits_of(T).format;
 
   PanelDecoder(const PanelMatrix& w, int64_t panel)
-      : panel_(w.panel(panel)), parts_(panel_parts(w.type, w.cols)) {}
+      : panel_(w.panel(panel)), parts_(panel_parts(w.type, w.cols)), layout_(w.layout) {}
 
   /// The integer of column k, row r, its offset taken off.
   int quant(int64_t k, int64_t r) const {
-    const int64_t b = k / kBlock32, g = k % kBlock32 / 4, at = r * 4 + k % 4;
     if constexpr (kFormat.low_bits == 8) {
-      return static_cast<int8_t>(panel_[(b * 8 + g) * kGroupBytes + at]) - kFormat.offset;
+      return static_cast<int8_t>(bits<8>(0, k, r)) - kFormat.offset;
     } else {
-      int q = panel_[(b * 4 + g % 4) * kGroupBytes + at] >> (g < 4 ? 0 : 4) & 15;
-      if constexpr (constexpr int n = kFormat.high_bits; n > 0) {
-        const int byte = panel_[parts_.high + (b * n + g % n) * kGroupBytes + at];
-        q |= (byte >> (g / n * n) & ((1 << n) - 1)) << 4;
-      }
+      int q = bits<kFormat.low_bits>(0, k, r);
+      if constexpr (kFormat.high_bits > 0) q |= bits<kFormat.high_bits>(parts_.high, k, r) << 4;
       return q - kFormat.offset;
     }
   }
@@ -53,6 +50,13 @@ class PanelDecoder {
   }
 
  private:
+  template <int kBits>
+  int bits(int64_t part, int64_t k, int64_t r) const {
+    const int64_t in_block = k % kBlock32;
+    const int byte = panel_[part + layout_.offset(kBits, k / kBlock32, r, in_block % (4 * kBits))];
+    return byte >> (in_block / (4 * kBits) * kBits) & ((1 << kBits) - 1);
+  }
+
   float part_value(int64_t values, int64_t block_values, int64_t k, int64_t r) const {
     const int64_t at = k / kFormat.part * kPanelRows + r;
     if constexpr (kFormat.scale_bits == 16) return load_f16(panel_ + values + at * 2);
@@ -62,6 +66,7 @@ class PanelDecoder {
 
   const uint8_t* panel_;
   PanelParts parts_;
+  PanelLayout layout_;
 };
 
 }  // namespace qwen2vl::cpu

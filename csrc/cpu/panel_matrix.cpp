@@ -34,43 +34,55 @@ void pack_values(const uint8_t* matrix, int64_t row_stride, int64_t lanes, int64
   }
 }
 
-/// 32 integers of row r to block b of a panel's low and high bits.
-template <DType T>
-void pack_quants(const uint8_t* q, int64_t b, int64_t r, const PanelParts& parts, uint8_t* out) {
-  constexpr QuantFormat kFormat = traits_of(T).format;
-  constexpr int kVectors = kFormat.low_bits;  // of 64 bytes, for 128 nibbles or 64 bytes each
-  uint8_t* low = out + b * kVectors * kGroupBytes + r * 4;
-  for (int g = 0; g < kVectors; ++g) {
-    const uint32_t word = load_u32(q + 4 * g);
-    if constexpr (kFormat.low_bits == 8)
-      store_u32(low + g * kGroupBytes, word);
-    else
-      store_u32(low + g * kGroupBytes, (word & 0x0f0f0f0fu) | (load_u32(q + 16 + 4 * g) & 0x0f0f0f0fu) << 4);
+/// A part of a panel with kBits bits a value.
+template <int kBits>
+struct PackedBits {
+  uint8_t* data;
+  int64_t row;           ///< bytes from a row to the next
+  int64_t words[kBits];  ///< where the 4-byte words of a row's block stand
+
+  PackedBits(uint8_t* data_, const PanelLayout& layout) : data(data_), row(layout.run_of(kBits)) {
+    for (int i = 0; i < kBits; ++i) words[i] = layout.offset(kBits, 0, 0, 4 * i);
   }
-  if constexpr (constexpr int n = kFormat.high_bits; n > 0) {
-    constexpr uint32_t kMask = 0x01010101u * ((1u << n) - 1);
-    uint8_t* high = out + parts.high + b * n * kGroupBytes + r * 4;
-    for (int h = 0; h < n; ++h) {
+
+  /// Block b of row r: of 32 integers, the bits from kShift on.
+  template <int kShift = 0>
+  void pack(const uint8_t* q, int64_t b, int64_t r) const {
+    constexpr uint32_t kMask = 0x01010101u * ((1u << kBits) - 1);
+    uint8_t* block = data + b * 4 * kBits * kPanelRows + r * row;
+    for (int i = 0; i < kBits; ++i) {
       uint32_t word = 0;
-      for (int f = 0; f < 8 / n; ++f) word |= (load_u32(q + 4 * (n * f + h)) >> 4 & kMask) << (n * f);
-      store_u32(high + h * kGroupBytes, word);
+      for (int field = 0; field < 8 / kBits; ++field)
+        word |= (load_u32(q + 4 * (kBits * field + i)) >> kShift & kMask) << (kBits * field);
+      store_u32(block + words[i], word);
     }
   }
-}
+};
+template <>
+struct PackedBits<0> {
+  PackedBits(uint8_t*, const PanelLayout&) {}
+  template <int kShift>
+  void pack(const uint8_t*, int64_t, int64_t) const {}
+};
 
 template <DType T>
-void pack_blocks(const uint8_t* matrix, int64_t row_stride, int64_t lanes, int64_t cols,
-                 const PanelParts& parts, uint8_t* out) {
+void pack_blocks(const uint8_t* rows, int64_t row_stride, int64_t lanes, const PanelMatrix& packed,
+                 uint8_t* out) {
   constexpr DTypeTraits kTraits = traits_of(T);
   constexpr QuantFormat kFormat = kTraits.format;
   constexpr int64_t kBlocks32 = kTraits.block_elements / kBlock32,
                     kParts = kTraits.block_elements / kFormat.part;
+  const PanelParts parts = panel_parts(T, packed.cols);
+  const PackedBits<kFormat.low_bits> low(out, packed.layout);
+  const PackedBits<kFormat.high_bits> high(out + parts.high, packed.layout);
   OpenBlock block;
-  for (int64_t i = 0; i < cols / kTraits.block_elements; ++i) {
+  for (int64_t i = 0; i < packed.cols / kTraits.block_elements; ++i) {
     for (int64_t r = 0; r < lanes; ++r) {
-      open_block_at<T>(matrix + r * row_stride + i * kTraits.block_bytes, block);
-      for (int64_t b = 0; b < kBlocks32; ++b)
-        pack_quants<T>(block.q + b * kBlock32, i * kBlocks32 + b, r, parts, out);
+      open_block_at<T>(rows + r * row_stride + i * kTraits.block_bytes, block);
+      for (int64_t b = 0; b < kBlocks32; ++b) {
+        low.pack(block.q + b * kBlock32, i * kBlocks32 + b, r);
+        high.template pack<4>(block.q + b * kBlock32, i * kBlocks32 + b, r);
+      }
       const auto pack_scales = [&](int64_t values, int64_t block_values, uint16_t half, const int8_t* bytes) {
         if constexpr (kFormat.scale_bits == 8)
           for (int64_t p = 0; p < kParts; ++p)
@@ -106,19 +118,18 @@ PanelParts panel_parts(DType type, int64_t cols) {
   return parts;
 }
 
-void pack_panel(DType type, const uint8_t* matrix, int64_t rows, int64_t cols, int64_t panel, uint8_t* out) {
-  const PanelParts parts = panel_parts(type, cols);
-  const int64_t row_stride = row_bytes(type, cols);
+void pack_panel(const PanelMatrix& packed, const uint8_t* source, int64_t rows, int64_t panel, uint8_t* out) {
+  const int64_t row_stride = row_bytes(packed.type, packed.cols);
   const int64_t lanes = std::min(kPanelRows, rows - panel * kPanelRows);
-  const uint8_t* first = matrix + panel * kPanelRows * row_stride;
-  if (lanes < kPanelRows) std::memset(out, 0, parts.bytes);
-  visit_dtype(type, [&]<DType T>() {
+  const uint8_t* first = source + panel * kPanelRows * row_stride;
+  if (lanes < kPanelRows) std::memset(out, 0, packed.panel_bytes);
+  visit_dtype(packed.type, [&]<DType T>() {
     if constexpr (T == DType::F32)
-      pack_values<uint32_t>(first, row_stride, lanes, cols, out);
+      pack_values<uint32_t>(first, row_stride, lanes, packed.cols, out);
     else if constexpr (T == DType::F16 || T == DType::BF16)
-      pack_values<uint16_t>(first, row_stride, lanes, cols, out);
+      pack_values<uint16_t>(first, row_stride, lanes, packed.cols, out);
     else
-      pack_blocks<T>(first, row_stride, lanes, cols, parts, out);
+      pack_blocks<T>(first, row_stride, lanes, packed, out);
   });
 }
 

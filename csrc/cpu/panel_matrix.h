@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "base/aligned_buffer.h"
@@ -9,20 +10,32 @@ namespace qwen2vl::cpu {
 
 /// Output features per panel: one AVX-512 register of 32-bit lanes, two of AVX2, four of NEON.
 inline constexpr int64_t kPanelRows = 16;
-/// Four consecutive k of every row of a panel, a byte each.
-inline constexpr int64_t kGroupBytes = kPanelRows * 4;
+
+/// How a panel's integers are interleaved: so many bytes of a row stand side by side, behind them as many of
+/// the next row. It is the kernel table's choice: 4 where a lane takes one row's products (VNNI, maddubs,
+/// sdot), 8 where an instruction multiplies small matrices (smmla).
+struct PanelLayout {
+  int64_t run = 4;  ///< 4, 8 or 16
+
+  /// Of a part with `bits` bits a value: the bytes of a row side by side,
+  int64_t run_of(int bits) const { return std::min<int64_t>(run, 4 * bits); }
+  /// and where byte `byte` of a row's block stands.
+  int64_t offset(int bits, int64_t block, int64_t row, int64_t byte) const {
+    const int64_t n = run_of(bits);  // a power of two
+    return (block * 4 * bits + (byte & -n)) * kPanelRows + row * n + (byte & (n - 1));
+  }
+  bool operator==(const PanelLayout&) const = default;
+};
 
 /// A weight matrix [rows = out_features, cols = in_features] in the layout that the kernels stream: panels
-/// of 16 rows, interleaved so that one vector load holds the same k of all 16. Rows that fill up the last
-/// panel are zero. Panels of F32, F16 and BF16 are values [cols][16 rows]; those of a quantized type have the
-/// parts that its QuantFormat asks for (each starts where the one before ends; panel_bytes is rounded up to
-/// 64):
+/// of 16 rows. Rows that fill up the last panel are zero. Panels of F32, F16 and BF16 are values
+/// [cols][16 rows]; those of a quantized type have the parts that its QuantFormat asks for (each starts where
+/// the one before ends; panel_bytes is rounded up to 64):
 ///
-///   low bits        8: int8 [cols / 4][16 rows][4 consecutive k]
-///                   4: [cols / 32][4 g][16 rows][4 bytes]: byte i of group g has value 4g + i of a block of
-///                   32 in its low nibble and value 16 + 4g + i in its high nibble
-///   high bits n     [cols / 32][n h][16 rows][4 bytes]: with a block's values numbered 4g + i (g in 0..7),
-///                   the n bits from bit n f on of byte i of vector h belong to group g = n f + h
+///   low bits, high bits   n bits a value: a block of 32 of a row is 4 n bytes, and value k of it the n bits
+///   from
+///                   bit n (k / 4n) on of byte k % 4n; [cols / 32][4n / run][16 rows][run bytes], where
+///                   run = layout.run_of(n)
 ///   scales          16 bits: f16 [cols / 32][16 rows]; 8 bits: int8 [cols / part][16 rows]
 ///   block scales    of 8-bit scales: f16 [cols / 256][16 rows]
 ///   minima, block minima   as the scales
@@ -32,6 +45,7 @@ struct PanelMatrix {
   int64_t cols = 0;
   int64_t panel_bytes = 0;
   const uint8_t* data = nullptr;  ///< 64-byte aligned
+  PanelLayout layout = {};
 
   int64_t panel_count() const { return (rows + kPanelRows - 1) / kPanelRows; }
   const uint8_t* panel(int64_t p) const { return data + p * panel_bytes; }
@@ -48,9 +62,9 @@ struct PanelParts {
 };
 PanelParts panel_parts(DType type, int64_t cols);
 
-/// Packs panel `panel` of a row-major GGUF matrix [rows, cols]; writes
-/// panel_parts(type, cols).bytes at `out`.
-void pack_panel(DType type, const uint8_t* matrix, int64_t rows, int64_t cols, int64_t panel, uint8_t* out);
+/// Packs panel `panel` of `source`, a row-major GGUF matrix of `rows` rows, as a panel of `packed` (its type,
+/// columns and layout): packed.panel_bytes at `out`.
+void pack_panel(const PanelMatrix& packed, const uint8_t* source, int64_t rows, int64_t panel, uint8_t* out);
 
 /// One row of a packed matrix as float32 [cols] (the embedding look-up).
 void dequantize_panel_row(const PanelMatrix& matrix, int64_t row, float* out);

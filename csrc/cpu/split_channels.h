@@ -14,7 +14,8 @@ namespace qwen2vl::cpu {
 /// parts: where the others stand, rounded, and in a row of their own what rounding left.
 class SplitChannels {
  public:
-  static constexpr int64_t kMost = 8;  ///< of a head
+  /// Of a head: at head_dim 128, keys then take a sixteenth more.
+  static constexpr int64_t kMost = 8;
 
   SplitChannels() = default;  ///< none
   SplitChannels(const TextConfig& config, const TextWeights& weights);

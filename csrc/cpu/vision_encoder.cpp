@@ -5,19 +5,17 @@
 #include <cstring>
 #include <optional>
 
+#include "model/pixels.h"
 #include "quant/quantize.h"
 
 namespace qwen2vl::cpu {
 namespace {
 
-// Rows that go through the row-wise stages together: their activations stay in cache, and the buffers of the
-// wide layers do not grow with the picture.
-constexpr int64_t kRows = 512;
+constexpr double kRopeTheta = 10000;  // of transformers' VisionRotaryEmbedding: no file says it
 
-template <typename Fn>
-void for_chunks(int64_t rows, const Fn& fn) {
-  for (int64_t begin = 0; begin < rows; begin += kRows) fn(begin, std::min(kRows, rows - begin));
-}
+// Rows that go through the row-wise stages together: their activations stay in cache, the buffers of the
+// wide layers do not grow with the image, and a piece of work takes a few hundredths of a second.
+constexpr int64_t kRows = 512;
 
 void layer_norm_rows(Context& ctx, const NormWeights& norm, float eps, const float* x, int64_t rows,
                      int64_t width, float* out) {
@@ -57,7 +55,7 @@ PackedLinear pack_patch_embed(const VisionConfig& c, const VisionWeights& weight
 
 }  // namespace
 
-/// A layer over the chunks of a picture: the center of the first serves all.
+/// A layer over the chunks of an image: the center of the first serves all.
 struct VisionEncoder::CenteredLinear {
   const PackedLinear& layer;
   std::optional<Center> center = {};
@@ -68,21 +66,29 @@ struct VisionEncoder::CenteredLinear {
   }
 };
 
-VisionEncoder::VisionEncoder(const VisionConfig& config, const VisionWeights& w, Context& ctx,
-                             const Progress& progress)
-    : config_(config), attention_(config.num_heads, config.head_dim) {
-  patch_embed_ = pack_patch_embed(config, w, ctx);
-  for (const VisionBlockWeights& b : w.blocks) {
+/// Of one image on its way.
+struct VisionEncoder::Buffers {
+  FloatBuffer x;       ///< [patches][embed_dim], the residual stream
+  FloatBuffer qkv;     ///< [patches][3 embed_dim]
+  FloatBuffer normed;  ///< [kRows][embed_dim]
+  FloatBuffer wide;    ///< [kRows][intermediate_size]
+};
+
+bool VisionEncoder::pack_next(const VisionWeights& w, Context& ctx) {
+  if (blocks_.size() < w.blocks.size()) {
+    const VisionBlockWeights& b = w.blocks[blocks_.size()];
     blocks_.push_back({b.norm1, b.norm2, pack_linear("image qkv", {&b.q, &b.k, &b.v}, ctx, &b.norm1),
                        pack_linear("image proj", {&b.proj}, ctx),
                        pack_linear("image fc1", {&b.fc1}, ctx, &b.norm2),
                        pack_linear("image fc2", {&b.fc2}, ctx)});
-    progress(static_cast<int64_t>(blocks_.size()), config.depth);
+    return false;
   }
+  patch_embed_ = pack_patch_embed(config_, w, ctx);
   ln_q_ = w.ln_q;
   // A seventieth of the tower's work, and no later layer averages its errors away.
   mlp_0_ = pack_linear("image merger", {{&w.mlp_0, Inputs::Fine}}, ctx);
   mlp_2_ = pack_linear("image merger", {{&w.mlp_2, Inputs::Fine}}, ctx);
+  return true;
 }
 
 int64_t VisionEncoder::weight_bytes() const {
@@ -93,62 +99,86 @@ int64_t VisionEncoder::weight_bytes() const {
 }
 
 // Qwen2VisionTransformerPretrainedModel.forward
-void VisionEncoder::operator()(Context& ctx, const float* pixel_values, const GridTHW& grid, float* out,
-                               const Progress& progress) {
+Pieces VisionEncoder::operator()(Context& ctx, VisionInput input, float* out) const {
+  const GridTHW grid = input.grid;
   const int64_t step_rows = grid.h * grid.w, rows = grid.t * step_rows, width = config_.embed_dim;
-  float* x = x_.resize(rows * width);
-  float* qkv = qkv_.resize(rows * 3 * width);
-  float* normed = normed_.resize(std::min(kRows, rows) * width);
+  Buffers b;
+  float* x = b.x.resize(rows * width);
+  float* qkv = b.qkv.resize(rows * 3 * width);
+  FullAttention attention(config_.num_heads, config_.head_dim);
 
   const Rotation turned = rotation(grid);
-  linear(ctx, patch_embed_, {pixel_values, rows, config_.patch_dim()}, x, width, Store::Overwrite);
-  for (size_t i = 0; i < blocks_.size(); ++i) {
-    progress(static_cast<int64_t>(i), config_.depth);
+  for (int64_t row = 0; row < rows; row += kRows) {
+    embed(ctx, input, row, std::min(kRows, rows - row), b);
+    co_yield 0;
+  }
+  for (int64_t i = 0; i < config_.depth; ++i) {
     const Block& block = blocks_[i];
     CenteredLinear qkv_layer{block.qkv}, proj{block.proj}, fc1{block.fc1}, fc2{block.fc2};
-    for_chunks(rows, [&](int64_t row, int64_t n) {
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t n = std::min(kRows, rows - row);
+      float* normed = b.normed.resize(n * width);
       layer_norm_rows(ctx, block.norm1, config_.layer_norm_eps, x + row * width, n, width, normed);
       qkv_layer(ctx, {normed, n, width}, qkv + row * 3 * width, 3 * width, Store::Overwrite);
-    });
-    for (int64_t t = 0; t < grid.t; ++t) attention_(ctx, qkv + t * step_rows * 3 * width, step_rows, turned);
-    for_chunks(rows, [&](int64_t row, int64_t n) {
+      co_yield i;
+    }
+    for (int64_t t = 0; t < grid.t; ++t)
+      for (Pieces work = attention(ctx, qkv + t * step_rows * 3 * width, step_rows, turned); work.next();)
+        co_yield i;
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t n = std::min(kRows, rows - row);
       proj(ctx, {qkv + row * 3 * width, n, 3 * width}, x + row * width, width, Store::Accumulate);
-      mlp(ctx, block.norm2, fc1, fc2, x + row * width, n);
-    });
+      mlp(ctx, block.norm2, fc1, fc2, x + row * width, n, b);
+      co_yield i;
+    }
   }
-  merge(ctx, x, rows, out);
-  // A tenth of a gigabyte for a photo, needed again when the next one comes: the cache of a long context can
-  // have it.
-  for (FloatBuffer* buffer : {&x_, &qkv_, &normed_, &wide_}) buffer->release();
-  attention_.release_buffers();
-  progress(config_.depth, config_.depth);
+  const int64_t whole = kRows / config_.merge_unit() * config_.merge_unit();
+  for (int64_t row = 0; row < rows; row += whole) {
+    merge(ctx, row, std::min(whole, rows - row), b, out);
+    co_yield config_.depth - 1;
+  }
+}
+
+// PatchEmbed: a convolution whose patches do not overlap.
+void VisionEncoder::embed(Context& ctx, const VisionInput& input, int64_t row, int64_t n, Buffers& b) const {
+  const int64_t width = config_.embed_dim, patch = config_.patch_dim();
+  const float* patches = nullptr;
+  if (input.pixel_values != nullptr) {
+    patches = input.pixel_values + row * patch;
+  } else {
+    float* made = b.wide.resize(n * patch);
+    pixel_values(input.pixels, input.levels, input.grid, config_, row, n, made);
+    patches = made;
+  }
+  linear(ctx, patch_embed_, {patches, n, patch}, b.x.data() + row * width, width, Store::Overwrite);
 }
 
 // VisionRotaryEmbedding: head_dim / 4 frequencies turn with the row, the same with the column.
 Rotation VisionEncoder::rotation(const GridTHW& grid) const {
   const int64_t half = config_.head_dim / 2, quarter = config_.head_dim / 4;
-  const auto positions = patch_positions(grid, config_.spatial_merge_size);
   std::vector<float> inv_freq(quarter);
   for (int64_t i = 0; i < quarter; ++i)
-    inv_freq[i] =
-        static_cast<float>(1.0 / std::pow(10000.0, static_cast<double>(2 * i) / static_cast<double>(half)));
+    inv_freq[i] = static_cast<float>(
+        1.0 / std::pow(kRopeTheta, static_cast<double>(2 * i) / static_cast<double>(half)));
   const int64_t step_rows = grid.h * grid.w;
   Rotation rotation{std::vector<float>(step_rows * half), std::vector<float>(step_rows * half)};
-  for (int64_t r = 0; r < step_rows; ++r)
+  for (int64_t r = 0; r < step_rows; ++r) {
+    const auto position = patch_position(grid, config_.spatial_merge_size, r);
     for (int64_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(positions[r][i / quarter]) * inv_freq[i % quarter];
+      const float angle = static_cast<float>(position[i / quarter]) * inv_freq[i % quarter];
       rotation.cos[r * half + i] = std::cos(angle);
       rotation.sin[r * half + i] = std::sin(angle);
     }
+  }
   return rotation;
 }
 
 // Qwen2VLVisionBlock: x += fc2(quick_gelu(fc1(norm2(x))))
 void VisionEncoder::mlp(Context& ctx, const NormWeights& norm2, CenteredLinear& fc1, CenteredLinear& fc2,
-                        float* x, int64_t rows) {
+                        float* x, int64_t rows, Buffers& b) const {
   const int64_t width = config_.embed_dim, wide_size = config_.intermediate_size;
-  float* normed = normed_.resize(rows * width);
-  float* wide = wide_.resize(rows * wide_size);
+  float* normed = b.normed.resize(rows * width);
+  float* wide = b.wide.resize(rows * wide_size);
   layer_norm_rows(ctx, norm2, config_.layer_norm_eps, x, rows, width, normed);
   fc1(ctx, {normed, rows, width}, wide, wide_size, Store::Overwrite);
   quick_gelu_rows(ctx, wide, rows, wide_size);
@@ -156,17 +186,15 @@ void VisionEncoder::mlp(Context& ctx, const NormWeights& norm2, CenteredLinear& 
 }
 
 // PatchMerger: neighbouring patches are neighbouring rows, so concatenating them is a change of shape.
-void VisionEncoder::merge(Context& ctx, const float* x, int64_t rows, float* out) {
+void VisionEncoder::merge(Context& ctx, int64_t row, int64_t n, Buffers& b, float* out) const {
   const int64_t width = config_.embed_dim, unit = config_.merge_unit(), merged = unit * width;
-  for_chunks(rows / unit, [&](int64_t row, int64_t n) {
-    float* normed = normed_.resize(n * merged);
-    float* wide = wide_.resize(n * merged);
-    layer_norm_rows(ctx, ln_q_, config_.layer_norm_eps, x + row * merged, n * unit, width, normed);
-    linear(ctx, mlp_0_, {normed, n, merged}, wide, merged, Store::Overwrite);
-    ctx.for_rows(n, [&](int64_t r) { ctx.kernels.gelu(wide + r * merged, merged); });
-    linear(ctx, mlp_2_, {wide, n, merged}, out + row * config_.hidden_size, config_.hidden_size,
-           Store::Overwrite);
-  });
+  const int64_t hidden = config_.hidden_size;
+  float* normed = b.normed.resize(n * width);
+  float* wide = b.wide.resize(n * width);
+  layer_norm_rows(ctx, ln_q_, config_.layer_norm_eps, b.x.data() + row * width, n, width, normed);
+  linear(ctx, mlp_0_, {normed, n / unit, merged}, wide, merged, Store::Overwrite);
+  ctx.for_rows(n / unit, [&](int64_t r) { ctx.kernels.gelu(wide + r * merged, merged); });
+  linear(ctx, mlp_2_, {wide, n / unit, merged}, out + row / unit * hidden, hidden, Store::Overwrite);
 }
 
 }  // namespace qwen2vl::cpu

@@ -7,7 +7,7 @@ namespace {
 
 // Left to buffers, the cache of a conversation and the vision tower's activations when weights are placed.
 constexpr int64_t kReserve = int64_t{1} << 30;
-constexpr int64_t kAlignment = 256;
+constexpr int64_t kAlignment = 256;  // cudaMalloc's own
 
 }  // namespace
 

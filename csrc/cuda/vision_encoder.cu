@@ -15,6 +15,7 @@ namespace qwen2vl::cuda {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
+constexpr double kRopeTheta = 10000;  // VisionRotaryEmbedding's; no file says it
 
 unsigned blocks(int64_t n, int64_t each) { return static_cast<unsigned>((n + each - 1) / each); }
 
@@ -102,8 +103,8 @@ VisionEncoder::VisionEncoder(Context& ctx, const qwen2vl_vision& vision, bool ex
   std::vector<float> inv_freq;
   const int64_t half = vision.head_dim / 2;
   for (int64_t i = 0; i < vision.head_dim / 4; ++i)
-    inv_freq.push_back(
-        static_cast<float>(1.0 / std::pow(10000.0, static_cast<double>(2 * i) / static_cast<double>(half))));
+    inv_freq.push_back(static_cast<float>(
+        1.0 / std::pow(kRopeTheta, static_cast<double>(2 * i) / static_cast<double>(half))));
   inv_freq_ = store_floats(ctx, inv_freq.data(), static_cast<int64_t>(inv_freq.size()));
 }
 

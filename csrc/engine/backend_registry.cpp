@@ -1,10 +1,13 @@
 #include "engine/backend_registry.h"
 
+#include <algorithm>
 #include <charconv>
 #include <optional>
 #include <stdexcept>
 #include <string_view>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "base/printable.h"
@@ -15,75 +18,100 @@
 namespace qwen2vl {
 namespace {
 
-struct DeviceName {
-  enum class Kind { Cpu, Cuda, Auto } kind;
-  int32_t index = 0;
-};
+constexpr std::string_view kCpu = "cpu", kAuto = "auto";
+constexpr size_t kMostOfAName = 32;
 
-std::optional<DeviceName> parse(std::string_view name) {
-  if (name == "cpu") return DeviceName{DeviceName::Kind::Cpu};
-  if (name == "auto") return DeviceName{DeviceName::Kind::Auto};
-  if (name == "cuda") return DeviceName{DeviceName::Kind::Cuda};
-  constexpr std::string_view kNumbered = "cuda:";
-  if (!name.starts_with(kNumbered)) return std::nullopt;
-  name.remove_prefix(kNumbered.size());
+/// "cuda:1" as name and index, "cuda" as its first; nothing where it is neither.
+std::optional<std::pair<std::string, int32_t>> parse(std::string_view device) {
+  const size_t colon = device.find(':');
+  const std::string_view name = device.substr(0, colon);
+  const bool named = !name.empty() && std::all_of(name.begin(), name.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_';
+  });
   int32_t index = 0;
-  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), index);
-  if (error != std::errc() || end != name.data() + name.size() || index < 0) return std::nullopt;
-  return DeviceName{DeviceName::Kind::Cuda, index};
+  if (colon != std::string_view::npos) {
+    const char *first = device.data() + colon + 1, *last = device.data() + device.size();
+    const auto [end, error] = std::from_chars(first, last, index);
+    if (error != std::errc() || end != last || index < 0 || name == kCpu || name == kAuto)
+      return std::nullopt;
+  }
+  if (!named) return std::nullopt;
+  return std::pair(std::string(name), index);
 }
 
-DeviceName require_parsed(const std::string& name) {
-  const std::optional<DeviceName> parsed = parse(name);
-  if (!parsed)
-    throw std::invalid_argument(
-        "device: expected cpu, cuda, cuda:N (its N-th device, from 0) or auto, found '" + printable(name) +
-        "'");
-  return *parsed;
+std::string listed(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
 }
 
-std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, Weights&& weights, int32_t index,
-                                           const BackendOptions& options, const Progress& progress) {
-  if (options.plugin.empty())
-    throw DeviceError("device cuda: its plug-in is not installed; pip install qwen2vl-q-cuda brings it");
-  const qwen2vl_backend_api& api = open_plugin(options.plugin);
-  std::vector<qwen2vl_device> devices;
+/// The devices of a plug-in's backend; DeviceError, with its name, where there is none of that index.
+void require_device(const qwen2vl_backend_api& api, const std::string& name, int32_t index) {
+  std::vector<std::string> there;
   try {
-    devices = plugin_devices(api);
+    for (const qwen2vl_device& device : plugin_devices(api))
+      there.push_back(name + ":" + std::to_string(there.size()) + " (" + plugin_text(device.name) + ")");
   } catch (const DeviceError& error) {
-    throw DeviceError(std::string("device cuda: ") + error.what());
+    throw DeviceError("device " + name + ": " + error.what());
   }
-  if (static_cast<size_t>(index) >= devices.size()) {
-    std::string there;
-    for (size_t i = 0; i < devices.size(); ++i)
-      there += (i ? ", cuda:" : "cuda:") + std::to_string(i) + " (" + plugin_text(devices[i].name) + ")";
-    throw DeviceError("device cuda:" + std::to_string(index) + ": there is no such device, only " + there);
-  }
-  return make_plugin_backend(api, config, std::move(weights),
-                             {index, options.precision, options.device_memory}, progress);
+  if (static_cast<size_t>(index) >= there.size())
+    throw DeviceError("device " + name + ":" + std::to_string(index) + ": there is no such device, only " +
+                      listed(there));
 }
 
 }  // namespace
 
-void require_device_name(const std::string& device) { require_parsed(device); }
+BackendRegistry::BackendRegistry(BackendOptions options) : options_(std::move(options)) {
+  const auto asked = parse(options_.device);
+  if (!asked)
+    throw std::invalid_argument(
+        "device: expected a backend's name, one with a device's index (cuda:1) or auto, found '" +
+        printable(options_.device) + "'");
+  std::tie(name_, index_) = *asked;
+  factories_[std::string(kCpu)] = [this](const ModelConfig& config, Weights&& weights, int32_t,
+                                         const Progress& progress) {
+    return cpu::make_cpu_backend(config, std::move(weights),
+                                 {options_.n_threads, options_.precision, options_.isa}, progress);
+  };
+  if (name_ == kCpu) return;
+  try {
+    if (!options_.plugin.empty()) add_plugin();
+  } catch (const DeviceError& error) {
+    if (name_ != kAuto) throw;
+    note_ = std::string("computing on the CPU: ") + error.what();
+  }
+  if (name_ == kAuto || factories_.contains(name_)) return;
+  std::vector<std::string> names;
+  for (const auto& [name, factory] : factories_) names.push_back(name);
+  throw DeviceError("device " + name_ + ": there is no such backend, only " + listed(names));
+}
 
-ChosenBackend make_backend(const ModelConfig& config, Weights weights, const BackendOptions& options,
-                           const Progress& progress) {
-  const DeviceName device = require_parsed(options.device);
-  ChosenBackend chosen;
-  if (device.kind == DeviceName::Kind::Cuda) {
-    chosen.backend = make_cuda_backend(config, std::move(weights), device.index, options, progress);
-  } else if (device.kind == DeviceName::Kind::Auto && !options.plugin.empty()) {
+/// Under the name that it gives itself.
+void BackendRegistry::add_plugin() {
+  const qwen2vl_backend_api& api = open_plugin(options_.plugin);
+  const std::string name = printable(api.name, kMostOfAName);
+  factories_.try_emplace(name, [this, &api, name](const ModelConfig& config, Weights&& weights, int32_t index,
+                                                  const Progress& progress) {
+    require_device(api, name, index);
+    return make_plugin_backend(api, config, std::move(weights),
+                               {index, options_.precision, options_.device_memory}, progress);
+  });
+}
+
+ChosenBackend BackendRegistry::make(const ModelConfig& config, Weights weights,
+                                    const Progress& progress) const {
+  if (name_ != kAuto)
+    return {factories_.find(name_)->second(config, std::move(weights), index_, progress), {}};
+  std::string note = note_;
+  for (const auto& [name, factory] : factories_) {
+    if (name == kCpu) continue;
     try {
-      chosen.backend = make_cuda_backend(config, std::move(weights), device.index, options, progress);
+      return {factory(config, std::move(weights), index_, progress), {}};
     } catch (const DeviceError& error) {
-      chosen.note = std::string("computing on the CPU: ") + error.what();
+      note = std::string("computing on the CPU: ") + error.what();
     }
   }
-  if (!chosen.backend)  // whoever failed above has left the weights alone
-    chosen.backend = cpu::make_cpu_backend(config, std::move(weights),
-                                           {options.n_threads, options.precision, options.isa}, progress);
-  return chosen;
+  return {factories_.find(kCpu)->second(config, std::move(weights), index_, progress), note};
 }
 
 }  // namespace qwen2vl

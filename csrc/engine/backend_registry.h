@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -11,12 +13,11 @@
 namespace qwen2vl {
 
 struct BackendOptions {
-  std::string device =
-      "cpu";  ///< "cpu", "cuda" (its first), "cuda:1", "auto" (cuda where it works, else cpu)
+  std::string device = "cpu";  ///< a backend's name, with a device's index ("cuda:1"; else its first); "auto"
   Precision precision = Precision::Fast;
   int n_threads = 0;             ///< of the CPU; 0: default_thread_count()
   std::string isa;               ///< of the CPU; empty: the best one
-  std::filesystem::path plugin;  ///< the library of the cuda backend; empty: none is installed
+  std::filesystem::path plugin;  ///< a library with another backend; empty: none is installed
   int64_t device_memory = 0;     ///< bytes of a device's memory that may be used; 0: what is free
 };
 
@@ -25,12 +26,32 @@ struct ChosenBackend {
   std::string note;  ///< why "auto" has not taken a device whose plug-in is there; else empty
 };
 
-/// Throws std::invalid_argument where `device` is no name of a backend.
-void require_device_name(const std::string& device);
+/// The backends that there are: the processor's, and what a plug-in brings. The one place that knows them
+/// all.
+class BackendRegistry {
+ public:
+  /// Throws std::invalid_argument where `options.device` is no name, DeviceError where no backend is called
+  /// that or the plug-in cannot be used.
+  explicit BackendRegistry(BackendOptions options);
+  BackendRegistry(const BackendRegistry&) = delete;
+  BackendRegistry& operator=(const BackendRegistry&) = delete;
 
-/// The one place that knows every backend. DeviceError, saying why, where one that was asked for is not there
-/// or does not take the model.
-ChosenBackend make_backend(const ModelConfig& config, Weights weights, const BackendOptions& options,
-                           const Progress& progress);
+  /// DeviceError, saying why, where the one that was asked for is not there or does not take the model.
+  ChosenBackend make(const ModelConfig& config, Weights weights, const Progress& progress) const;
+
+ private:
+  /// `weights` are moved from only where it succeeds.
+  using Factory = std::function<std::unique_ptr<Backend>(const ModelConfig& config, Weights&& weights,
+                                                         int32_t index, const Progress& progress)>;
+
+  void add_plugin();
+
+  BackendOptions options_;
+  std::string
+      name_;  ///< of the backend that was asked for; "auto": a plug-in's where it works, else the CPU's
+  int32_t index_ = 0;  ///< of its devices
+  std::map<std::string, Factory, std::less<>> factories_;
+  std::string note_;
+};
 
 }  // namespace qwen2vl

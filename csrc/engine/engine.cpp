@@ -14,9 +14,10 @@ namespace qwen2vl {
 
 Engine::Engine(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress)
     : precision_(options.backend.precision) {
+  const BackendRegistry backends(options.backend);
   ModelFiles files = open_model(path, options.mmproj);
   config_ = std::move(files.config);
-  chosen_ = make_backend(config_, std::move(files.weights), options.backend, progress);
+  chosen_ = backends.make(config_, std::move(files.weights), progress);
   pool_ = std::make_unique<PagePool>(chosen_.backend->pages(), std::numeric_limits<int64_t>::max());
 #ifdef __GLIBC__
   malloc_trim(0);  // what reading the vocabulary has left behind
@@ -82,7 +83,7 @@ int64_t Engine::reuse(Sequence& sequence, const Prompt& prompt) {
   while (common < limit && sequence.cells[common] == prompt.cells()[common]) ++common;
   pool_->truncate(sequence.table, common);
   sequence.drop_waiting();
-  sequence.where = Sequence::Logits::None;
+  sequence.drop_logits();
   return common;
 }
 
@@ -95,14 +96,16 @@ int64_t Engine::adopt(Sequence& sequence, const Prompt& prompt) {
   sequence.token_ids.assign(prompt.token_ids().begin(), prompt.token_ids().begin() + n);
   sequence.cells.assign(prompt.cells().begin(), prompt.cells().begin() + n);
   sequence.positions.assign(prompt.positions().begin(), prompt.positions().begin() + n);
-  sequence.where = Sequence::Logits::None;
+  sequence.drop_logits();
   return n;
 }
 
-void Engine::begin(Sequence& sequence, const Prompt& prompt, std::span<const float* const> embeddings) const {
-  if (embeddings.size() != prompt.images().size())
-    throw std::invalid_argument("expected embeddings of " + std::to_string(prompt.images().size()) +
-                                " image(s), found " + std::to_string(embeddings.size()));
+void Engine::begin(Sequence& sequence, const Prompt& prompt,
+                   std::span<const std::shared_ptr<const Embeddings>> embeddings) const {
+  if (embeddings.size() != prompt.items().size())
+    throw std::invalid_argument("embeddings: expected one entry for each of " +
+                                std::to_string(prompt.items().size()) + " image(s), found " +
+                                std::to_string(embeddings.size()));
   if (prompt.size() > sequence.n_ctx)
     throw std::invalid_argument("the prompt has " + std::to_string(prompt.size()) +
                                 " tokens, the context holds " + std::to_string(sequence.n_ctx));
@@ -112,12 +115,19 @@ void Engine::begin(Sequence& sequence, const Prompt& prompt, std::span<const flo
     throw std::invalid_argument("the cache is not a prefix of the prompt: call reuse first");
   std::vector<Sequence::Item> items;
   for (size_t i = 0; i < embeddings.size(); ++i) {
-    const int64_t start = prompt.images()[i].start, cells = prompt.image_cells(i);
-    if (start + cells <= first) continue;
-    if (embeddings[i] == nullptr)
+    const VisionItem& item = prompt.items()[i];
+    const int64_t cells = item.end - item.start;
+    const Embeddings* rows = embeddings[i].get();
+    if (rows != nullptr && (rows->rows() != cells || rows->hidden_size() != config_.text.hidden_size))
+      throw std::invalid_argument("embeddings[" + std::to_string(i) + "]: expected shape (" +
+                                  std::to_string(cells) + ", " + std::to_string(config_.text.hidden_size) +
+                                  "), found (" + std::to_string(rows->rows()) + ", " +
+                                  std::to_string(rows->hidden_size()) + ")");
+    if (item.end <= first) continue;
+    if (rows == nullptr)
       throw std::invalid_argument("image " + std::to_string(i) +
                                   ": its embeddings are needed and were not given");
-    items.push_back({start, cells, embeddings[i]});
+    items.push_back({item.start, embeddings[i]});
   }
   sequence.prompt_cells = prompt.size();
   sequence.token_ids = prompt.token_ids();
@@ -127,7 +137,7 @@ void Engine::begin(Sequence& sequence, const Prompt& prompt, std::span<const flo
   int32_t largest = 0;  // of the whole prompt, what has been computed included
   for (const Position& p : prompt.positions()) largest = std::max({largest, p[0], p[1], p[2]});
   sequence.next_position = largest + 1;
-  sequence.where = Sequence::Logits::None;
+  sequence.drop_logits();
 }
 
 void Engine::require_pushable(const Sequence& sequence, int32_t token) const {
@@ -148,6 +158,7 @@ void Engine::push(Sequence& sequence, int32_t token) const {
   sequence.cells.push_back({token});
   const int32_t at = sequence.next_position++;
   sequence.positions.push_back({at, at, at});
+  sequence.drop_logits();
 }
 
 void Engine::step(std::span<const StepRows> batch, const Progress& progress) {
@@ -156,8 +167,13 @@ void Engine::step(std::span<const StepRows> batch, const Progress& progress) {
   Turn turn(*this);
   for (const StepRows& s : batch) pool_->reserve(s.sequence->table, s.rows);
   compute(turn.backend, batch, progress);
-  for (const StepRows& s : batch)
-    pool_->commit(s.sequence->table, std::span(s.sequence->cells).subspan(s.sequence->size(), s.rows));
+  for (const StepRows& s : batch) {
+    Sequence& sequence = *s.sequence;
+    pool_->commit(sequence.table, std::span(sequence.cells).subspan(sequence.size(), s.rows));
+    std::erase_if(sequence.items, [&](const Sequence::Item& item) {
+      return item.start + item.embeddings->rows() <= sequence.size();
+    });
+  }
 }
 
 void Engine::require_batch(std::span<const StepRows> batch) const {
@@ -182,7 +198,7 @@ void Engine::require_batch(std::span<const StepRows> batch) const {
 
 /// The forward pass; the logits of sequences that have no cells to wait for behind these rows.
 void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Progress& progress) {
-  const int64_t hidden = config_.text.hidden_size, vocab = config_.text.vocab_size;
+  const int64_t vocab = config_.text.vocab_size;
   embeddings_.clear();
   pages_.clear();
   for (const StepRows& s : batch) {
@@ -192,8 +208,10 @@ void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Pr
     const size_t row = embeddings_.size();
     embeddings_.resize(row + static_cast<size_t>(s.rows), nullptr);
     for (const Sequence::Item& item : sequence.items)
-      for (int64_t at = std::max(first, item.start); at < std::min(end, item.start + item.cells); ++at)
-        embeddings_[row + static_cast<size_t>(at - first)] = item.rows + (at - item.start) * hidden;
+      for (int64_t at = std::max(first, item.start),
+                   last = std::min(end, item.start + item.embeddings->rows());
+           at < last; ++at)
+        embeddings_[row + static_cast<size_t>(at - first)] = item.embeddings->row(at - item.start);
   }
   std::vector<SequenceRows> rows;
   rows.reserve(batch.size());
@@ -212,29 +230,22 @@ void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Pr
                     : last                  ? LogitsWanted::Last
                                             : LogitsWanted::None,
                     sequence.size() >= sequence.prompt_cells});
-    sequence.where = Sequence::Logits::None;  // a call that fails may have overwritten them
+    sequence.drop_logits();
     row += n;
     page += n_pages;
   }
   const bool all = batch[0].all_logits != nullptr, kept = backend.keeps_logits() && !all;
-  const bool alone = finished.size() == 1 && !all && !kept;
-  float* logits = nullptr;
-  if (all) {
-    logits = batch[0].all_logits;
-  } else if (alone) {
-    finished[0]->logits.resize(static_cast<size_t>(vocab));
-    logits = finished[0]->logits.data();
-  } else if (!kept) {
-    logits_.resize(std::max(logits_.size(), finished.size() * static_cast<size_t>(vocab)));
-    logits = logits_.data();
+  float* logits = batch[0].all_logits;
+  if (!all && !kept && !finished.empty()) {
+    if (!logits_ || logits_.use_count() > 1) logits_ = std::make_shared<std::vector<float>>();
+    logits_->resize(std::max(logits_->size(), finished.size() * static_cast<size_t>(vocab)));
+    logits = logits_->data();
   }
   backend.forward(rows, logits, progress);
   for (size_t i = 0; i < finished.size() && !all; ++i) {
     Sequence& sequence = *finished[i];
     sequence.where = kept ? Sequence::Logits::Device : Sequence::Logits::Host;
-    if (!kept && !alone)
-      sequence.logits.assign(logits + static_cast<int64_t>(i) * vocab,
-                             logits + static_cast<int64_t>(i + 1) * vocab);
+    if (!kept) sequence.logits = {logits_, logits + static_cast<int64_t>(i) * vocab};
   }
 }
 
@@ -254,13 +265,15 @@ std::span<const float> Engine::logits(Sequence& sequence) {
 }
 
 std::span<const float> Engine::logits(Backend& backend, Sequence& sequence) {
+  const size_t vocab = static_cast<size_t>(config_.text.vocab_size);
   if (sequence.where == Sequence::Logits::Device) {
-    sequence.logits.resize(static_cast<size_t>(config_.text.vocab_size));
-    backend.last_logits(sequence.table.pages.back()->handle, sequence.logits.data());
+    const auto fetched = std::make_shared<std::vector<float>>(vocab);
+    backend.last_logits(sequence.table.pages.back()->handle, fetched->data());
+    sequence.logits = {fetched, fetched->data()};
     sequence.where = Sequence::Logits::Host;
   }
   if (sequence.where == Sequence::Logits::None) return {};
-  return sequence.logits;
+  return {sequence.logits.get(), vocab};
 }
 
 int32_t Engine::sample(Sequence& sequence, Sampler& sampler, std::span<const uint8_t> allowed) {

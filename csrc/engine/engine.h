@@ -81,9 +81,10 @@ class Engine {
   /// The same of all sequences that there have been: the longest that the pool has.
   int64_t adopt(Sequence& sequence, const Prompt& prompt);
 
-  /// Lets the cells of `prompt` behind the sequence's own wait. embeddings[i]: [cells, hidden_size] of image
-  /// i for as long as they wait, or nullptr for one that lies wholly in what has been computed.
-  void begin(Sequence& sequence, const Prompt& prompt, std::span<const float* const> embeddings) const;
+  /// Lets the cells of `prompt` behind the sequence's own wait. embeddings[i]: image i's, or nullptr for one
+  /// that lies wholly in what has been computed.
+  void begin(Sequence& sequence, const Prompt& prompt,
+             std::span<const std::shared_ptr<const Embeddings>> embeddings) const;
   /// Lets one more text token wait. Throws std::invalid_argument where it cannot follow: require_pushable.
   void push(Sequence& sequence, int32_t token) const;
   void require_pushable(const Sequence& sequence, int32_t token) const;
@@ -121,7 +122,7 @@ class Engine {
   // Of the step at work, [row] and [page] of all its sequences.
   std::vector<const float*> embeddings_;
   std::vector<PageHandle> pages_;
-  std::vector<float> logits_;  ///< [sequence][vocab_size]
+  std::shared_ptr<std::vector<float>> logits_;  ///< [sequence][vocab_size]; anew where one still has its row
 };
 
 }  // namespace qwen2vl

@@ -72,7 +72,7 @@ const qwen2vl_backend_api& open_plugin(const std::filesystem::path& path) {
 }
 
 std::vector<qwen2vl_device> plugin_devices(const qwen2vl_backend_api& api) {
-  constexpr int32_t kMost = 64;
+  constexpr int32_t kMost = 64;  // devices: far more than a machine has
   std::vector<qwen2vl_device> devices(kMost);
   int32_t count = 0;
   qwen2vl_error error{};

@@ -102,7 +102,7 @@ class PluginPages final : public PageStore {
   const Handle& handle_;
 };
 
-class PluginBackend final : public Backend {
+class PluginBackend final : public Backend, private Instruments {
  public:
   PluginBackend(const qwen2vl_backend_api& api, const ModelConfig& config, Weights&& weights,
                 const PluginOptions& options, const Progress& progress)
@@ -116,18 +116,9 @@ class PluginBackend final : public Backend {
 
   PageStore& pages() override { return pages_; }
 
-  void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
-                     const Progress& progress) override {
-    encode(progress, [&](qwen2vl_progress reports, qwen2vl_error* error) {
-      return api().encode_vision(handle_.backend, pixel_values, grid.t, grid.h, grid.w, out, reports, error);
-    });
-  }
-
-  void encode_pixels(const uint8_t* pixels, const float* levels, const GridTHW& grid, float* out,
-                     const Progress& progress) override {
-    encode(progress, [&](qwen2vl_progress reports, qwen2vl_error* error) {
-      return api().encode_pixels(handle_.backend, pixels, levels, grid.h, grid.w, out, reports, error);
-    });
+  std::unique_ptr<VisionPass> begin_vision(const VisionInput& input, float* out) override {
+    if (!has_vision_) throw std::invalid_argument("this model has no vision tower");
+    return std::make_unique<Pass>(*this, input, out);
   }
 
   void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) override {
@@ -165,13 +156,15 @@ class PluginBackend final : public Backend {
     return std::max<int64_t>(1, info_.max_batch_rows);
   }
 
+  Instruments& instruments() override { return *this; }
+
   void start_profile() override {
     qwen2vl_error error{};
     check_plugin(api().start_profile(handle_.backend, &error), error);
   }
 
   std::vector<StageRecord> stop_profile() override {
-    constexpr int32_t kMost = 256;
+    constexpr int32_t kMost = 256;  // stages: a forward pass has some thirty names
     std::vector<qwen2vl_stage> stages(kMost);
     int32_t count = 0;
     qwen2vl_error error{};
@@ -203,16 +196,36 @@ class PluginBackend final : public Backend {
   }
 
  private:
-  /// `call` loads the vision tower the first time.
-  template <typename Call>
-  void encode(const Progress& progress, const Call& call) {
-    if (!has_vision_) throw std::invalid_argument("this model has no vision tower");
+  /// The interface encodes whole: one piece.
+  class Pass final : public VisionPass {
+   public:
+    Pass(PluginBackend& backend, const VisionInput& input, float* out)
+        : backend_(backend), input_(input), out_(out) {}
+    bool advance(double, const Progress& progress) override {
+      if (!done_) backend_.encode(input_, out_, progress);
+      return done_ = true;
+    }
+
+   private:
+    PluginBackend& backend_;
+    VisionInput input_;
+    float* out_;
+    bool done_ = false;
+  };
+
+  void encode(const VisionInput& input, float* out, const Progress& progress) {
     const bool first = !vision_loaded_;
     if (first)
       for (const auto& file : handle_.files()) file->require_unchanged();
+    const GridTHW& grid = input.grid;
     Reporter reporter(progress);
     qwen2vl_error error{};
-    reporter.check(call(reporter.get(), &error), error);
+    const int status = input.pixel_values != nullptr
+                           ? api().encode_vision(handle_.backend, input.pixel_values, grid.t, grid.h, grid.w,
+                                                 out, reporter.get(), &error)
+                           : api().encode_pixels(handle_.backend, input.pixels, input.levels, grid.h, grid.w,
+                                                 out, reporter.get(), &error);
+    reporter.check(status, error);
     vision_loaded_ = true;
     if (!first) return;
     handle_.release_pages();

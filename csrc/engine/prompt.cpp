@@ -3,48 +3,39 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 namespace qwen2vl {
 
-Prompt::Prompt(const ModelConfig& config, std::vector<int32_t> token_ids, std::vector<PromptImage> images)
-    : token_ids_(std::move(token_ids)), images_(std::move(images)) {
-  if (token_ids_.empty()) throw std::invalid_argument("the prompt is empty");
-  for (size_t i = 0; i < token_ids_.size(); ++i)
-    if (token_ids_[i] < 0 || token_ids_[i] >= config.text.vocab_size)
-      throw std::invalid_argument("token " + std::to_string(i) + ": expected an id below " +
-                                  std::to_string(config.text.vocab_size) + ", found " +
-                                  std::to_string(token_ids_[i]));
+Prompt::Prompt(const ModelConfig& config, std::span<const int64_t> token_ids,
+               std::span<const PromptImage> images, int64_t n_ctx) {
+  if (token_ids.empty()) throw std::invalid_argument("token_ids: expected integers [n], n > 0, found none");
   std::vector<GridTHW> grids;
-  for (const PromptImage& image : images_) grids.push_back(image.grid);
-  positions_ = mrope_positions(token_ids_, grids, config);
-
-  cells_.resize(token_ids_.size());
-  for (size_t i = 0; i < token_ids_.size(); ++i) cells_[i].token = token_ids_[i];
-  int64_t end = 0;
-  for (size_t i = 0; i < images_.size(); ++i) {
-    const PromptImage& image = images_[i];
-    image_cells_.push_back(vision_cells(image.grid, *config.vision));
-    // mrope_positions has found a run for every grid; the starts given must be those of the runs.
-    const int64_t last = image.start + image_cells_[i] - 1;
-    const auto is_pad = [&](int64_t at) {
-      return token_ids_[at] == config.text.image_token_id || token_ids_[at] == config.text.video_token_id;
-    };
-    bool fits = image.start >= end && last < size();
-    for (int64_t at = end; fits && at < image.start; ++at) fits = !is_pad(at);
-    for (int64_t at = image.start; fits && at <= last; ++at) fits = is_pad(at);
-    if (!fits)
-      throw std::invalid_argument("image " + std::to_string(i) + ": no run of " +
-                                  std::to_string(image_cells_[i]) + " pad tokens starts at token " +
-                                  std::to_string(image.start));
-    for (int64_t c = 0; c < image_cells_[i]; ++c) {
-      CellKey& cell = cells_[image.start + c];
-      cell.patch = static_cast<int32_t>(c);
-      cell.grid = image.grid;
-      cell.image = image.key;
-    }
-    end = last + 1;
+  int64_t of_images = 0;
+  for (const PromptImage& image : images) {
+    grids.push_back(image.grid);
+    if (config.vision) of_images += vision_cells(image.grid, *config.vision);
   }
+  if (std::ssize(token_ids) > n_ctx)
+    throw std::invalid_argument("the prompt takes " + std::to_string(token_ids.size()) + " tokens, " +
+                                std::to_string(of_images) + " of them for " + std::to_string(images.size()) +
+                                " image(s), but the context holds " + std::to_string(n_ctx) + " (n_ctx)");
+  token_ids_.reserve(token_ids.size());
+  for (const int64_t id : token_ids) {
+    if (id < 0 || id >= config.text.vocab_size)
+      throw std::invalid_argument("token_ids[" + std::to_string(token_ids_.size()) + "]: expected 0.." +
+                                  std::to_string(config.text.vocab_size - 1) + ", found " +
+                                  std::to_string(id));
+    token_ids_.push_back(static_cast<int32_t>(id));
+  }
+  items_ = find_items(token_ids_, grids, config);
+  positions_ = mrope_positions(size(), items_, config.vision ? config.vision->spatial_merge_size : 1);
+  for (const int32_t id : token_ids_) cells_.push_back({id});
+  for (size_t i = 0; i < items_.size(); ++i)
+    for (int64_t at = items_[i].start; at < items_[i].end; ++at) {
+      cells_[at].patch = static_cast<int32_t>(at - items_[i].start);
+      cells_[at].grid = images[i].grid;
+      cells_[at].image = images[i].key;
+    }
 }
 
 int64_t Prompt::common_prefix(const Prompt& other) const {

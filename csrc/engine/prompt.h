@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "engine/page_pool.h"
@@ -10,9 +11,8 @@
 
 namespace qwen2vl {
 
-/// An image or video of a prompt: its pad tokens start at `start`.
+/// An image or video as it is given: its size, and what identifies its pixels.
 struct PromptImage {
-  int64_t start = 0;
   GridTHW grid;
   std::array<uint8_t, 16> key{};
 };
@@ -20,22 +20,22 @@ struct PromptImage {
 /// Token ids with the images and videos that stand in them, checked against the model.
 class Prompt {
  public:
-  /// Throws std::invalid_argument for ids out of range and for images that do not fit the runs of pad tokens.
-  Prompt(const ModelConfig& config, std::vector<int32_t> token_ids, std::vector<PromptImage> images);
+  /// Throws std::invalid_argument for more than n_ctx tokens, for ids out of range and for images that do not
+  /// fit the runs of pad tokens.
+  Prompt(const ModelConfig& config, std::span<const int64_t> token_ids, std::span<const PromptImage> images,
+         int64_t n_ctx);
 
   int64_t size() const { return static_cast<int64_t>(token_ids_.size()); }
   const std::vector<int32_t>& token_ids() const { return token_ids_; }
-  const std::vector<PromptImage>& images() const { return images_; }
+  const std::vector<VisionItem>& items() const { return items_; }
   const std::vector<Position>& positions() const { return positions_; }
   const std::vector<CellKey>& cells() const { return cells_; }
-  int64_t image_cells(size_t image) const { return image_cells_[image]; }
   /// Cells that two prompts begin with.
   int64_t common_prefix(const Prompt& other) const;
 
  private:
   std::vector<int32_t> token_ids_;
-  std::vector<PromptImage> images_;
-  std::vector<int64_t> image_cells_;
+  std::vector<VisionItem> items_;
   std::vector<Position> positions_;
   std::vector<CellKey> cells_;
 };

@@ -1,8 +1,10 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "engine/embeddings.h"
 #include "engine/page_pool.h"
 #include "model/positions.h"
 
@@ -10,10 +12,10 @@ namespace qwen2vl {
 
 /// A conversation's cells: the first size() have been computed, the others wait for a step of the engine.
 struct Sequence {
-  /// A vision item among the cells that wait: they start at `start`, their embeddings at `rows`.
+  /// An image or video some of whose cells wait: its first cell, and a row for each.
   struct Item {
-    int64_t start, cells;
-    const float* rows;  ///< [cells][hidden_size]
+    int64_t start;
+    std::shared_ptr<const Embeddings> embeddings;
   };
   /// Where the logits after the last cell are; nowhere as long as cells wait.
   enum class Logits { None, Host, Device };
@@ -27,11 +29,16 @@ struct Sequence {
   int32_t next_position = 0;  ///< of a text token after the last cell
   PageTable table;
   Logits where = Logits::None;
-  std::vector<float> logits;  ///< [vocab_size]
+  /// [vocab_size], a row of all that a step has computed, which it keeps.
+  std::shared_ptr<const float> logits;
 
   int64_t size() const { return table.size; }
   int64_t waiting() const { return static_cast<int64_t>(cells.size()) - table.size; }
 
+  void drop_logits() {
+    where = Logits::None;
+    logits.reset();
+  }
   /// Drops the cells that wait.
   void drop_waiting() { resize(table.size); }
   void resize(int64_t n) {

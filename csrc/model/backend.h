@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -38,6 +39,36 @@ struct SequenceRows {
   bool decoded = false;
 };
 
+/// What the vision tower looks at: patches, or a still's pixels where there are none.
+struct VisionInput {
+  GridTHW grid;
+  const float* pixel_values = nullptr;  ///< [t*h*w, patch_dim]
+  const uint8_t* pixels = nullptr;      ///< [h * patch_size, w * patch_size, in_channels]
+  const float* levels = nullptr;  ///< what a byte of each channel of `pixels` becomes [in_channels, 256]
+};
+
+/// An image or video on its way through the tower, of one backend; calls of it are calls of the backend.
+class VisionPass {
+ public:
+  virtual ~VisionPass() = default;
+  /// Goes on for about so many seconds, with one piece of work at least; true once the rows are there. A
+  /// backend whose pieces are whole passes takes the time of one. An exception of `progress` stops it between
+  /// two pieces: it can go on.
+  virtual bool advance(double seconds, const Progress& progress) = 0;
+};
+
+/// What benchmarks ask of a backend; calls of it are calls of the backend.
+class Instruments {
+ public:
+  virtual ~Instruments() = default;
+  /// Times the stages of the forward passes from the one to the other.
+  virtual void start_profile() = 0;
+  virtual std::vector<StageRecord> stop_profile() = 0;
+  /// Reads all weights that decoding a token reads, and does nothing with them: what a token waits for at
+  /// least. Returns their bytes.
+  virtual int64_t read_weights() = 0;
+};
+
 /// The two forward passes on one kind of device. One call at a time, const ones excepted.
 class Backend {
  public:
@@ -46,14 +77,10 @@ class Backend {
   /// The memory of the pages that forward takes.
   virtual PageStore& pages() = 0;
 
-  /// pixel_values [t*h*w, patch_dim] -> out [t*h*w / merge^2, hidden_size].
-  virtual void encode_vision(const float* pixel_values, const GridTHW& grid, float* out,
-                             const Progress& progress) = 0;
-
-  /// The same for a still, from its pixels [h * patch_size, w * patch_size, in_channels] and what a byte of
-  /// each channel becomes [in_channels, 256].
-  virtual void encode_pixels(const uint8_t* pixels, const float* levels, const GridTHW& grid, float* out,
-                             const Progress& progress) = 0;
+  /// Begins to compute the rows of an image or video, out [t*h*w / merge^2, hidden_size], which `input` and
+  /// `out` outlive. Passes may be under way beside each other and beside calls of forward: the bits are the
+  /// same.
+  virtual std::unique_ptr<VisionPass> begin_vision(const VisionInput& input, float* out) = 0;
 
   /// Computes the rows of every sequence and fills their cells; writes the logits wanted, [rows, vocab_size],
   /// sequence after sequence. A backend that keeps logits may be given none to write to unless all rows' are
@@ -72,14 +99,10 @@ class Backend {
   /// Rows that forward takes in one call at most; longer prompts are cut by the caller.
   virtual int64_t max_batch_rows() const = 0;
 
-  /// Times the stages of the forward passes from the one to the other; for benchmarks.
-  virtual void start_profile() = 0;
-  virtual std::vector<StageRecord> stop_profile() = 0;
-  /// Reads all weights that decoding a token reads, and does nothing with them: what a token waits for at
-  /// least. Returns their bytes. For benchmarks.
-  virtual int64_t read_weights() = 0;
+  /// For benchmarks; as long as the backend.
+  virtual Instruments& instruments() = 0;
 
-  /// Of the weights that have been used so far: the vision tower's count from the first picture.
+  /// Of the weights that have been used so far: the vision tower's count from the first image.
   virtual int64_t weight_bytes() const = 0;
   virtual std::string device() const = 0;
   virtual std::string_view isa() const = 0;        ///< the device's own name where it is not the processor

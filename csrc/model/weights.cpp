@@ -59,7 +59,7 @@ class Loader {
   void finish() const {
     if (problems_.empty() && !not_computed_.empty()) throw UnsupportedError(not_computed_);
     if (problems_.empty()) return;
-    constexpr size_t kShown = 40;
+    constexpr size_t kShown = 40;  // a screen
     std::string text = files_[0]->path() + ": " + std::to_string(problems_.size()) +
                        " tensor(s) do not fit the configuration:";
     for (size_t i = 0; i < problems_.size() && i < kShown; ++i) text += "\n  " + problems_[i];

@@ -174,8 +174,9 @@ class Model:
         plugin: _Path | None = None,
         device_memory: int = 0,
     ) -> None:
-        """device: "cpu", "cuda" (the first), "cuda:N" or "auto" (cuda where it works, else the CPU). plugin:
-        the library with the cuda backend; None: there is none. device_memory: bytes of the device's memory
+        """device: a backend's name, "cpu" or that of the plug-in's ("cuda", its first device; "cuda:N"), or
+        "auto" (the plug-in's where it works, else the CPU). plugin: its library; None: there is none.
+        device_memory: bytes of the device's memory
         that may be used; 0: what is free. Error: n_threads is more than the system gives."""
     @property
     def device(self) -> str:
@@ -197,27 +198,6 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Memory that the packed weights take: the vision tower's from the first image on."""
-    def encode_image(
-        self,
-        pixel_values: NDArray[np.float32],
-        grid_thw: tuple[int, int, int],
-        progress: Progress | None = None,
-    ) -> NDArray[np.float32]:
-        """Patches [t*h*w, in_channels*temporal_patch_size*patch_size**2] -> [t*h*w/merge**2, hidden_size]."""
-    def encode_pixels(
-        self,
-        pixels: NDArray[np.uint8],
-        levels: NDArray[np.float32],
-        grid_thw: tuple[int, int, int],
-        progress: Progress | None = None,
-    ) -> NDArray[np.float32]:
-        """encode_image of a still: its pixels [h*patch_size, w*patch_size, in_channels], and what a byte of
-        each channel becomes, [in_channels, 256]."""
-    def position_ids(
-        self, token_ids: NDArray[np.int32], grids: AbstractSequence[tuple[int, int, int]]
-    ) -> NDArray[np.int64]:
-        """M-RoPE indices int64 [3, n]; `grids` (in patches) in the order of the runs of pad tokens."""
-
     @property
     def max_batch_rows(self) -> int:
         """Rows that a step takes at most."""
@@ -243,20 +223,59 @@ class Model:
     def read_weights(self) -> int:
         """Reads all weights that decoding a token reads, and does nothing with them; returns their bytes."""
 
-class Prompt:
-    """Token ids with the images and videos that stand in them.
+class Embeddings:
+    """The rows of an image or video, which stand in for its pad tokens' own embeddings: float32
+    [n, hidden_size], of which Python has a handle."""
 
-    Each image is (start, grid_thw, key): the index of its first pad token, its grid in patches, and bytes
-    that identify its pixels (a hash). Raises ValueError where a token id is out of range or the runs of pad
-    tokens do not fit the grids.
+    def __init__(self, rows: NDArray[np.float32]) -> None:
+        """A copy."""
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def nbytes(self) -> int: ...
+    def numpy(self) -> NDArray[np.float32]:
+        """A view, read-only."""
+
+class VisionPass:
+    """An image or video on its way through the tower, which begins with the first `advance`. Between two of
+    them the model can do anything else; the rows have the same bits however often it is left."""
+
+    def __init__(
+        self, model: Model, pixel_values: NDArray[np.float32], grid_thw: tuple[int, int, int]
+    ) -> None:
+        """Of patches [t*h*w, in_channels*temporal_patch_size*patch_size**2]."""
+    @staticmethod
+    def of_pixels(
+        model: Model, pixels: NDArray[np.uint8], levels: NDArray[np.float32], grid_thw: tuple[int, int, int]
+    ) -> VisionPass:
+        """Of a still: its pixels [h*patch_size, w*patch_size, in_channels], and what a byte of each channel
+        becomes, [in_channels, 256]."""
+    def advance(self, seconds: float = ..., progress: Progress | None = None) -> Embeddings | None:
+        """Goes on for about so many seconds, by default to the end; the rows [t*h*w/merge**2, hidden_size]
+        once they are there. `progress` counts blocks; stopped by it, the pass can go on. A plug-in's device
+        computes all at once."""
+
+class Prompt:
+    """Token ids with the images and videos that stand in them, checked against the model.
+
+    Each image is (grid_thw, key): its grid in patches, and 16 bytes that identify its pixels (a hash); its
+    pad tokens are the next run of them. Raises ValueError for what are no token ids of the model, for more
+    than n_ctx of them, and where the runs do not fit the grids.
     """
 
     def __init__(
         self,
         model: Model,
-        token_ids: NDArray[np.int32],
-        images: AbstractSequence[tuple[int, tuple[int, int, int], bytes]] = (),
+        token_ids: AbstractSequence[int] | NDArray[np.integer[Any]],
+        images: AbstractSequence[tuple[tuple[int, int, int], bytes]] = (),
+        n_ctx: int = ...,
     ) -> None: ...
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Of each image the first of its pad tokens, and one past the last."""
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """M-RoPE indices (temporal, row, column) [3, n]."""
     def __len__(self) -> int: ...
     def common_prefix(self, other: Prompt) -> int:
         """Cells that two prompts begin with."""
@@ -280,7 +299,7 @@ class SequenceState:
     def adopt(self, prompt: Prompt) -> int:
         """Gives its cells back and takes the longest beginning of `prompt` (short of the last token) that any
         sequence of the model has computed; returns its length in cells."""
-    def begin(self, prompt: Prompt, embeddings: AbstractSequence[NDArray[np.float32] | None]) -> None:
+    def begin(self, prompt: Prompt, embeddings: AbstractSequence[Embeddings | None]) -> None:
         """Lets the other cells of `prompt` wait. embeddings[i] belongs to the prompt's image i; None is
         allowed for one that lies wholly in what has been computed."""
     def push(self, token: int) -> None:
@@ -291,7 +310,7 @@ class SequenceState:
     def prefill(
         self,
         prompt: Prompt,
-        embeddings: AbstractSequence[NDArray[np.float32] | None],
+        embeddings: AbstractSequence[Embeddings | None],
         progress: Progress | None = None,
     ) -> None:
         """Evaluates the tokens of `prompt` that `reuse` did not keep. embeddings[i] belongs to the prompt's
@@ -300,7 +319,7 @@ class SequenceState:
     def prefill_logits(
         self,
         prompt: Prompt,
-        embeddings: AbstractSequence[NDArray[np.float32] | None],
+        embeddings: AbstractSequence[Embeddings | None],
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
         """As prefill, but returns the logits of every evaluated row: float32 [n, vocab_size]."""
@@ -309,19 +328,15 @@ class SequenceState:
     @property
     def logits(self) -> NDArray[np.float32]:
         """float32 [vocab_size] after the last cell. ValueError where nothing has been evaluated."""
-    def sample(self, sampler: Sampler, allowed: NDArray[np.bool_] | None = None) -> int:
+    def sample(self, sampler: Sampler, allowed: NDArray[np.bool_ | np.uint8] | None = None) -> int:
         """A token from `logits`; the sequence's own tokens count for the repetition penalty. allowed
-        [vocab_size]: False for tokens that must not be drawn. ValueError: none may be."""
+        [vocab_size]: 0 for tokens that must not be drawn. ValueError: none may be."""
 
 def step(
     states: AbstractSequence[SequenceState], rows: AbstractSequence[int], progress: Progress | None = None
 ) -> None:
     """Computes the first rows[i] of the cells that wait in states[i], in one forward pass, whose layers
     `progress` counts. Cancelled, or with CacheFullError: the sequences are as before."""
-
-def accept_together(states: AbstractSequence[SequenceState], tokens: AbstractSequence[int]) -> None:
-    """One more token of each of several sequences of one model, in one forward pass. ValueError: a sequence
-    twice or of another model; as accept."""
 
 class Sampler:
     """temperature 0 is greedy (the first of equal logits). Order: repetition penalty, temperature,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +23,23 @@ from qwen2vl_q.engine.config import Qwen2VLConfig
 from qwen2vl_q.engine.devices import plugin_for, require_name
 from qwen2vl_q.engine.generation import Generation, TokenIds, stage
 from qwen2vl_q.engine.model_parts import ModelParts, fitted
+from qwen2vl_q.engine.options import (
+    CallOptions,
+    ChatOptions,
+    GenerateOptions,
+    require_known,
+    sampling_options,
+)
+from qwen2vl_q.engine.request import Prepared, Progress, Request
 from qwen2vl_q.engine.sampling import Sampling
-from qwen2vl_q.engine.scheduler import Progress, Request
 from qwen2vl_q.engine.stats import GenerationStats, Stage
 from qwen2vl_q.engine.tower_file import TowerFile, TowerPath
 from qwen2vl_q.text.text_stream import TextStream
 from qwen2vl_q.text.tokenizer import Tokenizer
 from qwen2vl_q.vision.image_processor import ImageInput, ImageProcessor, ProcessedImage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 TRAINED_CONTEXT = 32768
 MOST_CELLS = 2**24
@@ -94,14 +106,14 @@ class Qwen2VL:
         n_threads: None for the physical cores that this process may use. n_ctx: cells of context at most,
         None for what the model was trained for; memory is taken as cells are used. cache_bytes: of the cells
         of all calls at most, None for 1 GiB or what n_ctx needs; where calls under way need more, the newest
-        one of them raises CacheFullError. precision: "exact" computes in float32 throughout, "fast" may
-        quantize activations to 8 bits per block. mmproj: the vision tower's file where it is not in the
-        model's own; None: the one beside it under a usual name (mmproj-*.gguf, *-vision.gguf ...), which
-        `mmproj` tells afterwards; False: none. min_pixels, max_pixels: bounds of an image's size instead of
-        the file's. device: "cpu",
-        "cuda" (the first), "cuda:N", or "auto" (cuda where it works, else the CPU; `note` then says why). The
-        vision tower is read when the first picture comes: until then its file has to stay as it is. The
-        environment variable QWEN2VL_ISA forces an instruction set.
+        waits for another's end, and raises CacheFullError where none of them goes on. precision: "exact"
+        computes in float32 throughout, "fast" may quantize activations to 8 bits per block. mmproj: the
+        vision tower's file where it is not in the model's own; None: the one beside it under a usual name
+        (mmproj-*.gguf, *-vision.gguf ...), which `mmproj` tells afterwards; False: none. min_pixels,
+        max_pixels: bounds of an image's size instead of the file's. device: "cpu", "cuda" (the first),
+        "cuda:N", or "auto" (cuda where it works, else the CPU; `note` then says why). The vision tower is
+        read when the first picture comes: until then its file has to stay as it is. The environment variable
+        QWEN2VL_ISA forces an instruction set.
 
         Raises OSError or Qwen2VLError for a file that cannot be read, FormatError for one that is damaged,
         UnsupportedError for another architecture, DeviceError for a device that is not there or lacks memory,
@@ -135,6 +147,40 @@ class Qwen2VL:
         model = cls(native, parts.tokenizer, parts.template, processor, parts.sampling, n_ctx, cache_bytes)
         model.mmproj, model._passed_over = tower.path, tower.passed_over
         return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        quantization: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        **arguments: Any,
+    ) -> Qwen2VL:
+        """A file's path, or a model of the Hugging Face hub: owner/name[:TYPE][@REVISION].
+
+        It comes from the cache, without the network; where that lacks it, a GGUF file with its vision tower
+        is fetched, or a checkpoint fetched and converted, once (`qwen2vl-q pull --help` says which, and where
+        to). quantization: the type of its weights, Q4_K_M; revision: a branch, a tag or a commit; both may
+        stand in the name instead. cache_dir: for everything that is fetched and made, instead of the hub's
+        cache and QWEN2VL_CACHE. token: the hub's, None for the one that is logged in. local_files_only: no
+        network. `arguments` are `from_gguf`'s; progress is told of "convert", too.
+
+        Raises as `from_gguf`; OSError for what the hub, the network or the disk refuses, UnsupportedError for
+        a repository that holds something else.
+        """
+        from qwen2vl_q.hub.models import Models
+        from qwen2vl_q.hub.names import HubName
+
+        if Path(name).exists() or not HubName.reads_as(text := os.fspath(name)):
+            return cls.from_gguf(name, **arguments)
+        asked = HubName.parse(text)
+        asked = replace(asked, type=quantization or asked.type, revision=revision or asked.revision)
+        models = Models(cache_dir, token, progress=arguments.get("progress"))
+        entry = models.get(asked, local_files_only)
+        return cls.from_gguf(entry.model, **{"mmproj": entry.mmproj, **arguments})
 
     @property
     def device(self) -> str:
@@ -246,7 +292,7 @@ class Qwen2VL:
         `image`: a path, an encoded file's bytes, a binary file, a PIL image, uint8 [h, w], [h, w, 3] or
         [h, w, 4], or what `load_image` returned.
         """
-        return self._generation.embed(self.load_image(image), progress).copy()
+        return self._generation.embed(self.load_image(image), progress).numpy().copy()
 
     # --- tokens ---
 
@@ -273,75 +319,60 @@ class Qwen2VL:
             (integer("t", t, 1, _INT32_MAX), integer("h", h, 1, _INT32_MAX), integer("w", w, 1, _INT32_MAX))
             for t, h, w in grids
         ]
-        return self._native.position_ids(self._generation.as_ids(token_ids), sizes)
+        return self._generation.positions(token_ids, sizes)
 
     def generate(
-        self,
-        token_ids: TokenIds,
-        images: Iterable[ImageInput] = (),
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        progress: Progress | None = None,
+        self, token_ids: TokenIds, images: Iterable[ImageInput] = (), **options: Unpack[GenerateOptions]
     ) -> Iterator[int]:
         """Token ids that continue `token_ids`, one by one.
 
         Ends after an end-of-turn token (which is given out too; not with ignore_eos), after the token that
-        completes one of the `stop` strings, after max_new_tokens, or where the context is full. temperature 0
-        is greedy; a seed of None is drawn anew. Arguments are checked at once (errors as of `logits`);
-        computation begins with the first token.
+        completes one of the `stop` strings, after max_new_tokens (128), or where the context is full. How
+        tokens are drawn (greedily, if nothing is said) and the other options: `GenerateOptions`. Arguments
+        are checked at once (errors as of `logits`); computation begins with the first token.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        request = self._token_request(token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress)
-        return self._generation.tokens(request)
+        return self._generation.tokens(self._token_request(token_ids, images, options))
 
     def agenerate(
-        self,
-        token_ids: TokenIds,
-        images: Iterable[ImageInput] = (),
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        progress: Progress | None = None,
+        self, token_ids: TokenIds, images: Iterable[ImageInput] = (), **options: Unpack[GenerateOptions]
     ) -> AsyncIterator[int]:
         """`generate` for asyncio. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        request = self._token_request(token_ids, images, max_new_tokens, sampling, stop, ignore_eos, progress)
-        return self._generation.tokens_async(request)
+        return self._generation.tokens_async(self._token_request(token_ids, images, options))
 
     def _token_request(
-        self,
-        token_ids: TokenIds,
-        images: Iterable[ImageInput],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop: str | Sequence[str],
-        ignore_eos: bool,
-        progress: Progress | None,
+        self, token_ids: TokenIds, images: Iterable[ImageInput], options: GenerateOptions
     ) -> Request:
+        require_known(options, GenerateOptions, "generate")
         prepared = self._generation.prepare(token_ids, self._load_images(map(ImagePart, images)))
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
-        text = TextStream(self.tokenizer, stop, () if ignore_eos else self.config.eos_token_ids)
-        return self._generation.request(prepared, sampling.sampler(), max_new_tokens, text, progress)
+        ends = () if options.get("ignore_eos") else self.config.eos_token_ids
+        return self._request(prepared, Sampling(), ends, 128, options)
+
+    def _request(
+        self,
+        prepared: Prepared,
+        sampling: Sampling,
+        ends: Iterable[int],
+        max_new_tokens: int,
+        options: CallOptions,
+    ) -> Request:
+        """sampling, max_new_tokens: where the options say nothing of it."""
+        limit = integer("max_new_tokens", options.get("max_new_tokens", max_new_tokens), 1, _INT32_MAX)
+        text = TextStream(self.tokenizer, options.get("stop", ()), ends)
+        sampler = sampling.override(sampling_options(options)).sampler()
+        progress, constraint = options.get("progress"), options.get("constraint")
+        return self._generation.request(prepared, sampler, limit, text, progress, constraint)
 
     # --- conversations ---
 
     def encode_chat(
-        self, messages: Iterable[Mapping[str, Any]], add_vision_id: bool = False
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_vision_id: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[list[int], list[ProcessedImage]]:
         """A conversation as the tokens of its prompt, pad tokens expanded, and its images: for `generate`.
+
+        chat_template_kwargs: variables of the file's own template (texts, numbers, lists, objects).
 
         Special tokens come from the template alone: text that spells them stays text.
         """
@@ -349,7 +380,9 @@ class Qwen2VL:
         self.tokenizer.require_room((text for m in conversation for text in m.texts), self.n_ctx)
         images = self._load_images(part for message in conversation for part in message.images)
         pieces = self.template.render(
-            [message.for_template() for message in conversation], add_vision_id=add_vision_id
+            [message.for_template() for message in conversation],
+            add_vision_id=add_vision_id,
+            variables=chat_template_kwargs,
         )
         ids = self.tokenizer.encode_pieces(pieces)
         pad = self.config.image_token_id
@@ -369,63 +402,38 @@ class Qwen2VL:
         self,
         messages: Iterable[Mapping[str, Any]],
         stream: Literal[True] = True,
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        progress: Progress | None = ...,
-        **sampling: float | None,
+        **options: Unpack[ChatOptions],
     ) -> Iterator[str]: ...
     @overload
     def chat(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        stream: Literal[False],
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        progress: Progress | None = ...,
-        **sampling: float | None,
+        self, messages: Iterable[Mapping[str, Any]], stream: Literal[False], **options: Unpack[ChatOptions]
     ) -> str: ...
     @overload
     def chat(
         self,
         messages: Sequence[Iterable[Mapping[str, Any]]],
         stream: bool = ...,
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        progress: Progress | None = ...,
-        **sampling: float | None,
+        **options: Unpack[ChatOptions],
     ) -> list[str]: ...
     def chat(
         self,
         messages: Iterable[Mapping[str, Any]] | Sequence[Iterable[Mapping[str, Any]]],
         stream: bool = True,
-        *,
-        max_new_tokens: int = 1024,
-        stop: str | Sequence[str] = (),
-        add_vision_id: bool = False,
-        progress: Progress | None = None,
-        **sampling: float | None,
+        **options: Unpack[ChatOptions],
     ) -> Iterator[str] | str | list[str]:
         """The model's answer to a conversation: pieces of text as they come, or the whole with stream=False.
 
         `messages` as transformers and the OpenAI API write them (see `qwen2vl_q.chat.messages`); of a list of
-        conversations the answers come whole, in a list, computed together. `sampling`: temperature, top_k,
-        top_p, min_p, repetition_penalty and seed as of `generate`; what is not given (or None) is the file's
-        own default. add_vision_id numbers the pictures ("Picture 1: "). Arguments are checked at once; errors
-        as of `generate`.
+        conversations the answers come whole, in a list, computed together as far as the cache has room. They
+        have at most max_new_tokens (1,024) tokens, drawn as the file says where the options do not. All
+        options: `ChatOptions`. Arguments are checked at once; errors as of `generate`.
         """
         lists = (list, tuple)
         many = isinstance(messages, lists) and bool(messages) and all(isinstance(m, lists) for m in messages)
+        if many and options.get("constraint") is not None:
+            raise ValueError("constraint: expected one conversation, found a list of them")
         conversations: Any = messages if many else [messages]
-        requests = [
-            self._chat_request(conversation, max_new_tokens, stop, add_vision_id, progress, sampling)
-            for conversation in conversations
-        ]
+        requests = [self._chat_request(conversation, options) for conversation in conversations]
         if stream and not many:
             return self._generation.texts(requests[0])
         answers = self._generation.answers(requests)
@@ -436,59 +444,27 @@ class Qwen2VL:
         self,
         messages: Iterable[Mapping[str, Any]],
         stream: Literal[True] = True,
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        progress: Progress | None = ...,
-        **sampling: float | None,
+        **options: Unpack[ChatOptions],
     ) -> AsyncIterator[str]: ...
     @overload
     def achat(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        stream: Literal[False],
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        add_vision_id: bool = ...,
-        progress: Progress | None = ...,
-        **sampling: float | None,
+        self, messages: Iterable[Mapping[str, Any]], stream: Literal[False], **options: Unpack[ChatOptions]
     ) -> Awaitable[str]: ...
     def achat(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        stream: bool = True,
-        *,
-        max_new_tokens: int = 1024,
-        stop: str | Sequence[str] = (),
-        add_vision_id: bool = False,
-        progress: Progress | None = None,
-        **sampling: float | None,
+        self, messages: Iterable[Mapping[str, Any]], stream: bool = True, **options: Unpack[ChatOptions]
     ) -> AsyncIterator[str] | Awaitable[str]:
         """`chat` of one conversation for asyncio: `async for` over the pieces, or `await` of the whole with
         stream=False. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
-        request = self._chat_request(messages, max_new_tokens, stop, add_vision_id, progress, sampling)
+        request = self._chat_request(messages, options)
         return self._generation.texts_async(request) if stream else self._generation.answer_async(request)
 
-    def _chat_request(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        max_new_tokens: int,
-        stop: str | Sequence[str],
-        add_vision_id: bool,
-        progress: Progress | None,
-        sampling: Mapping[str, float | None],
-    ) -> Request:
-        unknown = sampling.keys() - Sampling.__dataclass_fields__.keys()
-        if unknown:
-            raise TypeError(f"chat() got an unexpected keyword argument {min(unknown)!r}")
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, _INT32_MAX)
-        token_ids, images = self.encode_chat(messages, add_vision_id)
+    def _chat_request(self, messages: Iterable[Mapping[str, Any]], options: ChatOptions) -> Request:
+        require_known(options, ChatOptions, "chat")
+        token_ids, images = self.encode_chat(
+            messages, options.get("add_vision_id", False), options.get("chat_template_kwargs")
+        )
         prepared = self._generation.prepare(token_ids, images)
-        text = TextStream(self.tokenizer, stop, self.config.eos_token_ids)
-        sampler = self.sampling.override(sampling).sampler()
-        return self._generation.request(prepared, sampler, max_new_tokens, text, progress)
+        return self._request(prepared, self.sampling, self.config.eos_token_ids, 1024, options)
 
     @contextmanager
     def profile(self) -> Iterator[list[Stage]]:

@@ -271,7 +271,7 @@ const qwen2vl_backend_api* FAKE_SYMBOL(void) {
   static const qwen2vl_backend_api api = {
       .abi = FAKE_ABI,
       .size = sizeof(qwen2vl_backend_api),
-      .name = "fake",
+      .name = "cuda",
       .devices = devices,
       .measure_limits = measure_limits,
       .create = create,

@@ -96,12 +96,13 @@ struct TestMatrix {
   AlignedBuffer storage;
   PanelMatrix panels;
 
-  TestMatrix(DType type, int64_t rows, int64_t cols, uint32_t seed) : blocks(rows * row_bytes(type, cols)) {
+  TestMatrix(DType type, int64_t rows, int64_t cols, uint32_t seed, const PanelLayout& layout = {})
+      : blocks(rows * row_bytes(type, cols)) {
     if (dtype_traits(type).is_written)
       quantize_rows(type, random_floats(rows, cols, seed).data(), rows, cols, blocks.data());
     else
       fill_blocks(dtype_traits(type), seed);
-    pack(type, rows, cols);
+    pack(type, rows, cols, layout);
   }
 
   /// Random integers with d (and m), which these blocks begin with, such that values lie on both sides of 0.
@@ -117,11 +118,11 @@ struct TestMatrix {
     }
   }
 
-  void pack(DType type, int64_t rows, int64_t cols) {
-    panels = {type, rows, cols, panel_parts(type, cols).bytes, nullptr};
+  void pack(DType type, int64_t rows, int64_t cols, const PanelLayout& layout = {}) {
+    panels = {type, rows, cols, panel_parts(type, cols).bytes, nullptr, layout};
     storage = AlignedBuffer(panels.panel_count() * panels.panel_bytes);
     for (int64_t p = 0; p < panels.panel_count(); ++p) {
-      pack_panel(type, blocks.data(), rows, cols, p, storage.data() + p * panels.panel_bytes);
+      pack_panel(panels, blocks.data(), rows, p, storage.data() + p * panels.panel_bytes);
     }
     panels.data = storage.data();
   }

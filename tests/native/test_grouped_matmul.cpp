@@ -37,8 +37,8 @@ Floats multiply(const KernelTable& kernels, const TestMatrix& w, const GroupedRo
   const int64_t n = w.panels.rows, stride = n + 3;
   AlignedBuffer scratch(matmul_scratch_bytes(x.cols));
   Poisoned out(x.rows * stride);
-  kernels.matmul_groups(w.panels, 0, w.panels.panel_count(), x, 0, x.rows, {out.data(), stride, bias, store},
-                        scratch.as<std::byte>());
+  kernels.matmul_groups(w.panels, x, {0, w.panels.panel_count(), 0, x.rows},
+                        {out.data(), stride, bias, store}, scratch.as<std::byte>());
   CHECK(out.untouched_outside(0, x.rows, n, stride));
   Floats values;
   for (int64_t m = 0; m < x.rows; ++m)
@@ -144,9 +144,9 @@ TEST_CASE("grouped matmul writes its share of rows and panels alone") {
   for (const KernelTable* kernels : supported_kernels()) {
     CAPTURE(kernels->isa);
     Poisoned whole(rows * stride), part(rows * stride);
-    kernels->matmul_groups(w.panels, 0, 11, x.rows, 0, rows,
+    kernels->matmul_groups(w.panels, x.rows, {0, 11, 0, rows},
                            {whole.data(), stride, nullptr, Store::Overwrite}, scratch.as<std::byte>());
-    kernels->matmul_groups(w.panels, 1, 7, x.rows, 2, 19, {part.data(), stride, nullptr, Store::Overwrite},
+    kernels->matmul_groups(w.panels, x.rows, {1, 7, 2, 19}, {part.data(), stride, nullptr, Store::Overwrite},
                            scratch.as<std::byte>());
     CHECK(part.untouched_outside(2 * stride + 16, 17, 96, stride));
     for (int64_t m = 2; m < 19; ++m)

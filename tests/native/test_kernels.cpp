@@ -47,8 +47,7 @@ TEST_CASE("kernel sets are listed best first and can be forced by name") {
   CHECK_THROWS_WITH_AS(select_kernels("avx1024"), doctest::Contains("generic"), UnsupportedError);
 }
 
-// --- quantize_rows
-// ------------------------------------------------------------------------------------------
+// --- quantize_rows ---
 
 bool same_quantized(const QuantizedBuffer& a, const QuantizedBuffer& b) {
   return std::memcmp(a.rows.values, b.rows.values, a.rows.planes * a.rows.rows * a.rows.cols) == 0 &&
@@ -142,8 +141,7 @@ TEST_CASE("quantized activations have the same bits on every instruction set") {
   }
 }
 
-// --- matmul_q8
-// ----------------------------------------------------------------------------------------------
+// --- matmul_q8 ---
 
 struct MatmulCase {
   Store store;
@@ -198,7 +196,8 @@ void check_matmul_q8(DType type, int64_t rows, int64_t n, int64_t cols, int plan
   const auto run = [&](const KernelTable& kernels) {
     Poisoned out(rows * stride);
     const MatmulOutput output{out.data(), stride, c.with_bias ? bias.data() : nullptr, c.store};
-    kernels.matmul_q8(w.panels, 0, w.panels.panel_count(), x.rows, 0, rows, output, scratch.as<std::byte>());
+    kernels.matmul_q8(w.panels, x.rows, {0, w.panels.panel_count(), 0, rows}, output,
+                      scratch.as<std::byte>());
     CHECK(out.untouched_outside(0, rows, n, stride));
     return gathered(out, 0, rows, n, stride);
   };
@@ -256,9 +255,9 @@ TEST_CASE("quantized matmul writes its share of rows and panels alone") {
     for (const KernelTable* kernels : supported_kernels()) {
       CAPTURE(kernels->isa);
       Poisoned whole(rows * stride), part(rows * stride);
-      kernels->matmul_q8(w.panels, 0, 6, x.rows, 0, rows, {whole.data(), stride, nullptr, Store::Overwrite},
+      kernels->matmul_q8(w.panels, x.rows, {0, 6, 0, rows}, {whole.data(), stride, nullptr, Store::Overwrite},
                          scratch.as<std::byte>());
-      kernels->matmul_q8(w.panels, 1, 4, x.rows, 2, 19, {part.data(), stride, nullptr, Store::Overwrite},
+      kernels->matmul_q8(w.panels, x.rows, {1, 4, 2, 19}, {part.data(), stride, nullptr, Store::Overwrite},
                          scratch.as<std::byte>());
       CHECK(part.untouched_outside(2 * stride + 16, 17, 48, stride));
       CHECK_EQ(worst_mismatch(17 * 48, gathered(part, 2 * stride + 16, 17, 48, stride),
@@ -293,14 +292,14 @@ TEST_CASE("extreme weights and activations neither saturate nor misbehave") {
         x.corrections32[i] = x.corrections16[2 * i] + x.corrections16[2 * i + 1];
       }
       Floats expected(rows * n);
-      generic_kernels().matmul_q8(w.panels, 0, 1, x.rows, 0, rows,
+      generic_kernels().matmul_q8(w.panels, x.rows, {0, 1, 0, rows},
                                   {expected.data(), n, nullptr, Store::Overwrite}, scratch.as<std::byte>());
       for (const KernelTable* kernels : fast_kernels()) {
         CAPTURE(kernels->isa);
         CAPTURE(dtype_traits(type).name);
         CAPTURE(fill);
         Floats actual(rows * n);
-        kernels->matmul_q8(w.panels, 0, 1, x.rows, 0, rows, {actual.data(), n, nullptr, Store::Overwrite},
+        kernels->matmul_q8(w.panels, x.rows, {0, 1, 0, rows}, {actual.data(), n, nullptr, Store::Overwrite},
                            scratch.as<std::byte>());
         CHECK_EQ(worst_mismatch(rows * n, actual, expected), "");
       }
@@ -308,8 +307,7 @@ TEST_CASE("extreme weights and activations neither saturate nor misbehave") {
   }
 }
 
-// --- gemm
-// ---------------------------------------------------------------------------------------------------
+// --- gemm ---
 
 struct GemmShape {
   int64_t rows, n, depth;

@@ -167,6 +167,37 @@ TEST_CASE("a center changes nothing but what 8 bits lose") {
   }
 }
 
+TEST_CASE("a layout is the kernel table's choice: layers packed in another give the same bits") {
+  const int64_t n = 50;
+  KernelTable usual = *supported_kernels().back();  // generic: it multiplies every layout
+  usual.has_grouped_matmul = true;
+  KernelTable other = usual;
+  other.layout.run = 8;
+  for (const DType type : quantized_dtypes()) {
+    CAPTURE(dtype_traits(type).name);
+    const Source first(type, n, kCols, 18, true), second(type, n, kCols, 19, true);
+    const LinearWeights gate = first.weights(), up = second.weights();
+    const auto run = [&](const KernelTable& kernels, Precision precision, Inputs inputs, int64_t rows) {
+      Context ctx(kernels, 2, precision);
+      PackedLinear layer = pack_linear("test", {&gate, &up}, ctx);
+      for (PackedLinear::Part& part : layer.parts) {
+        part.inputs = inputs;
+        CHECK(part.matrix.layout == kernels.layout);
+      }
+      const Floats x = random_floats(rows, kCols, 20, true);
+      Floats out(rows * 2 * n + rows * n);
+      linear(ctx, layer, {x.data(), rows, kCols}, out.data(), 2 * n, Store::Overwrite);
+      if (inputs != Inputs::Fine)
+        linear_swiglu(ctx, layer, {x.data(), rows, kCols}, out.data() + rows * 2 * n);
+      return out;
+    };
+    for (const Inputs inputs : {Inputs::Groups, Inputs::Blocks, Inputs::Fine})
+      for (const int64_t rows : {1, 70})
+        CHECK(run(usual, Precision::Fast, inputs, rows) == run(other, Precision::Fast, inputs, rows));
+    CHECK(run(usual, Precision::Exact, Inputs::Groups, 5) == run(other, Precision::Exact, Inputs::Groups, 5));
+  }
+}
+
 TEST_CASE("fine parts beside others: each as a layer of its own") {
   const int64_t n = 50, m = 34;
   const Source coarse(DType::Q8_0, n, kCols, 13, true), fine(DType::Q8_0, m, kCols, 14, true);
@@ -174,10 +205,10 @@ TEST_CASE("fine parts beside others: each as a layer of its own") {
   for (const KernelTable* kernels : supported_kernels()) {
     CAPTURE(kernels->isa);
     Context ctx(*kernels, 2, Precision::Fast);
-    const LayerSource blocks(&coarse_weights, Inputs::Blocks), halves(&fine_weights, Inputs::Fine);
-    const PackedLinear both = pack_linear("test", {blocks, halves}, ctx);
+    const LayerSource blocks(&coarse_weights, Inputs::Blocks), fine_part(&fine_weights, Inputs::Fine);
+    const PackedLinear both = pack_linear("test", {blocks, fine_part}, ctx);
     const PackedLinear first = pack_linear("test", {blocks}, ctx),
-                       second = pack_linear("test", {halves}, ctx);
+                       second = pack_linear("test", {fine_part}, ctx);
     for (const int64_t rows : {1, 5, 70, 530}) {
       CAPTURE(rows);
       const Floats x = random_floats(rows, kCols, 15, true);

@@ -25,6 +25,35 @@ TEST_CASE("a packed row dequantizes to the same bits as the row of the file") {
   }
 }
 
+TEST_CASE("every layout holds the same values, in other places") {
+  for (const DType type : quantized_dtypes()) {
+    CAPTURE(dtype_traits(type).name);
+    const int64_t rows = 20, cols = 512;
+    const TestMatrix usual(type, rows, cols, 8);
+    const Floats expected = usual.dequantized();
+    for (const int64_t run : {8, 16}) {
+      CAPTURE(run);
+      const TestMatrix matrix(type, rows, cols, 8, PanelLayout{run});
+      CHECK(matrix.panels.panel_bytes == usual.panels.panel_bytes);
+      CHECK(std::memcmp(matrix.storage.data(), usual.storage.data(), matrix.panels.panel_bytes) != 0);
+      Floats row(cols);
+      for (int64_t r = 0; r < rows; ++r) {
+        dequantize_panel_row(matrix.panels, r, row.data());
+        CHECK_EQ(worst_mismatch(cols, row, expected.data() + r * cols), "");
+      }
+    }
+  }
+}
+
+TEST_CASE("a run of 8 keeps eight columns of a row side by side, as smmla's operands have them") {
+  const TestMatrix matrix(DType::Q8_0, 16, 32, 8, PanelLayout{8});
+  const uint8_t* quants = matrix.blocks.data() + 2;  // behind the first row's scale
+  const int64_t row = row_bytes(DType::Q8_0, 32);
+  for (int64_t k = 0; k < 32; ++k)
+    for (int64_t r = 0; r < 16; ++r)
+      CHECK_EQ(matrix.storage.data()[k / 8 * 128 + r * 8 + k % 8], quants[r * row + k]);
+}
+
 TEST_CASE("rows that fill up the last panel are zero") {
   for (const DType type : dtypes()) {
     const int64_t cols = 2 * multiple_of(type) + (multiple_of(type) == 1 ? 5 : 0);
@@ -61,7 +90,7 @@ TEST_CASE("packing writes one panel and not a byte more") {
     for (const int64_t panel : {0, 1}) {
       CAPTURE(dtype_traits(type).name);
       std::vector<uint8_t> out(bytes + 128, 0xa5);
-      pack_panel(type, matrix.blocks.data(), 20, cols, panel, out.data() + 64);
+      pack_panel(matrix.panels, matrix.blocks.data(), 20, panel, out.data() + 64);
       for (int i = 0; i < 64; ++i) {
         CHECK_EQ(int(out[i]), 0xa5);
         CHECK_EQ(int(out[64 + bytes + i]), 0xa5);
@@ -72,7 +101,7 @@ TEST_CASE("packing writes one panel and not a byte more") {
 
 TEST_CASE("a row that blocks do not divide is refused") {
   uint8_t in[4096] = {}, out[4096];
-  CHECK_THROWS_AS(pack_panel(DType::Q4_0, in, 16, 40, 0, out), std::invalid_argument);
+  CHECK_THROWS_AS(pack_panel({DType::Q4_0, 16, 40}, in, 16, 0, out), std::invalid_argument);
 }
 
 TEST_CASE("every kernel set unpacks a panel to the values of the file") {

@@ -59,6 +59,14 @@ struct MatmulOutput {
   Store store = Store::Overwrite;
 };
 
+/// What one call of a quantized matmul multiplies: panels of the weights with rows of the activations.
+struct MatmulTask {
+  int64_t panel_begin, panel_end, row_begin, row_end;
+
+  int64_t panels() const { return panel_end - panel_begin; }
+  int64_t rows() const { return row_end - row_begin; }
+};
+
 /// Loops that do nothing but the most that one core can do with an instruction set (peaks.cpp): ceilings to
 /// measure kernels against. The arithmetic ones go `iterations` rounds and return how many operations (a
 /// multiply and an add are two) they did.
@@ -74,21 +82,23 @@ struct PeakLoops {
 /// work. Matrices are row-major; strides count elements. Pointers need no alignment unless said.
 struct KernelTable {
   std::string_view isa;
+  /// Of the quantized panels that it is given.
+  PanelLayout layout = {};
 
-  // --- quantized matmul -------------------------------------------------------------------------------
+  // --- quantized matmul ---
 
   /// x [rows, cols], row stride x_stride -> rows row_begin.. of `out`, all its planes.
   void (*quantize_rows)(const float* x, int64_t x_stride, int64_t rows, const QuantizedRows& out,
                         int64_t row_begin);
 
-  /// out[m][n] for m in [row_begin, row_end) and n of panels [panel_begin, panel_end), with activations of 8
-  /// or 16 bits. The planes' integer sums are added before they become floats.
+  /// out[m][n] for the task's rows m and the n of its panels, with activations of 8 or 16 bits. The planes'
+  /// integer sums are added before they become floats.
   /// `w` is quantized. `scratch`: 64-byte aligned, matmul_scratch_bytes(w.cols), the caller's thread's own
   /// (only the plain kernels use it). Only columns below w.rows are written.
-  void (*matmul_q8)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
-                    int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
+  void (*matmul_q8)(const PanelMatrix& w, const QuantizedRows& x, const MatmulTask& task,
+                    const MatmulOutput& out, std::byte* scratch);
 
-  // --- quantized matmul of many rows --------------------------------------------------------------------
+  // --- quantized matmul of many rows ---
 
   /// Whether matmul_groups is faster than matmul_q8 for many rows here.
   bool has_grouped_matmul = false;
@@ -103,11 +113,11 @@ struct KernelTable {
   /// and n round(127 * 256 / largest * scale or minimum). Products within a group are then exact integers and
   /// only groups cost float arithmetic; they are added as fma(sum, w_scale * x_scale, total), in order: the
   /// same bits on every set.
-  /// `scratch`: matmul_scratch_bytes. row_end - row_begin is at most kMaxGroupedRows.
-  void (*matmul_groups)(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
-                        int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch);
+  /// `scratch`: matmul_scratch_bytes. The task has at most kMaxGroupedRows rows.
+  void (*matmul_groups)(const PanelMatrix& w, const GroupedRows& x, const MatmulTask& task,
+                        const MatmulOutput& out, std::byte* scratch);
 
-  // --- float32 matmul ---------------------------------------------------------------------------------
+  // --- float32 matmul ---
 
   /// Panel `panel` of any matrix as float32 [cols][16] (64-byte aligned).
   void (*unpack_panel)(const PanelMatrix& w, int64_t panel, float* out);
@@ -130,7 +140,7 @@ struct KernelTable {
                          int64_t rows, int64_t n_cols, int64_t depth, const MatmulOutput& out,
                          const uint16_t* ahead);
 
-  // --- bf16 matmul ---------------------------------------------------------------------------------------
+  // --- bf16 matmul ---
 
   /// Whether gemm_bf16_pairs is faster than gemm_f32 here: then the fast precision's attention runs on it.
   bool has_bf16_dot = false;
@@ -150,7 +160,7 @@ struct KernelTable {
   /// Rounds to nearest even.
   void (*convert_f32_to_bf16)(const float* x, uint16_t* out, int64_t n);
 
-  // --- rows -------------------------------------------------------------------------------------------
+  // --- rows ---
 
   /// out = x / sqrt(mean(x^2) + eps) * weight (Qwen2RMSNorm). In place allowed.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
@@ -186,7 +196,7 @@ struct KernelTable {
   /// Rounds to nearest even; overflow becomes infinity.
   void (*convert_f32_to_f16)(const float* x, uint16_t* out, int64_t n);
 
-  // --- measurement ------------------------------------------------------------------------------------
+  // --- measurement ---
 
   PeakLoops peaks;
 };

@@ -13,8 +13,7 @@ namespace qwen2vl::cuda {
 #define QWEN2VL_HAS_WGMMA 1
 #endif
 
-// --- barriers in shared memory and the copies that arrive at them
-// ---------------------------------------------
+// --- barriers in shared memory and the copies that arrive at them ---
 
 CHIP_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -71,8 +70,7 @@ CHIP_DEVICE void copy_box_to(void* to, const CUtensorMap* map, int column, int r
       : "memory");
 }
 
-// --- clusters of blocks
-// ---------------------------------------------------------------------------------------
+// --- clusters of blocks ---
 
 /// Arrives at that barrier of another block of the cluster (or of this one).
 CHIP_DEVICE void barrier_arrive_at(uint64_t* barrier, int block) {
@@ -87,8 +85,7 @@ CHIP_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// --- wgmma
-// ----------------------------------------------------------------------------------------------------
+// --- wgmma ---
 
 /// An operand in shared memory as bulk copies with a swizzle of `row_bytes` (128 or 32) leave it: rows of
 /// row_bytes, eight of them an atom. Steps of 16 columns are 32 bytes further within a row.

@@ -9,23 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from qwen2vl_q.base.file_lock import try_lock
 from qwen2vl_q.base.printable import printable
 
 # Where others may write in the folder, a link would lead to a file of their choice.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(file: BinaryIO) -> None:
-        file.seek(2**62)  # a lock forbids reading and writing there, so far behind the end
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock(file: BinaryIO) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def part_of(out: Path) -> Path:
@@ -66,13 +54,9 @@ def _claimed(part: Path, out: Path) -> BinaryIO:
     """`part`, emptied and locked."""
     while True:
         file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666), "r+b")
-        try:
-            _lock(file)
-        except (BlockingIOError, PermissionError):
+        if not try_lock(file):
             file.close()
-            raise BlockingIOError(f"{printable(str(out))}: another process is writing it") from None
-        except OSError:
-            pass  # a file system without locks
+            raise BlockingIOError(f"{printable(str(out))}: another process is writing it")
         try:
             if os.path.samestat(os.fstat(file.fileno()), part.stat()):
                 file.truncate(0)

@@ -16,7 +16,7 @@ from jinja2.exceptions import SecurityError
 
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.chat.template_sandbox import METER, Environment, Meter, weight
+from qwen2vl_q.chat.template_sandbox import MAX_DEPTH, METER, Environment, Meter, weight
 from qwen2vl_q.text.tokenizer import GROUNDING_TOKENS, MAX_SPECIAL_TOKENS, any_of, require_characters
 
 # Qwen/Qwen2-VL-2B-Instruct, chat_template.json
@@ -46,6 +46,7 @@ MAX_ADDED_CHARS = 256 * 1024  # what a template may write beside the messages' o
 # released template handles each character of a message some five times.
 MAX_WORK = 2**25
 MAX_WORK_PER_CHAR = 64
+MAX_VARIABLES_WEIGHT = 2**20  # of a caller's variables (`template_sandbox.weight`: characters, and 8 an item)
 
 _FIRST_HALF = 0xD800
 assert MAX_SPECIAL_TOKENS <= 0xE000 - _FIRST_HALF
@@ -77,6 +78,7 @@ class ChatTemplate:
             )
         environment = Environment()
         environment.globals["raise_exception"] = _raise_exception
+        self._reserved = {*_OWN_VARIABLES, *environment.globals}
         try:
             self._template = environment.compile_template(source, self._halved(self._in_source))
         except jinja2.TemplateSyntaxError as error:
@@ -89,24 +91,28 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[tuple[str, bool]]:
         """The conversation as pieces (text, is_special): special tokens by name, and the texts between them.
 
         In the assistant's messages the markers of found objects are tokens as well: the model wrote them.
-        ValueError for what the template refuses (raise_exception) and for half a surrogate pair in a text,
-        FormatError where the template fails or takes too much time or memory.
+        `variables` are further ones of the template, of JSON's kinds; their texts stay text. ValueError for
+        what the template refuses (raise_exception), half a surrogate pair in a text, and variables of other
+        names or kinds; FormatError where the template fails or takes too much time or memory.
         """
         halved = [
             _mapped(message, self._halved(self._in_answers) if message["role"] == "assistant" else str)
             for message in messages
         ]
-        size = weight(halved)
+        own = self._checked(variables or {})
+        size = weight(halved) + weight(own)
         longest = MAX_ADDED_CHARS + 2 * size
         running = METER.set(Meter(MAX_WORK + MAX_WORK_PER_CHAR * size, longest))
         chunks: list[str] = []
         length = 0
         try:
             for chunk in self._template.generate(
+                own,
                 messages=halved,
                 add_generation_prompt=add_generation_prompt,
                 add_vision_id=add_vision_id,
@@ -126,6 +132,21 @@ class ChatTemplate:
         finally:
             METER.reset(running)
         return self._pieces("".join(chunks))
+
+    def _checked(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of a caller's variables."""
+        for name in variables:
+            if not isinstance(name, str) or not name.isidentifier():
+                raise ValueError(f"template variable: expected a name, found {printable(repr(name))}")
+            if name in self._reserved:
+                raise ValueError(f"template variable: '{name}' is the template's own")
+        copied = {name: _json_value(name, value) for name, value in variables.items()}
+        total = weight(copied)
+        if total > MAX_VARIABLES_WEIGHT:
+            raise ValueError(
+                f"template variables: expected at most {MAX_VARIABLES_WEIGHT} characters, found {total}"
+            )
+        return copied
 
     def _pieces(self, text: str) -> list[tuple[str, bool]]:
         pieces = []
@@ -147,6 +168,29 @@ class ChatTemplate:
         tokens = dict(zip(self._half_of.values(), self._special, strict=True))
         text = _HALVES.sub(lambda match: tokens.get(match.group(), match.group()), str(error))
         return printable(text or type(error).__name__)
+
+
+_OWN_VARIABLES = ("messages", "add_generation_prompt", "add_vision_id", "bos_token", "eos_token")
+
+
+def _json_value(name: str, value: Any, depth: int = 1) -> Any:
+    """A copy of a value as JSON has them. ValueError for another kind, and for one too deep."""
+    if depth > MAX_DEPTH - 2:  # what is around it counts, too
+        raise ValueError(f"template variable '{name}': more than {MAX_DEPTH - 2} lists in one another")
+    if isinstance(value, str):
+        require_characters(value)
+    elif isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError(f"template variable '{name}': expected texts as an object's keys")
+        return {_json_value(name, key): _json_value(name, item, depth + 1) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        return [_json_value(name, item, depth + 1) for item in value]
+    elif value is not None and not isinstance(value, (bool, int, float)):
+        raise ValueError(
+            f"template variable '{name}': expected text, numbers, lists and objects, "
+            f"found {type(value).__name__}"
+        )
+    return value
 
 
 class _RefusedError(Exception):

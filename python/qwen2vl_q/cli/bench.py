@@ -30,11 +30,9 @@ if TYPE_CHECKING:
 
 
 def _numbers(least: int) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
-    """An option's callback: numbers with commas between, "512,2048"; none where it is not given."""
+    """An option's callback: numbers with commas between, "512,2048"."""
 
-    def parse(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
-        if value is None:
-            return ()
+    def parse(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
         try:
             numbers = tuple(int(part) for part in value.split(","))
         except ValueError:
@@ -65,8 +63,9 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[tupl
     type=model_file,
     multiple=True,
     required=True,
-    metavar="M.gguf",
-    help="May be repeated, for a table that compares; demo: the packaged model.",
+    metavar="M",
+    help="A GGUF file, a name of the Hugging Face hub, or demo: the packaged model. May be repeated, for a "
+    "table that compares.",
 )
 @click.option(
     "--mmproj",
@@ -93,7 +92,12 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[tupl
 )
 @click.option("--decode-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option(
-    "--streams", callback=_numbers(1), metavar="N,...", help="Decode that many sequences together too."
+    "--streams",
+    callback=_numbers(1),
+    metavar="N,...",
+    default="1,2,8,32",
+    show_default=True,
+    help="Numbers of calls that decode together.",
 )
 @click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
@@ -112,11 +116,12 @@ def bench(models: Sequence[str], as_json: bool, as_csv: bool, profile: bool, **s
     """Measure image encoding, questions about a photo, prefill and decoding: medians, and the least and most.
 
     Of several models, one table compares them: type, size, bits a weight, medians, memory. Decoding is
-    greedy, and once more "sampled", at temperature 1 and top_p 0.9.
+    greedy, and once more "sampled", at temperature 1 and top_p 0.9. "Streams" are calls of generate under
+    way at once, after prompts of 32 tokens: the tokens of all, and how many times as fast as one alone.
 
     Each figure comes with the fraction of its floor: what the same work takes at the speed of this machine's
     8-bit and floating-point dot products (images, prefill), measured before and after, or of merely reading
-    the weights (decode), measured between the runs; sequences decoded together have none.
+    the weights (decode), measured between the runs; streams have none.
     Every model runs in a process of its own, so that its peak memory is its own. A model that cannot be
     measured is named on stderr, the others are measured all the same; the exit code is then 1. Machines
     drift: compare models within one run.
@@ -128,6 +133,7 @@ def bench(models: Sequence[str], as_json: bool, as_csv: bool, profile: bool, **s
       qwen2vl-q bench -m q4.gguf -m q8.gguf --prompt-tokens 512,2048 --depth 0,4096
       qwen2vl-q bench -m m.gguf --only decode --only streams --streams 1,4,16
       qwen2vl-q bench -m q4.gguf -m q8.gguf --csv > figures.csv   # or --json
+      qwen2vl-q bench -m Qwen/Qwen2-VL-2B-Instruct -m Qwen/Qwen2-VL-2B-Instruct:q8_0
       qwen2vl-q bench -m demo --image-size 336x224
     """
     from qwen2vl_q.measure.benchmark import Settings

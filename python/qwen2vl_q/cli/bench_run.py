@@ -20,6 +20,7 @@ import click
 
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.bench_tables import FileSummary, Result
+from qwen2vl_q.cli.model_file import tower_of
 
 if TYPE_CHECKING:
     from qwen2vl_q.measure.benchmark import Measured, Settings
@@ -47,7 +48,7 @@ class Runner:
         from qwen2vl_q.engine.tower_file import TowerFile
 
         # Found here, so that its size counts.
-        mmproj = self._settings.mmproj or TowerFile.find(model).path
+        mmproj = self._settings.mmproj or tower_of(model) or TowerFile.find(model).path
         if mmproj is not None and self._settings.mmproj is None:
             tell(f"with the vision tower {printable(mmproj, 1000)}")
         settings = replace(self._settings, model=model, mmproj=mmproj)

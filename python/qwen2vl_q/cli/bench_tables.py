@@ -61,6 +61,13 @@ class Result:
     def timings(self) -> list[Timing]:
         return [timing for part in self.parts.values() for timing in part]
 
+    def times_one_stream(self, timing: Timing) -> float | None:
+        """How many times as fast streams together are as one; None where one has not been measured."""
+        if timing not in self.measured.streams or 1 not in self.settings.streams:
+            return None
+        one = self.measured.streams[self.settings.streams.index(1)]
+        return (timing.count / timing.median_seconds) / (one.count / one.median_seconds)
+
     @property
     def device(self) -> str:
         return f"{computing_on(self.measured.isa, self.measured.n_threads)}, {self.measured.precision}"
@@ -76,18 +83,18 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def summary_table(results: Sequence[Result]) -> str:
     """A row for each thing measured: medians, with the least and the most in brackets."""
-    rows = [("model", "what", "seconds", "tokens/s", "of the floor")]
+    rows = [("model", "what", "seconds", "tokens/s", "of the floor", "of one stream")]
     for result in results:
         m = result.measured
         name = f"{_name(result)} ({result.file.type}; {result.device})"
-        rows.append((name, "load", f"{m.load_seconds:.2f}", "", ""))
-        rows.append(("", "process start to first token", f"{m.start_seconds:.2f}", "", ""))
+        rows.append((name, "load", f"{m.load_seconds:.2f}", "", "", ""))
+        rows.append(("", "process start to first token", f"{m.start_seconds:.2f}", "", "", ""))
         if m.vision_load_seconds is not None:
-            rows.append(("", "load of the vision tower", f"{m.vision_load_seconds:.2f}", "", ""))
+            rows.append(("", "load of the vision tower", f"{m.vision_load_seconds:.2f}", "", "", ""))
         for timing in result.timings:
             rows.append(("", f"{timing.what} ({timing.count} tokens)", *_figures(result, timing)))
         if m.peak_memory_bytes is not None:
-            rows.append(("", "peak memory", _size(m.peak_memory_bytes), "", ""))
+            rows.append(("", "peak memory", _size(m.peak_memory_bytes), "", "", ""))
     return table(rows)
 
 
@@ -137,11 +144,14 @@ def _wishes(settings: Settings) -> dict[str, Sequence[object]]:
 
 
 def _cell(result: Result, timing: Timing, is_wait: bool) -> str:
-    """The median, and the fraction of the floor."""
+    """The median, and the fraction of the floor, or how many times one stream's it is."""
     floor, seconds = result.floor(timing), timing.median_seconds
     rate = timing.count / seconds
     figure = f"{_seconds(seconds)} s" if is_wait else f"{rate:.{1 if rate < 1000 else 0}f}"
-    return figure if floor is None else f"{figure} ({_percent(floor, seconds)})"
+    if floor is not None:
+        return f"{figure} ({_percent(floor, seconds)})"
+    times = result.times_one_stream(timing)
+    return figure if times is None else f"{figure} ({_times(times)})"
 
 
 def comparison_notes(results: Sequence[Result]) -> str:
@@ -155,7 +165,8 @@ def comparison_notes(results: Sequence[Result]) -> str:
     first = results[0]
     return "\n".join(
         (
-            f"Medians of {first.settings.repeat} on {first.device}; in brackets the fraction of the floor.",
+            f"Medians of {first.settings.repeat} on {first.device}; in brackets the fraction of the floor,",
+            "of streams how many times one alone.",
             "Seconds: images, and the first token of a question about one. Tokens a second: prefill,",
             "decoding, sampled decoding (temperature 1, top_p 0.9), streams (all together).",
             "Bits: of all tensors, a weight. Peak memory: of the file's own process, with all measured.",
@@ -177,13 +188,14 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.{2 if seconds >= 1 else 3}f}"
 
 
-def _figures(result: Result, timing: Timing) -> tuple[str, str, str]:
-    floor = result.floor(timing)
+def _figures(result: Result, timing: Timing) -> tuple[str, str, str, str]:
+    floor, times = result.floor(timing), result.times_one_stream(timing)
     is_wait = timing in result.measured.question  # for a first token, whatever the number of tokens
     return (
         _spread(timing.seconds, timing.median_seconds, 2 if timing.median_seconds >= 1 else 3),
         "" if is_wait else _spread(timing.rates, timing.count / timing.median_seconds, 1),
         "" if floor is None else _percent(floor, timing.median_seconds),
+        "" if times is None else _times(times),
     )
 
 
@@ -193,6 +205,10 @@ def _spread(values: Sequence[float], middle: float, digits: int) -> str:
 
 def _percent(floor: float, seconds: float) -> str:
     return f"{100 * floor / seconds:.0f} %"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} x"
 
 
 def _rate(per_second: float, unit: str) -> str:
@@ -275,6 +291,8 @@ def as_dict(result: Result, profile: bool) -> dict[str, Any]:
             "floor_seconds": floor,
             "floor_fraction": None if floor is None else floor / timing.median_seconds,
         }
+        if timing in result.measured.streams:
+            fields["times_one_stream"] = result.times_one_stream(timing)
         if timing.read_rates:
             fields["read_bytes_per_s"] = list(timing.read_rates)
         if profile:
@@ -307,7 +325,7 @@ def as_dict(result: Result, profile: bool) -> dict[str, Any]:
 _CSV_COLUMNS = (
     *("model", "type", "file_bytes", "bits_per_weight", "device", "isa", "n_threads", "precision"),
     *("peak_memory_bytes", "what", "count", "runs", "median_seconds", "least_seconds", "most_seconds"),
-    *("median_tokens_per_second", "floor_fraction"),
+    *("median_tokens_per_second", "floor_fraction", "times_one_stream"),
 )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwen2vl_q.cli.device import device_option, print_note
-from qwen2vl_q.cli.model_file import model_file
-from qwen2vl_q.cli.options import COUNT, COUNT_OR_NONE, PENALTY, SEED, TEMPERATURE, FiniteRange
-from qwen2vl_q.cli.output import harmless, say
+from qwen2vl_q.cli.model_file import model_file, tower_file, tower_of
+from qwen2vl_q.cli.options import COUNT
+from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.pictures import picture_file, picture_from_stdin
+from qwen2vl_q.cli.setting_options import setting_options
+from qwen2vl_q.cli.turn import answer, attach
 
 if TYPE_CHECKING:
     from qwen2vl_q.cli.conversation import Conversation
@@ -22,7 +23,6 @@ _DEMO_NOTE = (
     "note: this is the packaged demo model, which knows nothing but drawn cards (qwen2vl-q demo draws one); "
     "-m M.gguf asks another (qwen2vl-q convert makes the file)"
 )
-MANY_TOKENS = 1500  # of a picture: tens of seconds with the 2B model on two cores
 
 
 @click.command(short_help="Ask a model about pictures: one question, or a conversation.")
@@ -30,12 +30,13 @@ MANY_TOKENS = 1500  # of a picture: tens of seconds with the 2B model on two cor
     "-m",
     "--model",
     type=model_file,
-    metavar="M.gguf",
-    help="The model; demo: the packaged one, which knows drawn cards alone.  [default: demo]",
+    metavar="M",
+    help="The model: a GGUF file, a name of the Hugging Face hub (qwen2vl-q pull --help), or demo: the "
+    "packaged one, which knows drawn cards alone.  [default: demo]",
 )
 @click.option(
     "--mmproj",
-    type=model_file,
+    type=tower_file,
     metavar="FILE",
     help="The vision tower, where the model's file does not hold it.  [default: mmproj*.gguf beside it ...]",
 )
@@ -50,64 +51,11 @@ MANY_TOKENS = 1500  # of a picture: tens of seconds with the 2B model on two cor
 )
 @click.option("-p", "--prompt", help="Ask this, print the answer and exit; - reads it from stdin.")
 @click.option("--system", help="The system prompt.  [default: the template's]")
-@click.option(
-    "-n",
-    "--max-new-tokens",
-    type=COUNT,
-    metavar="N",
-    default=1024,
-    show_default=True,
-    help="Tokens of an answer, at most.",
-)
-@click.option(
-    "--temp",
-    "temperature",
-    type=TEMPERATURE,
-    metavar="T",
-    help="0 always takes the likeliest token.  [default of this and the next five: the file's]",
-)
-@click.option(
-    "--top-k",
-    type=COUNT_OR_NONE,
-    metavar="K",
-    help="Draw from the K likeliest tokens; 0: from all.",
-)
-@click.option(
-    "--top-p",
-    type=FiniteRange(0, 1, min_open=True),
-    metavar="P",
-    help="Draw from the likeliest P of the mass.",
-)
-@click.option(
-    "--min-p",
-    type=FiniteRange(0, 1, max_open=True),
-    metavar="P",
-    help="... of the likeliest's probability.",
-)
-@click.option(
-    "--repeat-penalty",
-    "repetition_penalty",
-    type=PENALTY,
-    metavar="X",
-    help="Above 1, tokens that have come before get less likely.",
-)
-@click.option("--seed", type=SEED, metavar="N", help="Draws the same again.")
+@setting_options
 @click.option(
     "-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="[default: the physical cores allowed]"
 )
 @click.option("--ctx", type=COUNT, metavar="N", help="Tokens of context.  [default: 32768 at most]")
-@click.option(
-    "--min-pixels",
-    type=COUNT,
-    metavar="N",
-    help="Enlarge pictures with fewer.  [default: the file's]",
-)
-@click.option(
-    "--max-pixels",
-    type=COUNT,
-    metavar="N",
-    help="Shrink pictures with more.  [default: the file's]",
-)
 @click.option(
     "--precision",
     type=click.Choice(["fast", "exact"]),
@@ -129,6 +77,7 @@ def chat(**options: Any) -> None:
       qwen2vl-q chat --image card-0.png -p "What is in the picture?"      # the packaged model
       qwen2vl-q chat -m m.gguf --image photo.jpg -p "What is in this picture?"
       qwen2vl-q chat -m Qwen2-VL-2B-Instruct-Q4_K_M.gguf --mmproj mmproj-Qwen2-VL-2B-Instruct-f16.gguf
+      qwen2vl-q chat -m Qwen/Qwen2-VL-2B-Instruct --image photo.jpg       # fetched from the hub, once
       qwen2vl-q chat -m m.gguf --image page1.png --image page2.png --stats
       cat question.txt | qwen2vl-q chat -m m.gguf -p -
       curl https://example.org/photo.jpg | qwen2vl-q chat -m m.gguf --image - -p "What is this?"
@@ -164,36 +113,6 @@ def _require_one_reader_of_stdin(options: dict[str, Any]) -> None:
         raise click.UsageError("only one of --image and -p may be -: stdin is read once")
 
 
-def answer(conversation: Conversation, question: str, prefix: str = "") -> None:
-    """Streams an answer to stdout, and says where it was cut. Ctrl-C raises KeyboardInterrupt, after the line
-    has been ended."""
-    written = False
-    shown = harmless if sys.stdout.isatty() else str
-    try:
-        with closing(conversation.ask(question)) as pieces:
-            for piece in pieces:
-                text = shown(piece if written else prefix + piece)
-                written = True  # before the write: what interrupts it may come after the text
-                sys.stdout.write(text)
-                sys.stdout.flush()
-    finally:
-        if written:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-    if why := conversation.cut_short():
-        say(why, dim=True)
-
-
-def attach(conversation: Conversation, picture: str | bytes, option: str, tell: bool = True) -> None:
-    """Shows a picture with the next question and says how many tokens it takes; without `tell` only where
-    they are many. `option` makes them fewer."""
-    tokens = conversation.attach(picture)
-    advice = f"; {option} {conversation.pixels(MANY_TOKENS)} makes them {MANY_TOKENS:,} at most"
-    if tell or tokens > MANY_TOKENS:
-        name = picture if isinstance(picture, str) else "stdin"
-        say(f"{name}: {tokens:,} tokens{advice if tokens > MANY_TOKENS else ''}")
-
-
 def _start(options: dict[str, Any]) -> Conversation:
     """Loads the model and the pictures."""
     from qwen2vl_q.cli.conversation import Conversation
@@ -212,7 +131,7 @@ def _start(options: dict[str, Any]) -> Conversation:
             options["threads"],
             options["ctx"],
             options["precision"],
-            mmproj=False if options["no_mmproj"] else options["mmproj"],
+            mmproj=False if options["no_mmproj"] else options["mmproj"] or tower_of(file),
             device=options["device"],
             progress=bars,
         )

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
 
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.converting import convert_model
-from qwen2vl_q.cli.model_file import model_file
-from qwen2vl_q.cli.writing import gguf_path, notes_console, require_new
-from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe
-from qwen2vl_q.convert.files import download, is_hub_id
+from qwen2vl_q.cli.model_file import tower_file
+from qwen2vl_q.cli.output import say
+from qwen2vl_q.cli.writing import gguf_path, require_new
+from qwen2vl_q.convert import FILE_TYPES, Adapter, FileType, Recipe, default_recipe
+from qwen2vl_q.hub.models import Models
+from qwen2vl_q.hub.names import HubName
+
+
+def _adapters(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[Path, float]]:
+    """Folders with their scales."""
+    found = []
+    for value in values:
+        folder, colon, scale = value.rpartition(":")
+        if not colon or Path(value).is_dir():
+            folder, scale = value, "1"
+        if not Path(folder).is_dir():
+            raise click.BadParameter(f"'{printable(folder)}' is not a folder")
+        try:
+            number = float(scale)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise click.BadParameter(f"'{printable(value)}': expected a number after the colon")
+        found.append((Path(folder), number))
+    return found
 
 
 @click.command(short_help="Convert a checkpoint, or GGUF files of other types, to one file.")
@@ -22,9 +47,7 @@ from qwen2vl_q.convert.files import download, is_hub_id
     "--type",
     "type_",
     type=click.Choice(FILE_TYPES, case_sensitive=False),
-    default="q4_0",
-    show_default=True,
-    help="Of the weights.",
+    help="Of the weights.  [default: q4_0; of quantized checkpoints the one that keeps their integers]",
 )
 @click.option(
     "--vision-type",
@@ -32,8 +55,16 @@ from qwen2vl_q.convert.files import download, is_hub_id
     help="Of the vision tower's weights.  [default: q8_0 in q4_0 files, else as --type]",
 )
 @click.option(
+    "--lora",
+    "adapters",
+    metavar="DIR[:SCALE]",
+    multiple=True,
+    callback=_adapters,
+    help="A PEFT adapter to merge, with its own scale times SCALE; may be repeated.",
+)
+@click.option(
     "--mmproj",
-    type=model_file,
+    type=tower_file,
     metavar="FILE",
     help="The vision tower of SRC.gguf, where it has none.  [default: the one beside it]",
 )
@@ -42,8 +73,9 @@ from qwen2vl_q.convert.files import download, is_hub_id
 def convert(
     source: str,
     out: Path,
-    type_: FileType,
+    type_: FileType | None,
     vision_type: FileType | None,
+    adapters: list[tuple[Path, float]],
     mmproj: str | None,
     name: str | None,
     force: bool,
@@ -51,25 +83,39 @@ def convert(
     """Convert a Qwen2-VL checkpoint, or GGUF files of other types, to one GGUF file.
 
     SRC is a folder as the Hugging Face hub has it (config.json, safetensors, tokenizer), or the name of a
-    model there, which is then downloaded into the hub's cache; or a GGUF file, with its vision tower inside
-    or beside it (--mmproj), whose vocabulary, template and other keys stay. OUT.gguf holds the language
-    model, the vision tower, the tokenizer, the chat template, and the limits and defaults of both.
+    model there, owner/name[@REVISION], which is then downloaded into the hub's cache; or a GGUF file, with
+    its vision tower inside or beside it (--mmproj), whose vocabulary, template and other keys stay. OUT.gguf
+    holds the language model, the vision tower, the tokenizer, the chat template, and the limits and defaults
+    of both.
 
     Norms and biases stay F32. In q4_0 files the embeddings and the head are Q6_K, the vision tower Q8_0. A
     matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says which.
+
+    Of GPTQ and AWQ checkpoints the integers are kept as they are, in Q4_0, Q5_0 or Q8_0, unless --type asks
+    for another type; where they cannot be (act-order, bitsandbytes in 4 bits), matrices become Q8_0. Notes at
+    the end say what was done and what it cost.
 
     \b
     Examples:
       qwen2vl-q convert Qwen/Qwen2-VL-2B-Instruct qwen2-vl-2b.gguf
       qwen2vl-q convert ./my-finetune my-finetune-q8_0.gguf --type q8_0
       qwen2vl-q convert ./my-finetune m.gguf --type q4_0 --vision-type f16 --force
+      qwen2vl-q convert ./base m.gguf --lora ./adapter --lora ./another:0.5
       qwen2vl-q convert Qwen2-VL-2B-Instruct-f16.gguf q8.gguf --mmproj mmproj-f16.gguf --type q8_0
     """
     if not force:
         require_new(out)  # before a download, not after
-    recipe = Recipe(type_, vision_type)
-    if is_hub_id(source) and mmproj is None:
-        notes_console().print(f"No folder '{source}' here: fetching it from the Hugging Face hub")
-        name = name or source.rsplit("/", 1)[1].replace("-", " ")
-        source = str(download(source))
-    convert_model(source, mmproj, out, recipe, name, force)
+    is_gguf = Path(source).suffix.lower() == ".gguf"
+    if is_gguf and adapters:
+        raise click.UsageError("--lora: adapters are merged into checkpoints, not into GGUF files")
+    if not is_gguf and mmproj is None and not Path(source).exists() and HubName.reads_as(source):
+        asked = HubName.parse(source)
+        if asked.type:
+            raise click.UsageError(f"SRC: the type of OUT.gguf is --type's, found {printable(source)}")
+        source, name = str(Models(tell=say).checkpoint(asked)), name or asked.title
+    if type_ or not Path(source).is_dir():
+        recipe = Recipe(type_ or "q4_0", vision_type)
+    else:
+        recipe = default_recipe(Path(source), vision_type)
+    merged = [Adapter(path, scale) for path, scale in adapters]
+    convert_model(source, mmproj, out, recipe, name, force, adapters=merged)

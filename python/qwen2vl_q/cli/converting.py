@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,7 +12,7 @@ from rich.console import Console
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 from qwen2vl_q.cli.writing import notes_console, writing
-from qwen2vl_q.convert import GgufReport, Recipe, Report, convert_checkpoint, convert_gguf
+from qwen2vl_q.convert import Adapter, GgufReport, Recipe, Report, convert_checkpoint, convert_gguf
 from qwen2vl_q.engine.tower_file import TowerFile
 
 
@@ -23,6 +24,7 @@ def convert_model(
     name: str | None,
     force: bool,
     n_threads: int = 0,
+    adapters: Sequence[Adapter] = (),
 ) -> None:
     """Of a checkpoint's folder or a GGUF file; prints what was written."""
     if Path(source).suffix.lower() == ".gguf":
@@ -30,10 +32,10 @@ def convert_model(
     elif mmproj is not None:
         raise click.UsageError("--mmproj belongs to a GGUF file; a checkpoint has its vision tower")
     elif not Path(source).is_dir():
-        raise click.UsageError(f"'{printable(source)}' is neither a folder nor a GGUF file")
+        raise click.UsageError(f"SRC: '{printable(source)}' is neither a folder nor a GGUF file")
     else:
         with writing(notes_console(), out) as progress:
-            report = convert_checkpoint(Path(source), out, recipe, name, force, progress, n_threads)
+            report = convert_checkpoint(Path(source), out, recipe, name, force, progress, adapters, n_threads)
     _print_report(stdout_console(), report)
 
 

@@ -53,9 +53,9 @@ def demo(output: Path | None, seed: int, threads: int | None, device: str, force
       qwen2vl-q chat --image card-0.png -p "What is in the picture?"    # the same model, your question
     """
     from qwen2vl_q import DEMO_MODEL
-    from qwen2vl_q.cli.chat import answer
     from qwen2vl_q.cli.conversation import Conversation
     from qwen2vl_q.cli.settings import Settings
+    from qwen2vl_q.cli.turn import answer
     from qwen2vl_q.demo import cards
     from qwen2vl_q.model import Qwen2VL
 

@@ -30,13 +30,14 @@ _SHOWN_CHARACTERS = 100  # of a long string
 def inspect(model: str, list_tensors: bool, whole_template: bool, as_json: bool) -> None:
     """Show what a GGUF file holds: architecture, sizes, types, tokenizer, template, limits and defaults.
 
-    Any GGUF file will do: a whole model, a language model or a vision tower alone, a vocabulary. "demo" names
-    the packaged model.
+    Any GGUF file will do: a whole model, a language model or a vision tower alone, a vocabulary. M may be a
+    name of the Hugging Face hub, too; "demo" names the packaged model.
 
     \b
     Examples:
       qwen2vl-q inspect m.gguf
       qwen2vl-q inspect demo --tensors
+      qwen2vl-q inspect hf:bartowski/Qwen2-VL-7B-Instruct-GGUF:Q4_K_M
       qwen2vl-q inspect m.gguf --json | jq '.metadata["qwen2vl.block_count"]'
     """
     file = GgufFile(model)

@@ -14,7 +14,8 @@ from prompt_toolkit.output import create_output
 
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.pictures import is_picture
-from qwen2vl_q.cli.slash import COMMANDS, WITH_ARGUMENT, setting_options
+from qwen2vl_q.cli.setting_options import SETTING_OPTIONS
+from qwen2vl_q.cli.slash import COMMANDS, WITH_ARGUMENT
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -44,7 +45,7 @@ class SlashCompleter(Completer):
             words = [f"{name} " if name in WITH_ARGUMENT else name for name in COMMANDS]
             yield from _of_words(words, command)
         elif command == "/set":
-            yield from _of_words([f"{name} " for name in setting_options()], rest)
+            yield from _of_words([f"{name} " for name in SETTING_OPTIONS], rest)
         elif command in self._paths:
             # The whole may be one name with spaces; else the last of several is meant.
             for typed in (rest.lstrip(), rest.rpartition(" ")[2]):

@@ -22,6 +22,9 @@ COMMANDS = {
     "split": ("qwen2vl_q.cli.split", "Split a model into the pair of files that llama.cpp loads."),
     "merge": ("qwen2vl_q.cli.merge", "Merge a pair of files, as llama.cpp has them, into one."),
     "inspect": ("qwen2vl_q.cli.inspect", "Show what a GGUF file holds."),
+    "pull": ("qwen2vl_q.cli.pull", "Fetch a model of the Hugging Face hub, or a newer version of it."),
+    "list": ("qwen2vl_q.cli.list", "List the models that have been fetched or converted by name."),
+    "rm": ("qwen2vl_q.cli.rm", "Remove a model that has been fetched or converted by name."),
     "bench": ("qwen2vl_q.cli.bench", "Measure image encoding, prefill and decoding."),
 }
 _PROGRAM = "qwen2vl-q"
@@ -135,8 +138,8 @@ def cli() -> None:
     \b
     Examples:
       qwen2vl-q demo                                                # a first look, nothing to fetch
-      qwen2vl-q convert Qwen/Qwen2-VL-2B-Instruct m.gguf            # the real weights, once
-      qwen2vl-q chat -m m.gguf --image photo.jpg                    # a conversation
+      qwen2vl-q chat -m Qwen/Qwen2-VL-2B-Instruct --image a.jpg     # the real weights, fetched once
+      qwen2vl-q convert ./my-finetune m.gguf                        # a checkpoint of your own
       qwen2vl-q chat -m m.gguf --image photo.jpg -p "What is it?"   # one answer on stdout
       eval "$(_QWEN2VL_Q_COMPLETE=bash_source qwen2vl-q)"           # Tab completes (also: zsh, fish)
     """

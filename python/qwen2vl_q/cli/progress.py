@@ -12,7 +12,12 @@ from qwen2vl_q.cli.output import say
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_LABELS = {"load": "Loading", "image": "Looking at the image", "prefill": "Reading the prompt"}
+_LABELS = {
+    "convert": "Converting",
+    "load": "Loading",
+    "image": "Looking at the image",
+    "prefill": "Reading the prompt",
+}
 _PATIENCE = 0.3  # seconds before a bar appears: what is quick needs none
 _LONG = 10.0  # seconds that are worth a line where no bar can be
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qwen2vl_q.cli.converting import convert_model
-from qwen2vl_q.cli.model_file import model_file
+from qwen2vl_q.cli.model_file import tower_file
 from qwen2vl_q.cli.writing import gguf_path, require_new
 from qwen2vl_q.convert import FILE_TYPES, FileType, Override, Recipe, read_imatrix
 
@@ -54,7 +54,7 @@ def _overrides(
 )
 @click.option(
     "--mmproj",
-    type=model_file,
+    type=tower_file,
     metavar="FILE",
     help="The vision tower of IN, where it has none.  [default: the one beside it]",
 )

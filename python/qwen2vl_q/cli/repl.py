@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from qwen2vl_q.cli.chat import answer, attach
 from qwen2vl_q.cli.conversation import Conversation
 from qwen2vl_q.cli.errors import complain, describe
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.pictures import split_dropped
 from qwen2vl_q.cli.slash import SlashCommands
+from qwen2vl_q.cli.turn import answer, attach
 
 
 def converse(conversation: Conversation, show_stats: bool) -> bool:

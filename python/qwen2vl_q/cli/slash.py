@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from difflib import get_close_matches
 
 import click
 
-from qwen2vl_q.cli.chat import attach, chat
 from qwen2vl_q.cli.conversation import Conversation
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.paths import typed_path
 from qwen2vl_q.cli.pictures import picture_path, split_words
+from qwen2vl_q.cli.setting_options import SETTING_OPTIONS
 from qwen2vl_q.cli.settings import Settings
+from qwen2vl_q.cli.turn import attach
 
 _HELP = """\
 /image FILE ...  show pictures with the next question; or drop them on the terminal, a question behind them
@@ -29,16 +29,6 @@ _HELP = """\
 Ctrl-C stops an answer. A line that begins with a space is sent as it is, / or not."""
 COMMANDS = tuple(line.split()[0] for line in _HELP.splitlines() if line.startswith("/"))
 WITH_ARGUMENT = tuple(name for name in COMMANDS if re.search(f"^{name} [A-Z]", _HELP, re.MULTILINE))
-
-
-def setting_options() -> dict[str, click.Option]:
-    """The settings by the names that their options have: "top-k"."""
-    names = {field.name for field in fields(Settings)}
-    return {
-        max(option.opts, key=len).removeprefix("--"): option
-        for option in chat.params
-        if isinstance(option, click.Option) and option.name in names
-    }
 
 
 class SlashCommands:
@@ -83,7 +73,7 @@ class SlashCommands:
         say(f"system: {self._conversation.system or 'the default of the template'}")
 
     def _set(self, rest: str) -> None:
-        options = setting_options()
+        options = SETTING_OPTIONS
         given, _, value = rest.partition(" ")
         wanted = given.strip("-").replace("_", "-").lower()
         names = [name for name, option in options.items() if wanted in (name, option.name.replace("_", "-"))]

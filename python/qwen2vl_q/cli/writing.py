@@ -1,12 +1,10 @@
-"""What the commands that write models share: names of files to write, progress, an end by a signal."""
+"""What the commands that write models share: names of files to write, progress."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 import click
 from rich.console import Console
@@ -20,6 +18,7 @@ from rich.progress import (
 )
 
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.cli.interruption import ended_by_signal
 
 
 def gguf_path(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
@@ -57,27 +56,7 @@ def writing(console: Console, *outs: Path) -> Iterator[Callable[[int, int], None
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with _ended_by_signal(*outs), bar:
+    names = " and ".join(printable(str(out)) for out in outs)
+    with ended_by_signal(f"{names} {'is' if len(outs) == 1 else 'are'} not written"), bar:
         task = bar.add_task(printable(outs[0].name), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def _ended_by_signal(*outs: Path) -> Iterator[None]:
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [
-        getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-    ]  # not on Windows
-    # What is ignored stays so: nohup ignores SIGHUP.
-    previous = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    try:
-        yield
-    except KeyboardInterrupt:
-        for out in outs:
-            click.echo(f"interrupted: {printable(str(out))} is not written", err=True)
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

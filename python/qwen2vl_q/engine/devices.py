@@ -20,7 +20,7 @@ from qwen2vl_q.base.printable import printable
 PLUGIN_VARIABLE = "QWEN2VL_CUDA_PLUGIN"
 _PACKAGE = "qwen2vl_q_cuda"
 _LIBRARY = "qwen2vl_cuda.dll" if sys.platform == "win32" else "libqwen2vl_cuda.so"
-_NAMES = re.compile(r"cpu|auto|cuda(?::(0|[1-9][0-9]{0,8}))?")
+_NAMES = re.compile(r"([a-z0-9_]+)(?::(0|[1-9][0-9]{0,8}))?")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Device:
 
 def require_name(device: str) -> str:
     """`device`, or ValueError where no device could be called that."""
-    if not isinstance(device, str) or not _NAMES.fullmatch(device):
+    match = _NAMES.fullmatch(device) if isinstance(device, str) else None
+    if match is None or (match[2] and match[1] in ("cpu", "auto")):
         raise ValueError(
             "device: expected cpu, cuda, cuda:N (its N-th device, from 0) or auto, "
             f"found {printable(repr(device))}"
@@ -63,8 +64,9 @@ def cuda_plugin() -> str | None:
 
 
 def plugin_for(device: str) -> str | None:
-    """What `_native.Model` takes as `plugin` beside `device`."""
-    return None if device == "cpu" else cuda_plugin()
+    """What `_native.Model` takes as `plugin` beside `device`. DeviceError where there is none for it."""
+    name = device.partition(":")[0]
+    return None if name == "cpu" else require_plugin() if name == "cuda" else cuda_plugin()
 
 
 def require_plugin() -> str:
@@ -91,12 +93,11 @@ def cuda_devices() -> list[Device]:
 
 
 def cuda_index(device: str) -> int | None:
-    """Of "cuda" and "cuda:N"; None of the CPU. "auto" is the first device where there is one."""
-    match = _NAMES.fullmatch(require_name(device))
-    assert match is not None
-    if device == "auto":
+    """Of "cuda" and "cuda:N"; None of others. "auto" is the first device where there is one."""
+    name, _, index = require_name(device).partition(":")
+    if name == "auto":
         try:
             return cuda_devices()[0].index
         except DeviceError:
             return None
-    return None if device == "cpu" else int(match[1] or 0)
+    return int(index or 0) if name == "cuda" else None

@@ -5,114 +5,32 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from threading import get_ident
-from time import perf_counter
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from time import perf_counter, sleep
 
 from qwen2vl_q import _native
 from qwen2vl_q.base.errors import CacheFullError, Qwen2VLError
-from qwen2vl_q.engine.stats import FinishReason, GenerationStats, peak_memory_bytes
-from qwen2vl_q.text.text_stream import TextStream
+from qwen2vl_q.engine.pictures import Pictures
+from qwen2vl_q.engine.request import Request
+from qwen2vl_q.engine.stats import GenerationStats, peak_memory_bytes
 from qwen2vl_q.vision.image_processor import ProcessedImage
 
-# Called with a stage ("load", "image", "prefill") and how far it is, at most every 50 ms. An exception
-# raised in it cancels the call.
-Progress: TypeAlias = "Callable[[str, int, int], None]"
-# A picture's embeddings, and whether they had to be computed.
-Embed: TypeAlias = "Callable[[ProcessedImage, Callable[[int, int], None]], tuple[NDArray[np.float32], bool]]"
-
-_AHEAD = 8  # tokens of a stream that wait for whoever reads it; then the others go on without it
 _MOST_RUNNING = 64
+_SLICE = 0.1  # seconds of a picture between two steps: so long does a token wait for it, about
 _CHUNK = 128  # rows of prompts beside streams: so long does a token wait for them at most
+_PATIENCE = 1.0  # seconds that a full cache's streams may stay unread before they count as left
 _WORTH_WAITING = 64  # cells that another request is about to compute
 
 _is_over = attrgetter("over")
 _IN_A_CALLBACK = "a call of the model is under way in this thread: its callback cannot make another"
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A prompt, checked against model and context."""
-
-    prompt: _native.Prompt
-    images: list[ProcessedImage]
-    ends: list[int]  # of each image, one past its last pad token
-    counts: list[int]  # of each image, its pad tokens
-
-
-class _Stopped(Exception):
+class _Stopped(BaseException):
     """A callback has raised; its request has the error."""
-
-
-class Request:
-    """One answer on its way: tokens come to it from whichever thread takes the steps."""
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        sampler: _native.Sampler,
-        limit: int,
-        cut: FinishReason,
-        text: TextStream,
-        progress: Progress | None = None,
-        ahead: int = _AHEAD,
-    ) -> None:
-        """limit: tokens at most; cut: the reason of the end where they are reached. text: tells which token
-        is the last. progress: called on the thread that takes the step. ahead: tokens that may wait here."""
-        self.prepared = prepared
-        self.sampler = sampler
-        self.limit = limit
-        self.cut: FinishReason = cut
-        self.text = text
-        self.progress = progress
-        self.ahead = ahead
-        self.submitted = False
-        self.over = False  # nothing more will be computed
-        self.error: BaseException | None = None
-        self.tokens: deque[tuple[int, str]] = deque()
-        self.state: _native.SequenceState | None = None
-        self.embeddings: list[NDArray[np.float32] | None] = []
-        self.missing: list[int] = []  # images that have to be encoded first
-        self.drawn = 0
-        # GenerationStats
-        self.image_tokens = self.reused_tokens = 0
-        self.encode_seconds = self.prefill_seconds = self.decode_seconds = 0.0
-        self.finish_reason: FinishReason = ""
-
-    @property
-    def ready(self) -> bool:
-        return bool(self.tokens) or self.over
-
-    @property
-    def stalled(self) -> bool:
-        return len(self.tokens) >= self.ahead
-
-    @property
-    def live(self) -> _native.SequenceState:
-        """Its cells, as long as it is under way."""
-        assert self.state is not None
-        return self.state
-
-    def take(self) -> tuple[int, str] | None:
-        """The next token and its text, None at the end; the error that has ended it. Only when ready."""
-        if self.tokens:
-            return self.tokens.popleft()
-        if self.error is not None:
-            raise self.error
-        return None
-
-    def fail(self, error: BaseException) -> None:
-        self.error = error
-        self.over = True
 
 
 class Scheduler:
@@ -120,17 +38,18 @@ class Scheduler:
     takes a step, which gives every request that is under way a token or a piece of its prompt.
     """
 
-    def __init__(self, native: _native.Model, n_ctx: int, embed: Embed) -> None:
-        """embed: the embeddings of a picture; called by one thread at a time."""
+    def __init__(self, native: _native.Model, n_ctx: int, pictures: Pictures) -> None:
         self._native = native
         self._n_ctx = n_ctx
-        self._embed = embed
+        self._pictures = pictures
         self._max_rows = native.max_batch_rows
         self._lock = threading.RLock()  # of what follows; never held while something is computed
         self._changed = threading.Condition(self._lock)
         self._sleepers = 0  # threads that wait for a change
+        self._pressing = 0  # of them, those that want the turn for something else than steps
         self._stepper: int | None = None  # the thread that holds the turn
         self._interrupted = False  # a step: tokens may be left to draw
+        self._full = False  # the cache: who waits does so until a running request ends
         self._waiting: list[Request] = []
         self._running: list[Request] = []  # in the order of their beginning
         self._latest: Request | None = None
@@ -174,6 +93,24 @@ class Scheduler:
                 self._drop_ended()
             self._wake()
 
+    def encode(self, image: ProcessedImage, report: Callable[[int, int], None] | None) -> _native.Embeddings:
+        """A picture's embeddings; between slices of the work others get their steps."""
+        encoding = None
+        while encoding is None or encoding.embeddings is None:
+            self._take_turn()
+            try:
+                if self._ended is not None:
+                    raise self._ended
+                encoding = encoding or self._pictures.encoding(image)
+                if not encoding.advance(_SLICE, report):
+                    self._step()
+            except BaseException:
+                self._interrupted = True
+                raise
+            finally:
+                self._end_turn()
+        return encoding.embeddings
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """No step is taken meanwhile."""
@@ -184,20 +121,31 @@ class Scheduler:
             self._end_turn()
 
     def _take_turn(self, request: Request | None = None) -> bool:
-        """Waits until nobody holds the turn and takes it; False, without it, once `request` is ready."""
-        me = get_ident()
+        """Waits until nobody holds the turn and takes it; False, without it, once `request` is ready. Who
+        wants it for something else than steps comes first."""
         with self._lock:
-            while request is None or not (request.tokens or request.over):
-                if self._stepper is None:
-                    self._stepper = me
-                    return True
-                if self._stepper == me:
-                    raise Qwen2VLError(_IN_A_CALLBACK)
-                self._sleepers += 1
-                try:
-                    self._changed.wait()
-                finally:
-                    self._sleepers -= 1
+            if request is not None:
+                return self._wait_for_turn(request)
+            self._pressing += 1
+            try:
+                return self._wait_for_turn(request)
+            finally:
+                self._pressing -= 1
+                self._wake()
+
+    def _wait_for_turn(self, request: Request | None) -> bool:
+        me = get_ident()
+        while request is None or not (request.tokens or request.over):
+            if self._stepper is None and (request is None or not self._pressing):
+                self._stepper = me
+                return True
+            if self._stepper == me:
+                raise Qwen2VLError(_IN_A_CALLBACK)
+            self._sleepers += 1
+            try:
+                self._changed.wait()
+            finally:
+                self._sleepers -= 1
         return False
 
     def _end_turn(self) -> None:
@@ -213,10 +161,11 @@ class Scheduler:
     def _drop_ended(self) -> None:
         for requests in (self._running, self._waiting):
             if any(map(_is_over, requests)):
+                self._full = False
                 for r in list(filter(_is_over, requests)):
                     requests.remove(r)
                     r.state = None
-                    r.embeddings = []
+                    r.pictures = []
 
     def end_all(self, error: Qwen2VLError) -> None:
         """Every request ends with `error`, and those to come."""
@@ -232,21 +181,10 @@ class Scheduler:
     @property
     def stats(self) -> GenerationStats:
         """Of the latest request; may be asked for while it is computed."""
-        r = self._latest
-        if r is None:
-            return GenerationStats(kv_bytes=self._native.cache_bytes, peak_memory_bytes=peak_memory_bytes())
-        return GenerationStats(
-            image_tokens=r.image_tokens,
-            encode_seconds=r.encode_seconds,
-            prompt_tokens=len(r.prepared.prompt),
-            reused_tokens=r.reused_tokens,
-            prefill_seconds=r.prefill_seconds,
-            generated_tokens=r.drawn,
-            decode_seconds=r.decode_seconds,
-            finish_reason=r.finish_reason,
-            kv_bytes=self._native.cache_bytes,
-            peak_memory_bytes=peak_memory_bytes(),
-        )
+        kv_bytes = self._native.cache_bytes
+        if self._latest is None:
+            return GenerationStats(kv_bytes=kv_bytes, peak_memory_bytes=peak_memory_bytes())
+        return self._latest.stats(kv_bytes)
 
     # --- for the thread that holds the turn ---
 
@@ -257,7 +195,7 @@ class Scheduler:
             if self._interrupted:
                 self._interrupted = False
                 for r in self._running:
-                    if not (r.over or r.missing or r.live.waiting):
+                    if r.begun and not (r.over or r.live.waiting):
                         self._draw(r)
             if self._waiting:
                 self._admit()
@@ -265,22 +203,35 @@ class Scheduler:
         except _Stopped:
             pass
         except CacheFullError as error:
-            [r for r in self._running if not r.over][-1].fail(error)
+            self._make_room(error)
+
+    def _make_room(self, error: CacheFullError) -> None:
+        """The newest request waits until another has ended; where none of them goes on, it ends."""
+        active = [r for r in self._running if not r.over]
+        newest = active.pop()
+        if not _go_on(active):
+            newest.fail(error)
+            return
+        self._waiting.insert(0, newest)
+        newest.restart()
+        self._running.remove(newest)
+        self._full = True
 
     def _admit(self) -> None:
         for r in list(self._waiting):
+            if not r.pictures:  # what another has encoded of them is not dropped with it
+                r.pictures = list(map(self._pictures.encoding, r.prepared.images))
             active = [other for other in self._running if not other.over]
-            if sum(not other.stalled for other in active) >= _MOST_RUNNING:
+            going_on = sum(not other.stalled for other in active)
+            if going_on >= _MOST_RUNNING or (self._full and going_on):
                 return
-            if r.over or any(not other.drawn and _worth_waiting(r, other) for other in active):
+            if r.over or any(not other.decoding and _worth_waiting(r, other) for other in active):
                 continue
             try:
+                r.restart()
                 r.state = _native.SequenceState(self._native, self._n_ctx)
                 r.reused_tokens = r.state.adopt(r.prepared.prompt)
-                r.embeddings = [None] * len(r.prepared.images)
-                r.missing = [i for i, end in enumerate(r.prepared.ends) if end > r.reused_tokens]
-                if not r.missing:
-                    r.state.begin(r.prepared.prompt, r.embeddings)
+                r.found = sum(end <= r.reused_tokens for _, end in r.prepared.prompt.runs)
             except Exception as error:
                 r.fail(error)
                 continue
@@ -288,36 +239,46 @@ class Scheduler:
                 self._running.append(r)
             self._waiting.remove(r)
 
-    def _encode(self, r: Request) -> None:
-        """The first picture that is missing."""
-        index = r.missing[0]
-        start = perf_counter()
+    def _begin(self, r: Request) -> None:
+        """Lets its prompt wait for steps, once all pictures have been encoded."""
+        if r.next_picture is not None:
+            return
         try:
-            r.embeddings[index], fresh = self._embed(r.prepared.images[index], partial(_report, r, "image"))
-            if fresh:
-                r.image_tokens += r.prepared.counts[index]
-                r.encode_seconds += perf_counter() - start
-            if len(r.missing) == 1:
-                r.live.begin(r.prepared.prompt, r.embeddings)
-            del r.missing[0]
-        except (_Stopped, KeyboardInterrupt):
-            raise
+            rows = [picture.embeddings for picture in r.pictures]
+            r.live.begin(r.prepared.prompt, [None] * r.found + rows[r.found :])
+            r.begun = True
+            r.pictures = []
         except Exception as error:
             r.fail(error)
+
+    def _encode(self, r: Request) -> None:
+        """A slice of the first picture that it waits for."""
+        i = r.next_picture
+        assert i is not None
+        start = perf_counter()
+        try:
+            if r.pictures[i].advance(_SLICE, partial(_report, r, "image")):
+                first, end = r.prepared.prompt.runs[i]
+                r.image_tokens += end - first
+        except Exception as error:
+            r.fail(error)
+        finally:
+            r.encode_seconds += perf_counter() - start
 
     def _compute(self) -> None:
         """The next tokens of streams that somebody reads, and pieces of prompts."""
         streams, prompts, seeing = [], [], []
         for r in self._running:
+            if not (r.over or r.begun):
+                self._begin(r)
             if r.over:
                 continue
-            if r.drawn:
-                if len(r.tokens) < r.ahead:
-                    streams.append(r)
-            elif r.missing:
+            if not r.begun:
                 seeing.append(r)
-            else:
+            elif not r.decoding:
                 prompts.append(r)
+            elif not r.stalled:
+                streams.append(r)
         if seeing:
             self._encode(seeing[0])
         streams = streams[: self._max_rows]
@@ -358,24 +319,43 @@ class Scheduler:
         """The token behind the cells of a request; the next step computes it."""
         start = perf_counter()
         try:
-            state = r.live
-            token = state.sample(r.sampler)  # where a device's work ends
+            if r.fed < r.drawn:  # it has begun anew
+                r.live.push(r.history[r.fed])
+                r.fed += 1
+                r.decoding = True
+                return
+            allowed = None if r.constraint is None else r.constraint.allowed()
+            token = r.live.sample(r.sampler, allowed)  # where a device's work ends
             taken = perf_counter() - start
+            if r.constraint is not None:
+                r.constraint.accept(token)
             piece = r.text.push(token)
             if r.text.finished or r.drawn + 1 == r.limit:
                 r.finish_reason = "stop" if r.text.finished else r.cut
                 r.over = True
             else:
-                state.push(token)
+                r.live.push(token)
         except Exception as error:
             r.fail(error)
             return
-        if r.drawn:
+        if r.decoding:
             r.decode_seconds += taken
         else:
             r.prefill_seconds += taken
-        r.drawn += 1
+        r.decoding = True
+        r.history.append(token)
+        r.fed += 1
         r.tokens.append((token, piece))
+
+
+def _go_on(requests: Sequence[Request]) -> bool:
+    """Whether somebody reads one of them, now or soon."""
+    end = perf_counter() + _PATIENCE
+    while all(r.stalled for r in requests):
+        if not requests or perf_counter() > end:
+            return False
+        sleep(0.01)
+    return True
 
 
 def _worth_waiting(r: Request, other: Request) -> bool:
@@ -420,7 +400,7 @@ def _renew_locks() -> None:
     for scheduler in _alive:
         scheduler._lock = threading.RLock()
         scheduler._changed = threading.Condition(scheduler._lock)
-        scheduler._sleepers = 0
+        scheduler._sleepers = scheduler._pressing = 0
         if scheduler._stepper != get_ident():
             scheduler._stepper = None
 

@@ -14,7 +14,12 @@ FinishReason: TypeAlias = Literal["", "stop", "length", "context"]
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """One call of `generate` or `chat`, as far as it has come."""
+    """One call of `generate` or `chat`, as far as it has come.
+
+    Seconds are the clock's, of the steps and slices that the call had a part in: what it shares with others
+    counts in full for each. So a call's own add up to the time that it was computed, those of several calls
+    do not; of what they do together, the clock around them tells.
+    """
 
     image_tokens: int = 0  # of the images that had to be encoded
     encode_seconds: float = 0.0
@@ -22,7 +27,9 @@ class GenerationStats:
     reused_tokens: int = 0  # of these, found in the KV cache
     prefill_seconds: float = 0.0
     generated_tokens: int = 0
-    decode_seconds: float = 0.0  # evaluating and drawing; not the caller's time between tokens
+    decode_seconds: float = (
+        0.0  # evaluating and drawing; neither the caller's time between tokens nor others'
+    )
     finish_reason: FinishReason = ""
     kv_bytes: int = 0  # KV cache pages in use
     peak_memory_bytes: int | None = None  # of the process; None where the system does not say

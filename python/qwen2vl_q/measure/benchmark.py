@@ -11,7 +11,6 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2vl_q import _native
 from qwen2vl_q.engine.sampling import Sampling
 from qwen2vl_q.engine.stats import Stage, peak_memory_bytes
 from qwen2vl_q.measure.limits import Limits, mean_stages
@@ -23,7 +22,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 State = TypeVar("State")
 GREEDY, SAMPLED = Sampling(seed=0), Sampling(temperature=1.0, top_p=0.9, seed=0)
 _SEED = 0
-_STREAM_PROMPT, _STREAM_WARM_UP = 32, 8  # tokens of each sequence, steps
+STREAM_PROMPT, _STREAM_WARM_UP = 32, 8  # tokens of each
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Settings:
     prompt_tokens: tuple[int, ...] = (512,)
     depth: tuple[int, ...] = (0,)
     decode_tokens: int = 64
-    streams: tuple[int, ...] = ()  # numbers of sequences that are decoded together
+    streams: tuple[int, ...] = (1, 2, 8, 32)  # numbers of calls that decode together
     repeat: int = 3
     threads: int | None = None
     precision: Literal["fast", "exact"] = "fast"
@@ -109,7 +108,7 @@ class Measured:
     prefill: list[Timing] = field(default_factory=list)
     decode: list[Timing] = field(default_factory=list)
     sampled: list[Timing] = field(default_factory=list)  # not greedy: SAMPLED
-    streams: list[Timing] = field(default_factory=list)  # tokens of all sequences
+    streams: list[Timing] = field(default_factory=list)  # tokens of all together
     peak_memory_bytes: int | None = None
     device: str = "cpu"
     note: str = ""  # the model's
@@ -298,33 +297,33 @@ class Benchmark:
         what = f"decode at {depth}" + ("" if sampling == GREEDY else ", sampled")
         return Task(what, n, prepare, run, waits_for_reads=True)
 
-    def streams(self, n: int) -> Task[tuple[list[_native.SequenceState], list[int]]]:
-        """Tokens of `n` sequences, one of each in a forward pass, drawing included."""
-        native, steps = self._model._native, self._settings.decode_tokens
-        sampler = _native.Sampler()
+    def streams(self, n: int) -> Task[Iterator[tuple[int, ...]]]:
+        """Tokens of `n` calls of `generate` that are under way together, taken in turn by one thread."""
+        model, steps = self._model, self._settings.decode_tokens
+        prompts = [self.prompt(STREAM_PROMPT, seed) for seed in range(n)]
 
-        def decode(states: list[_native.SequenceState], tokens: list[int], steps: int) -> list[int]:
-            for _ in range(steps):
-                _native.accept_together(states, tokens)
-                tokens = [state.sample(sampler) for state in states]
+        def prepare() -> Iterator[tuple[int, ...]]:
+            limit = _STREAM_WARM_UP + steps
+            requests = [
+                model._token_request(ids, (), {"max_new_tokens": limit, "ignore_eos": True})
+                for ids in prompts
+            ]
+            for request in requests:  # before the first step, so that all end with the last
+                model._generation.scheduler.submit(request)
+            tokens = zip(*map(model._generation.tokens, requests), strict=True)
+            for _ in range(_STREAM_WARM_UP):
+                next(tokens)
             return tokens
 
-        def prepare() -> tuple[list[_native.SequenceState], list[int]]:
-            states = []
-            for seed in range(n):
-                state = _native.SequenceState(native, _STREAM_PROMPT + _STREAM_WARM_UP + steps)
-                ids = np.array(self.prompt(_STREAM_PROMPT, seed), np.int32)
-                state.prefill(_native.Prompt(native, ids), [])
-                states.append(state)
-            tokens = [state.sample(sampler) for state in states]
-            return states, decode(states, tokens, _STREAM_WARM_UP)
-
-        def run(streams: tuple[list[_native.SequenceState], list[int]]) -> float:
+        def run(tokens: Iterator[tuple[int, ...]]) -> float:
             started = perf_counter()
-            decode(*streams, steps)
-            return perf_counter() - started
+            found = sum(1 for _ in tokens)
+            taken = perf_counter() - started
+            if found != steps:
+                raise ValueError(f"{self._settings.model}: the context ended after {found} of {steps} tokens")
+            return taken
 
-        return Task(f"decode, {n} streams", n * steps, prepare, run)
+        return Task(f"{n} stream{'s' * (n > 1)}, decode at {STREAM_PROMPT}", n * steps, prepare, run)
 
     # --- a conversation ---
 

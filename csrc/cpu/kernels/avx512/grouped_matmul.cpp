@@ -13,8 +13,7 @@ namespace {
 /// Panels multiplied at once, rows of their tile: 24 sums, 4 weights and a broadcast fit 32 registers.
 constexpr int kTilePanels = 4, kWideRows = 6, kThinRows = 12;
 
-// --- activations
-// ----------------------------------------------------------------------------------------------
+// --- activations ---
 
 /// The rounding, and what becomes of tiny or non-finite groups: generic/grouped_matmul.cpp. n is a multiple
 /// of 32.
@@ -58,8 +57,7 @@ void quantize_groups(const float* x, int64_t x_stride, int64_t rows, const Group
   }
 }
 
-// --- weights
-// --------------------------------------------------------------------------------------------------
+// --- weights ---
 
 /// bytes * multipliers / 2^15, rounded, plus 128. multipliers: the same 16-bit number twice a lane.
 inline __m512i requantize(__m512i bytes, __m512i multipliers) {
@@ -85,9 +83,8 @@ inline Vec magnitude(Vec x) { return _mm512_and_ps(x, as_float(set1_int(0x7fffff
 /// The number of every lane in both its halves.
 inline __m512i twice(__m512i x) { return _mm512_mask_mov_epi16(x, 0xaaaaaaaau, _mm512_slli_epi32(x, 16)); }
 
-/// `blocks` blocks of a panel from block `begin` on, as unsigned bytes with the offset 128, to
-/// out [blocks * 8][16 rows][4], and their rows' common scales. The rules stand at
-/// KernelTable::matmul_groups.
+/// `blocks` blocks of a panel from block `begin` on, as unsigned bytes with the offset 128, to out
+/// [blocks * 8][16 rows][4], and their rows' common scales. The rules stand at KernelTable::matmul_groups.
 template <DType T>
 void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_t blocks, uint8_t* out,
                       float* out_scales) {
@@ -145,8 +142,7 @@ void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_
   }
 }
 
-// --- product
-// --------------------------------------------------------------------------------------------------
+// --- product ---
 
 /// acc += products of the unsigned bytes of `w` and the signed bytes of `x`, four to a lane. As an intrinsic,
 /// GCC 12 keeps a copy of every sum on the stack.
@@ -244,41 +240,41 @@ void multiply_rows(int64_t rows, GroupTile t) {
 struct GroupedProblem {
   const PanelMatrix& w;
   const GroupedRows& x;
-  int64_t row_begin, row_end;
+  const MatmulTask& task;
   const MatmulOutput& out;
   std::byte* scratch;
 };
 
-/// All rows with P panels from `panel`.
+/// The task's rows with P panels from `panel`.
 template <DType T, int P>
 void multiply_panels(const GroupedProblem& t, int64_t panel) {
   const GroupedRows& x = t.x;
-  const int64_t rows = t.row_end - t.row_begin;
   auto* weights = reinterpret_cast<uint8_t*>(t.scratch);
   auto* scales = reinterpret_cast<float*>(weights + kTilePanels * kPanelRows * kGroupColumns);
   float* sums = scales + kTilePanels * kPanelRows;
   for (int64_t g = 0; g < x.groups(); ++g) {
-    const int64_t columns = x.columns(g), at = g * x.rows + t.row_begin;
+    const int64_t columns = x.columns(g), at = g * x.rows + t.task.row_begin;
     for (int p = 0; p < P; ++p)
       requantize_panel<T>(t.w, panel + p, g * kGroupBlocks, columns / kBlock32,
                           weights + p * kPanelRows * kGroupColumns, scales + p * kPanelRows);
-    multiply_rows<P>(
-        rows, {x.values + at * kGroupColumns, x.scales + at, x.corrections + at, weights, scales, columns,
-               sums, g == 0, g + 1 == x.groups(), t.out, t.row_begin, panel * kPanelRows, t.w.rows});
+    multiply_rows<P>(t.task.rows(), {x.values + at * kGroupColumns, x.scales + at, x.corrections + at,
+                                     weights, scales, columns, sums, g == 0, g + 1 == x.groups(), t.out,
+                                     t.task.row_begin, panel * kPanelRows, t.w.rows});
   }
 }
 
 template <DType T>
-void multiply(const GroupedProblem& t, int64_t panel_begin, int64_t panel_end) {
-  int64_t panel = panel_begin;
-  for (; panel + kTilePanels <= panel_end; panel += kTilePanels) multiply_panels<T, kTilePanels>(t, panel);
-  for (; panel < panel_end; ++panel) multiply_panels<T, 1>(t, panel);
+void multiply(const GroupedProblem& t) {
+  int64_t panel = t.task.panel_begin;
+  for (; panel + kTilePanels <= t.task.panel_end; panel += kTilePanels)
+    multiply_panels<T, kTilePanels>(t, panel);
+  for (; panel < t.task.panel_end; ++panel) multiply_panels<T, 1>(t, panel);
 }
 
-void matmul_groups(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
-                   int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch) {
-  const GroupedProblem t{w, x, row_begin, row_end, out, scratch};
-  visit_quantized(w.type, [&]<DType T>() { multiply<T>(t, panel_begin, panel_end); });
+void matmul_groups(const PanelMatrix& w, const GroupedRows& x, const MatmulTask& task,
+                   const MatmulOutput& out, std::byte* scratch) {
+  const GroupedProblem t{w, x, task, out, scratch};
+  visit_quantized(w.type, [&]<DType T>() { multiply<T>(t); });
 }
 
 }  // namespace

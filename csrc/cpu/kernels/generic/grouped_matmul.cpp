@@ -81,34 +81,34 @@ void requantize(const PanelDecoder<T>& decoder, int64_t group, int64_t columns, 
   }
 }
 
-void matmul_groups(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const GroupedRows& x,
-                   int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch) {
+void matmul_groups(const PanelMatrix& w, const GroupedRows& x, const MatmulTask& task,
+                   const MatmulOutput& out, std::byte* scratch) {
   auto* sums = reinterpret_cast<float*>(scratch);  // [rows][16]
   RequantizedGroup weights;
   const auto requantize_group = [&](int64_t panel, int64_t group) {
     visit_quantized(
         w.type, [&]<DType T>() { requantize(PanelDecoder<T>(w, panel), group, x.columns(group), weights); });
   };
-  for (int64_t p = panel_begin; p < panel_end; ++p) {
-    std::fill_n(sums, (row_end - row_begin) * kPanelRows, 0.0f);
+  for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
+    std::fill_n(sums, task.rows() * kPanelRows, 0.0f);
     for (int64_t g = 0; g < x.groups(); ++g) {
       requantize_group(p, g);
-      for (int64_t m = row_begin; m < row_end; ++m) {
+      for (int64_t m = task.row_begin; m < task.row_end; ++m) {
         const int8_t* values = x.values + (g * x.rows + m) * kGroupColumns;
         const float x_scale = x.scales[g * x.rows + m];
         for (int64_t r = 0; r < kPanelRows; ++r) {
           int32_t dot = 0;
           for (int64_t k = 0; k < x.columns(g); ++k) dot += weights.values[k][r] * values[k];
-          float& sum = sums[(m - row_begin) * kPanelRows + r];
+          float& sum = sums[(m - task.row_begin) * kPanelRows + r];
           sum = std::fma(static_cast<float>(dot), weights.scales[r] * x_scale, sum);
         }
       }
     }
     const int64_t n = p * kPanelRows, lanes = std::min(kPanelRows, w.rows - n);
-    for (int64_t m = row_begin; m < row_end; ++m) {
+    for (int64_t m = task.row_begin; m < task.row_end; ++m) {
       float* row = out.data + m * out.stride + n;
       for (int64_t r = 0; r < lanes; ++r) {
-        float sum = sums[(m - row_begin) * kPanelRows + r];
+        float sum = sums[(m - task.row_begin) * kPanelRows + r];
         if (out.bias != nullptr) sum += out.bias[n + r];
         row[r] = out.store == Store::Accumulate ? row[r] + sum : sum;
       }

@@ -66,17 +66,17 @@ void dot_row(const DecodedPanel& panel, const QuantizedRow& x, int64_t cols, flo
   }
 }
 
-void matmul_q8(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
-               int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte* scratch) {
+void matmul_q8(const PanelMatrix& w, const QuantizedRows& x, const MatmulTask& task, const MatmulOutput& out,
+               std::byte* scratch) {
   const int64_t cols = w.cols, blocks = cols / kBlock32;
   auto* values = reinterpret_cast<int16_t*>(scratch);
   auto* scales = reinterpret_cast<float*>(values + cols * kPanelRows);
   const DecodedPanel decoded{values, scales, scales + 2 * blocks * kPanelRows};
   visit_quantized(w.type, [&]<DType T>() {
-    for (int64_t p = panel_begin; p < panel_end; ++p) {
+    for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
       decode(PanelDecoder<T>(w, p), cols, decoded);
       const int64_t n = p * kPanelRows, lanes = std::min(kPanelRows, w.rows - n);
-      for (int64_t m = row_begin; m < row_end; ++m) {
+      for (int64_t m = task.row_begin; m < task.row_end; ++m) {
         float sums[kPanelRows];
         dot_row<T>(decoded,
                    {x.planes, x.rows * cols, x.values + m * cols, x.scales + m * blocks,

@@ -12,8 +12,9 @@ inline Vec exp(Vec x) {
   // Beyond these the result is infinity or 0 already; the order of operands lets NaN through.
   x = min(set1(89.0f), max(set1(-104.0f), x));
   const Vec n = round_even(mul(x, set1(0x1.715476p+0f)));
-  Vec r = fma(n, set1(-0x1.63p-1f), x);  // ln 2 = 0x1.63p-1 - 0x1.bd0106p-13: n times the short part is
-  r = fma(n, set1(0x1.bd0106p-13f), r);  // exact
+  // ln 2 = 0x1.63p-1 - 0x1.bd0106p-13: n times the short part is exact.
+  Vec r = fma(n, set1(-0x1.63p-1f), x);
+  r = fma(n, set1(0x1.bd0106p-13f), r);
   Vec q = set1(0x1.6a2434p-10f);
   q = fma(q, r, set1(0x1.1239e2p-7f));
   q = fma(q, r, set1(0x1.5558f2p-5f));

@@ -138,41 +138,40 @@ void q8_tile_of(int64_t rows, const Q8Problem& t, int64_t m, int64_t panel, cons
   if constexpr (R > 1) q8_tile_of<T, R - 1, P, N>(rows, t, m, panel, ahead);
 }
 
-/// All rows with P panels; `next_panels` follow.
+/// A task's rows with P panels; `next_panels` follow.
 template <DType T, int P, int N>
-void q8_rows(const Q8Problem& t, int64_t row_begin, int64_t row_end, int64_t panel, int64_t next_panels) {
+void q8_rows(const Q8Problem& t, const MatmulTask& task, int64_t panel, int64_t next_panels) {
   constexpr int kRows = max_q8_tile_rows(P, N);
-  const int64_t tiles = (row_end - row_begin + kRows - 1) / kRows;
+  const int64_t tiles = (task.rows() + kRows - 1) / kRows;
   Ahead ahead{t.w.data + (panel + P) * t.w.panel_bytes,
               (next_panels * t.w.panel_bytes / 64 + tiles - 1) / (tiles > 0 ? tiles : 1)};
-  for (int64_t m = row_begin; m < row_end; ahead.begin += ahead.lines * 64) {
-    const int64_t part = even_part(row_end, m, kRows);
+  for (int64_t m = task.row_begin; m < task.row_end; ahead.begin += ahead.lines * 64) {
+    const int64_t part = even_part(task.row_end, m, kRows);
     q8_tile_of<T, kRows, P, N>(part, t, m, panel, ahead);
     m += part;
   }
 }
 
 template <DType T, int N>
-void q8_panels(const Q8Problem& t, int64_t panel_begin, int64_t panel_end, int64_t row_begin,
-               int64_t row_end) {
-  const int64_t panels = t.w.panel_count();  // those after panel_end are likely next
-  int64_t panel = panel_begin;
-  if (row_end - row_begin > max_q8_tile_rows(1, N)) {
-    for (; panel + kQ8TilePanels <= panel_end; panel += kQ8TilePanels) {
+void q8_panels(const Q8Problem& t, const MatmulTask& task) {
+  const int64_t panels = t.w.panel_count();  // those after the task's are likely next
+  int64_t panel = task.panel_begin;
+  if (task.rows() > max_q8_tile_rows(1, N)) {
+    for (; panel + kQ8TilePanels <= task.panel_end; panel += kQ8TilePanels) {
       const int64_t left = panels - panel - kQ8TilePanels;
-      q8_rows<T, kQ8TilePanels, N>(t, row_begin, row_end, panel, left < kQ8TilePanels ? left : kQ8TilePanels);
+      q8_rows<T, kQ8TilePanels, N>(t, task, panel, left < kQ8TilePanels ? left : kQ8TilePanels);
     }
   }
   // Few rows: memory is the limit, and one panel at a time is one stream.
-  for (; panel < panel_end; ++panel) q8_rows<T, 1, N>(t, row_begin, row_end, panel, panel + 1 < panels);
+  for (; panel < task.panel_end; ++panel) q8_rows<T, 1, N>(t, task, panel, panel + 1 < panels);
 }
 
-inline void matmul_q8(const PanelMatrix& w, int64_t panel_begin, int64_t panel_end, const QuantizedRows& x,
-                      int64_t row_begin, int64_t row_end, const MatmulOutput& out, std::byte*) {
+inline void matmul_q8(const PanelMatrix& w, const QuantizedRows& x, const MatmulTask& task,
+                      const MatmulOutput& out, std::byte*) {
   const Q8Problem t{w, x, out};
   visit_quantized(w.type, [&]<DType T>() {
     const auto multiply = x.planes == 2 ? q8_panels<T, 2> : q8_panels<T, 1>;
-    multiply(t, panel_begin, panel_end, row_begin, row_end);
+    multiply(t, task);
   });
 }
 

@@ -18,8 +18,12 @@ inline IntVec shifted(IntVec x, int left) {
   return left == 0 ? x : left > 0 ? shift_left(x, left) : shift_right(x, -left);
 }
 
+/// Four consecutive columns of every row of a panel, a byte each: what a run of 4 (PanelLayout) keeps
+/// together.
+inline constexpr int64_t kGroupBytes = kPanelRows * 4;
+
 /// The vectors of a quantized panel and of those after it, kLanes rows each: vector v counts from the first
-/// panel on, b are blocks of 32 columns (see PanelMatrix).
+/// panel on, b are blocks of 32 columns (see PanelMatrix). The layout is that with runs of 4.
 template <DType T>
 struct VectorDecoder {
   static constexpr QuantFormat kFormat = traits_of(T).format;

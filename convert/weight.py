@@ -1,0 +1,47 @@
+"""A tensor of a checkpoint as float32 rows, however it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2vl_q.convert.checkpoint import Checkpoint
+
+
+class Weight:
+    """What the writer asks of a tensor."""
+
+    @property
+    def origin(self) -> str | None:
+        """What it was quantized with; None for floats."""
+        return None
+
+    @property
+    def kept(self) -> Sequence[str]:
+        """The types whose blocks hold its integers as they are, the smallest first."""
+        return ()
+
+    @property
+    def hindrance(self) -> str:
+        """Why no type holds them, where one was quantized."""
+        return ""
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start..stop of the first axis."""
+        raise NotImplementedError
+
+    def blocks(self, start: int, stop: int, type: str) -> NDArray[np.uint8]:
+        """The same rows as bytes of a type of `kept`: [stop - start, row_bytes]."""
+        raise NotImplementedError
+
+
+class StoredWeight(Weight):
+    """One that is stored as floats."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str):
+        self._checkpoint, self._name = checkpoint, name
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        return self._checkpoint.read(self._name, start, stop)

@@ -1,0 +1,44 @@
+"""A turn of a conversation, as a command shows it: pictures on their way, the answer as it comes."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from qwen2vl_q.cli.output import harmless, say
+
+if TYPE_CHECKING:
+    from qwen2vl_q.cli.conversation import Conversation
+
+_MANY_TOKENS = 1500  # of a picture: tens of seconds with the 2B model on two cores
+
+
+def answer(conversation: Conversation, question: str, prefix: str = "") -> None:
+    """Streams an answer to stdout, and says where it was cut. Ctrl-C raises KeyboardInterrupt, after the line
+    has been ended."""
+    written = False
+    shown = harmless if sys.stdout.isatty() else str
+    try:
+        with closing(conversation.ask(question)) as pieces:
+            for piece in pieces:
+                text = shown(piece if written else prefix + piece)
+                written = True  # before the write: what interrupts it may come after the text
+                sys.stdout.write(text)
+                sys.stdout.flush()
+    finally:
+        if written:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    if why := conversation.cut_short():
+        say(why, dim=True)
+
+
+def attach(conversation: Conversation, picture: str | bytes, option: str, tell: bool = True) -> None:
+    """Shows a picture with the next question and says how many tokens it takes; without `tell` only where
+    they are many. `option` makes them fewer."""
+    tokens = conversation.attach(picture)
+    advice = f"; {option} {conversation.pixels(_MANY_TOKENS)} makes them {_MANY_TOKENS:,} at most"
+    if tell or tokens > _MANY_TOKENS:
+        name = picture if isinstance(picture, str) else "stdin"
+        say(f"{name}: {tokens:,} tokens{advice if tokens > _MANY_TOKENS else ''}")
