@@ -19,8 +19,8 @@ from qwen2vl_q.convert.writer import OutputTensor
 
 # A type of all matrices, or one of llama.cpp's mixes: Recipe says what those are.
 FileType = Literal[
-    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k",
-    "f16", "bf16", "f32",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m",
+    "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs", "f16", "bf16", "f32",
 ]  # fmt: skip
 FILE_TYPES: tuple[FileType, ...] = get_args(FileType)
 
@@ -33,17 +33,30 @@ FILE_TYPE_NUMBERS: dict[str, int] = {
     "q8_0": 7,
     "q5_0": 8,
     "q5_1": 9,
+    "q2_k": 10,
+    "q3_k_s": 11,
+    "q3_k_m": 12,
+    "q3_k_l": 13,
     "q4_k_s": 14,
     "q4_k_m": 15,
     "q5_k_s": 16,
     "q5_k_m": 17,
     "q6_k": 18,
+    "iq4_nl": 25,
+    "iq4_xs": 30,
     "bf16": 32,
 }
 _FLOATS = ("F32", "F16", "BF16")
 
 # What a type gives way to where its blocks do not divide a row, as in llama.cpp.
-_FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACKS = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "IQ4_XS": "IQ4_NL",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
 
 
 @dataclass(frozen=True)
@@ -165,6 +178,24 @@ class Recipe:
         match self.type, tensor:
             case "q4_k_m" | "q5_k_m", "attn_v" | "ffn_down" if is_early or more:
                 return "Q6_K"
+            case "q2_k", "attn_v":
+                return "Q5_K" if n == 80 else "Q4_K" if shape.n_groups >= 4 else "Q3_K"
+            case "q2_k", "ffn_down" | "attn_output":
+                return "Q3_K"
+            case "q3_k_m", "attn_v":
+                return "Q5_K" if layer < 2 or n == 80 else "Q4_K"
+            case "q3_k_m", "ffn_down":
+                return "Q5_K" if layer < n // 16 else "Q4_K"
+            case "q3_k_m", "attn_output":
+                return "Q4_K"
+            case "q3_k_l", "attn_v" | "ffn_down" | "attn_output":
+                return "Q5_K"
+            case "iq4_nl" | "iq4_xs", "attn_v" if shape.n_groups >= 4:
+                return "Q5_K"
+            case "iq4_nl" | "iq4_xs", "ffn_down" if is_early and self.imatrix is None:
+                return "Q5_K"
+            case "q3_k_s", "attn_v" if n == 80:
+                return "Q5_K"
             case "q4_k_m", "attn_v" if n == 80:  # of the 72B, small beside the others
                 return "Q5_K"
             case "q4_k_s", "attn_v" if layer < 4 or n == 80:
@@ -180,7 +211,7 @@ class Recipe:
 
 def _base(type: FileType) -> str:
     """The type that a mix is named after."""
-    return re.sub(r"(_K)_[SM]$", r"\1", type.upper())
+    return re.sub(r"(_K)_[SML]$", r"\1", type.upper())
 
 
 def type_for_row(wanted: str, row: int) -> str:

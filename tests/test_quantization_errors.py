@@ -10,7 +10,22 @@ pytestmark = pytest.mark.skipif(not INTEROP.is_dir(), reason="needs llama.cpp's 
 
 
 @pytest.mark.parametrize(
-    "name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
+    "name",
+    [
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K_M",
+        "IQ4_NL",
+        "IQ4_XS",
+        "Q4_K_S",
+        "Q4_K_M",
+        "Q5_K_M",
+        "Q6_K",
+    ],
 )
 def test_no_tensor_loses_more_than_in_llama_quantize(name: str) -> None:
     """Neither of plain squares nor of those that llama.cpp's own search minimises."""

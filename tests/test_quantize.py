@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 BIT_EXACT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
-SEARCHED = ("Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+SEARCHED = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 TYPES = (*BIT_EXACT, *SEARCHED)
 DATA = Path(__file__).parent / "data"
 
@@ -276,12 +276,12 @@ def test_is_no_worse_than_zeros_and_than_rounding(kind: str, name: str) -> None:
     parts = values.astype(np.float64).reshape(-1, 32)
     errors = np.square(found.astype(np.float64).reshape(-1, 32) - parts)
     range = np.maximum(parts.max(-1), 0) - np.minimum(parts.min(-1), 0)
-    levels = {"4": 15, "5": 31, "6": 63}[name[1]]
-    steps = 2.0**-24 * levels if name.endswith(("0", "1")) else 2.0**-24 * 64
+    levels = 7 if name.startswith("IQ") else 2 ** int(name[1]) - 1  # IQ4: the widest step is a ninth
+    steps = 2.0**-24 * (levels if name.endswith(("0", "1")) else 256)
     rounding = np.square(np.maximum(range / levels, steps)) * 32
     held = np.abs(parts).max(-1) < 65504
     # Of a K-quant's parts, small ones take what the others leave.
-    bound = rounding if name.endswith(("0", "1")) else rounding.reshape(-1, 8).max(-1).repeat(8)
+    bound = rounding if name.endswith(("0", "1", "NL")) else rounding.reshape(-1, 8).max(-1).repeat(8)
     assert (errors.sum(-1)[held] <= bound[held]).all()
     assert errors[held].sum() <= np.square(parts[held]).sum() * (1 + 1e-6)
 
@@ -304,13 +304,13 @@ def test_weights_of_columns(name: str) -> None:
             assert_same_bytes(_native.quantize(values, name, weights=equal), plain)
     weights[:256] = 0
     found = _native.dequantize(_native.quantize(values, name, weights=weights), name)
-    assert np.square(found - values)[:, :256].mean() < 0.05  # they are quantized all the same
+    assert np.square(found - values)[:, :256].mean() < 0.1  # they are quantized all the same
 
 
 def test_rows_of_few_blocks_are_as_rows_of_many() -> None:
     """Blocks of 32 values are searched four at a time."""
     values = np.random.default_rng(8).standard_normal((1, 32 * 7)).astype(np.float32)
-    for name in ("Q4_1", "Q5_0", "Q5_1"):
+    for name in ("Q4_1", "Q5_0", "Q5_1", "IQ4_NL"):
         blocks = np.concatenate(
             [_native.quantize(values[:, i : i + 32].copy(), name) for i in range(0, 224, 32)], 1
         )

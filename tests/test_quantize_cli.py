@@ -17,7 +17,18 @@ from qwen2vl_q.cli.quantize import quantize
 from qwen2vl_q.convert import FileType, pair_paths, split_model
 from test_imatrix import older
 
-MIXES: tuple[FileType, ...] = ("q4_1", "q5_0", "q5_1", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+MIXES: tuple[FileType, ...] = (
+    "q3_k_m",
+    "iq4_xs",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q4_k_s",
+    "q4_k_m",
+    "q5_k_s",
+    "q5_k_m",
+    "q6_k",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +60,7 @@ def test_every_source_gives_the_same_file_which_runs(type: FileType, folder: Pat
     found = Qwen2VL.from_gguf(tmp_path / "0.gguf").logits(tokens)
     expected = Qwen2VL.from_gguf(folder / "f32.gguf").logits(tokens)
     cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
-    assert cosine > 0.95
+    assert cosine > 0.9
 
 
 def test_single_tensors_and_the_vision_tower(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_which_layers_have_more_bits() -> None:
 
 def test_the_head_has_6_bits_and_embeddings_apart_from_it_do_not() -> None:
     for type in FILE_TYPES:
-        base = type.upper().removesuffix("_S").removesuffix("_M")
+        base = re.sub("(_K)_[SML]$", r"\1", type.upper())
         head = base if base in ("F32", "F16", "BF16", "Q8_0") else "Q6_K"
         assert wanted(type, "token_embd.weight") == head
         assert wanted(type, "output.weight", UNTIED) == head

@@ -25,22 +25,18 @@ class PanelDecoder {
   PanelDecoder(const PanelMatrix& w, int64_t panel)
       : panel_(w.panel(panel)), parts_(panel_parts(w.type, w.cols)), layout_(w.layout) {}
 
-  /// The integer of column k, row r, its offset taken off.
+  /// The integer of column k, row r: QuantFormat::value.
   int quant(int64_t k, int64_t r) const {
-    if constexpr (kFormat.low_bits == 8) {
-      return static_cast<int8_t>(bits<8>(0, k, r)) - kFormat.offset;
-    } else {
-      int q = bits<kFormat.low_bits>(0, k, r);
-      if constexpr (kFormat.high_bits > 0) q |= bits<kFormat.high_bits>(parts_.high, k, r) << 4;
-      return q - kFormat.offset;
-    }
+    int q = bits<kFormat.low_bits>(0, k, r);
+    if constexpr (kFormat.high_bits > 0) q |= bits<kFormat.high_bits>(parts_.high, k, r) << kFormat.low_bits;
+    return kFormat.value(q);
   }
 
-  float scale(int64_t k, int64_t r) const { return part_value(parts_.scales, parts_.block_scales, k, r); }
+  float scale(int64_t k, int64_t r) const { return part_value<0>(parts_.scales, parts_.block_scales, k, r); }
   /// 0 where the format has none.
   float minimum(int64_t k, int64_t r) const {
     if constexpr (!kFormat.has_minimum) return 0;
-    return part_value(parts_.minima, parts_.block_minima, k, r);
+    return part_value<4>(parts_.minima, parts_.block_minima, k, r);
   }
 
   float value(int64_t k, int64_t r) const {
@@ -57,11 +53,15 @@ class PanelDecoder {
     return byte >> (in_block / (4 * kBits) * kBits) & ((1 << kBits) - 1);
   }
 
+  /// kShift: where 4 bits begin.
+  template <int kShift>
   float part_value(int64_t values, int64_t block_values, int64_t k, int64_t r) const {
     const int64_t at = k / kFormat.part * kPanelRows + r;
     if constexpr (kFormat.scale_bits == 16) return load_f16(panel_ + values + at * 2);
     const float block = load_f16(panel_ + block_values + (k / kBlock256 * kPanelRows + r) * 2);
-    return block * static_cast<float>(static_cast<int8_t>(panel_[values + at]));
+    const uint8_t byte = panel_[values + at];
+    const int n = kFormat.scale_bits == 4 ? byte >> kShift & 15 : static_cast<int8_t>(byte);
+    return block * static_cast<float>(n);
   }
 
   const uint8_t* panel_;

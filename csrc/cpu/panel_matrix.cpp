@@ -81,17 +81,21 @@ void pack_blocks(const uint8_t* rows, int64_t row_stride, int64_t lanes, const P
       open_block_at<T>(rows + r * row_stride + i * kTraits.block_bytes, block);
       for (int64_t b = 0; b < kBlocks32; ++b) {
         low.pack(block.q + b * kBlock32, i * kBlocks32 + b, r);
-        high.template pack<4>(block.q + b * kBlock32, i * kBlocks32 + b, r);
+        high.template pack<kFormat.low_bits>(block.q + b * kBlock32, i * kBlocks32 + b, r);
       }
+      if constexpr (kFormat.scale_bits == 4)
+        for (int64_t p = 0; p < kParts; ++p) block.scales[p] |= static_cast<int8_t>(block.minima[p] << 4);
       const auto pack_scales = [&](int64_t values, int64_t block_values, uint16_t half, const int8_t* bytes) {
-        if constexpr (kFormat.scale_bits == 8)
+        if constexpr (kFormat.scale_bits < 16)
           for (int64_t p = 0; p < kParts; ++p)
             out[values + (i * kParts + p) * kPanelRows + r] = static_cast<uint8_t>(bytes[p]);
-        std::memcpy(out + (kFormat.scale_bits == 8 ? block_values : values) + (i * kPanelRows + r) * 2, &half,
+        std::memcpy(out + (kFormat.scale_bits < 16 ? block_values : values) + (i * kPanelRows + r) * 2, &half,
                     2);
       };
       pack_scales(parts.scales, parts.block_scales, block.d, block.scales);
-      if constexpr (kFormat.has_minimum) pack_scales(parts.minima, parts.block_minima, block.m, block.minima);
+      if constexpr (kFormat.has_minimum)
+        pack_scales(parts.minima, parts.block_minima, block.m,
+                    kFormat.scale_bits == 4 ? block.scales : block.minima);
     }
   }
 }
@@ -105,13 +109,15 @@ PanelParts panel_parts(DType type, int64_t cols) {
   if (format.bits() == 0) {
     parts.bytes = cols * kPanelRows * traits.block_bytes;
   } else {
-    const int64_t scales = cols / format.part * kPanelRows * format.scale_bits / 8;
-    const int64_t block_scales = format.scale_bits == 8 ? cols / kBlock256 * kPanelRows * 2 : 0;
+    const bool share = format.scale_bits == 4;  // scales and minima their bytes
+    const int64_t scales = cols / format.part * kPanelRows * (format.scale_bits == 16 ? 2 : 1);
+    const int64_t block_scales = format.scale_bits < 16 ? cols / kBlock256 * kPanelRows * 2 : 0;
     parts.high = cols * kPanelRows * format.low_bits / 8;
     parts.scales = parts.high + cols * kPanelRows * format.high_bits / 8;
     parts.block_scales = parts.scales + scales;
-    parts.minima = parts.block_scales + block_scales;
-    parts.block_minima = parts.minima + (format.has_minimum ? scales : 0);
+    const int64_t end = parts.block_scales + block_scales;
+    parts.minima = share ? parts.scales : end;
+    parts.block_minima = end + (format.has_minimum && !share ? scales : 0);
     parts.bytes = parts.block_minima + (format.has_minimum ? block_scales : 0);
   }
   parts.bytes = (parts.bytes + 63) / 64 * 64;

@@ -36,8 +36,9 @@ struct PanelLayout {
 ///   from
 ///                   bit n (k / 4n) on of byte k % 4n; [cols / 32][4n / run][16 rows][run bytes], where
 ///                   run = layout.run_of(n)
-///   scales          16 bits: f16 [cols / 32][16 rows]; 8 bits: int8 [cols / part][16 rows]
-///   block scales    of 8-bit scales: f16 [cols / 256][16 rows]
+///   scales          16 bits: f16 [cols / 32][16 rows]; 8 bits: int8 [cols / part][16 rows]; 4 bits: the
+///                   same, a minimum above each
+///   block scales    of fewer bits than 16: f16 [cols / 256][16 rows]
 ///   minima, block minima   as the scales
 struct PanelMatrix {
   DType type = DType::F32;
@@ -56,7 +57,7 @@ struct PanelParts {
   int64_t high = 0;
   int64_t scales = 0;
   int64_t block_scales = 0;
-  int64_t minima = 0;
+  int64_t minima = 0;  ///< of 4 bits: the scales'
   int64_t block_minima = 0;
   int64_t bytes = 0;  ///< of the whole panel, rounded up to 64
 };

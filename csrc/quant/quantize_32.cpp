@@ -86,4 +86,18 @@ void quantize_blocks(const BlockGroup& group, Block<DType::Q5_0>* out) {
 
 void quantize_blocks(const BlockGroup& group, Block<DType::Q5_1>* out) { quantize_lines<31>(group, out); }
 
+void quantize_blocks(const BlockGroup& group, Block<DType::IQ4_NL>* out) {
+  const Blocks blocks = load(group, kMaxF16 * -Iq4Levels::kFirst);
+  Quad scale = search_scales<Iq4Levels>(blocks, kIq4Targets);
+  for (int k = 0; k < kLanes; ++k) {
+    out[k].d = to_f16(scale[k]);
+    scale[k] = f16_to_f32(out[k].d);
+  }
+  Levels32 q;
+  choose_levels<Iq4Levels>(blocks, inverse(scale), all(0), q);
+  for (Quad& level : q)
+    for (int k = 0; k < kLanes; ++k) level[k] = static_cast<float>(Iq4Levels::index(level[k]));
+  pack(q, out);
+}
+
 }  // namespace qwen2vl

@@ -18,9 +18,13 @@ void quantize_blocks(const BlockGroup& group, Block<DType::Q4_0>* out);
 void quantize_blocks(const BlockGroup& group, Block<DType::Q4_1>* out);
 void quantize_blocks(const BlockGroup& group, Block<DType::Q5_0>* out);
 void quantize_blocks(const BlockGroup& group, Block<DType::Q5_1>* out);
+void quantize_blocks(const BlockGroup& group, Block<DType::IQ4_NL>* out);
 
+void quantize_block(const float* x, const float* w, Block<DType::Q2_K>* out);
+void quantize_block(const float* x, const float* w, Block<DType::Q3_K>* out);
 void quantize_block(const float* x, const float* w, Block<DType::Q4_K>* out);
 void quantize_block(const float* x, const float* w, Block<DType::Q5_K>* out);
 void quantize_block(const float* x, const float* w, Block<DType::Q6_K>* out);
+void quantize_block(const float* x, const float* w, Block<DType::IQ4_XS>* out);
 
 }  // namespace qwen2vl

@@ -135,6 +135,20 @@ void pack(const Found& found, K* out) {
 
 }  // namespace
 
+void quantize_block(const float* x, const float* w, Block<DType::Q2_K>* out) {
+  const LineBlock<16, 3, 15> found(x, w);
+  out->d = found.d();
+  out->m = found.m();
+  for (int p = 0; p < 16; ++p) out->scales[p] = static_cast<uint8_t>(found.scale(p) | found.minimum(p) << 4);
+  for (int half = 0; half < 2; ++half) {
+    for (int l = 0; l < 32; ++l) {
+      int bits = 0;
+      for (int j = 0; j < 4; ++j) bits |= found.level(128 * half + 32 * j + l) << 2 * j;
+      out->qs[32 * half + l] = static_cast<uint8_t>(bits);
+    }
+  }
+}
+
 void quantize_block(const float* x, const float* w, Block<DType::Q4_K>* out) {
   pack(LineBlock<32, 15, 63>(x, w), out);
 }

@@ -95,9 +95,42 @@ class ScaledBlock {
 // The value of largest magnitude goes near -32, the longer side of the range, hence the sign. On Gaussian
 // values these leave 8 % less error than -32.9 to -31.1 in tenths, and halving the step again gains under 1
 // %.
+constexpr Targets kTargets3 = {-5.0f, -2.5f, 0.25f, 2};
 constexpr Targets kTargets6 = {-33.0f, -28.0f, 0.5f, 0};
 
 }  // namespace
+
+void quantize_block(const float* x, const float* w, Block<DType::Q3_K>* out) {
+  const ScaledBlock<Integers<-4, 3>, 16, 32> found(x, w, kTargets3);
+  *out = {};
+  out->d = found.d();
+  for (int p = 0; p < 16; ++p) {
+    const int scale = found.scale(p) + 32;
+    out->scales[p % 8] |= static_cast<uint8_t>((scale & 15) << 4 * (p / 8));
+    out->scales[8 + p % 4] |= static_cast<uint8_t>(scale >> 4 << 2 * (p / 4));
+  }
+  for (int v = 0; v < kBlock256; ++v) {
+    const int q = found.level(v) + 4;
+    out->qs[v / 128 * 32 + v % 32] |= static_cast<uint8_t>((q & 3) << 2 * (v / 32 % 4));
+    out->hmask[v % 32] |= static_cast<uint8_t>(q >> 2 << v / 32);
+  }
+}
+
+void quantize_block(const float* x, const float* w, Block<DType::IQ4_XS>* out) {
+  const ScaledBlock<Iq4Levels, 32, 32> found(x, w, kIq4Targets);
+  *out = {};
+  out->d = found.d();
+  for (int p = 0; p < 8; ++p) {
+    const int scale = found.scale(p) + 32;
+    out->scales_l[p / 2] |= static_cast<uint8_t>((scale & 15) << 4 * (p % 2));
+    out->scales_h = static_cast<uint16_t>(out->scales_h | scale >> 4 << 2 * p);
+    for (int l = 0; l < 16; ++l) {
+      const int low = Iq4Levels::index(static_cast<float>(found.level(32 * p + l)));
+      const int high = Iq4Levels::index(static_cast<float>(found.level(32 * p + 16 + l)));
+      out->qs[16 * p + l] = static_cast<uint8_t>(low | high << 4);
+    }
+  }
+}
 
 void quantize_block(const float* x, const float* w, Block<DType::Q6_K>* out) {
   const ScaledBlock<Integers<-32, 31>, 16, 128> found(x, w, kTargets6);

@@ -9,8 +9,10 @@
 // Four parts of a block (or four blocks) are searched side by side, a lane each: no sums go across lanes.
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 
+#include "quant/block_types.h"
 #include "quant/quad.h"
 
 namespace qwen2vl {
@@ -27,6 +29,22 @@ struct Integers {
   static Quad nearest(Quad v) {
     const Quad magic = all(12582912.0f);  // 1.5 * 2^23
     return min(max((v + magic) - magic, all(kFirst)), all(kLast));
+  }
+};
+
+/// IQ4's values as levels.
+struct Iq4Levels {
+  static constexpr float kFirst = kIq4[0];
+
+  static Quad nearest(Quad v) {
+    Quad level = all(kFirst);
+    for (int i = 1; i < 16; ++i) level = select(v > all((kIq4[i - 1] + kIq4[i]) * 0.5f), all(kIq4[i]), level);
+    return level;
+  }
+
+  /// Which of the values a level is.
+  static int index(float level) {
+    return static_cast<int>(std::lower_bound(std::begin(kIq4), std::end(kIq4), level) - std::begin(kIq4));
   }
 };
 
@@ -162,6 +180,8 @@ struct Targets {
   float first, last, step;
   int rounds;
 };
+
+inline constexpr Targets kIq4Targets = {-143.0f, -99.0f, 4.0f, 2};
 
 /// The scales, of any sign; 0 where all values are nearer to 0 than to the least float16.
 template <typename Levels, int kSize>

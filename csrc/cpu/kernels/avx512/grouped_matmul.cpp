@@ -90,11 +90,12 @@ void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_
                       float* out_scales) {
   constexpr QuantFormat kFormat = traits_of(T).format;
   constexpr bool kMinimum = kFormat.has_minimum;
-  constexpr int kParts = VectorDecoder<T>::kParts, kGroups = 8 / kParts, kShift = 8 - kFormat.bits();
+  constexpr int kParts = VectorDecoder<T>::kParts, kGroups = 8 / kParts,
+                kShift = kFormat.is_signed() ? 0 : 8 - kFormat.bits();
   constexpr float kUnit = kMinimum ? 1.0f / 127 : 128.0f / 127 / (1 << kShift);
-  static_assert(kMinimum || kFormat.offset == (kFormat.bits() == 8 ? 0 : 1 << (kFormat.bits() - 1)));
+  static_assert(kMinimum || kFormat.is_signed() || kFormat.offset == 1 << (kFormat.bits() - 1));
   const VectorDecoder<T> decoder(w, panel);
-  Vec scales[kGroupBlocks * kParts], minima[kMinimum ? kGroupBlocks : 1];
+  Vec scales[kGroupBlocks * kParts], minima[kMinimum ? kGroupBlocks * kParts : 1];
   Vec maximum = set1(0.0f);
   __mmask16 finite = 0xffff;
   const auto note = [&](Vec x) {
@@ -106,9 +107,9 @@ void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_
     for (int s = 0; s < kParts; ++s) {
       const Vec scale = scales[b * kParts + s] = decoder.scale(begin + b, s, 0);
       if constexpr (kMinimum) {
-        minima[b] = decoder.minimum(begin + b, 0);
-        note(minima[b]);
-        note(sub(mul(scale, set1((1 << kFormat.bits()) - 1)), minima[b]));
+        const Vec minimum = minima[b * kParts + s] = decoder.minimum(begin + b, s, 0);
+        note(minimum);
+        note(sub(mul(scale, set1((1 << kFormat.bits()) - 1)), minimum));
       } else {
         note(scale);
       }
@@ -119,11 +120,11 @@ void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_
   store(out_scales, _mm512_mask_mul_ps(set1(NAN), finite, maximum, set1(kUnit)));
   const auto multiplier = [&](Vec x) { return _mm512_maskz_cvtps_epi32(usable, mul(x, inverse)); };
   for (int64_t b = 0; b < blocks; ++b) {
-    __m512i minimum = _mm512_setzero_si512();
-    if constexpr (kMinimum) minimum = twice(sub(multiplier(minima[b]), set1_int(1 << 7)));
     QWEN2VL_UNROLL
     for (int s = 0; s < kParts; ++s) {
       const __m512i scale = twice(multiplier(scales[b * kParts + s]));
+      __m512i minimum = _mm512_setzero_si512();
+      if constexpr (kMinimum) minimum = twice(sub(multiplier(minima[b * kParts + s]), set1_int(1 << 7)));
       QWEN2VL_UNROLL
       for (int g = 0; g < kGroups; ++g) {
         const int group = s * kGroups + g;
@@ -133,7 +134,7 @@ void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_
           bytes = requantize(decoder.quants(begin + b, group, 0), scale, minimum);
         } else {
           bytes = decoder.template quants<kShift>(begin + b, group, 0);
-          if constexpr (kFormat.bits() < 8) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+          if constexpr (!kFormat.is_signed()) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
           bytes = requantize(bytes, scale);
         }
         _mm512_store_si512(out + (b * 8 + group) * kGroupBytes, bytes);

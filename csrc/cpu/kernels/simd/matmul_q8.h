@@ -14,7 +14,7 @@
 //   finish(acc, correction)  the integer sums
 //
 // The integer sums are exact, of two planes too, 256 times the first's and the second's. Each part is added
-// as fma(sum, w_scale * x_scale, total), the parts in order, and after a block its minimum as fma(minimum,
+// as fma(sum, w_scale * x_scale, total), the parts in order, and after each its minimum as fma(minimum,
 // -sum of activations * x_scale, total): every instruction set and every tile shape gives the same bits, so a
 // row's result does not depend on how many rows are computed with it.
 
@@ -113,18 +113,18 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
           sums[r][v] = fma(to_float(part), mul(scales[v], x_scale), sums[r][v]);
         }
       }
-    }
-    if constexpr (Decoder::kFormat.has_minimum) {
-      Vec minima[V];
-      QWEN2VL_UNROLL
-      for (int v = 0; v < V; ++v) minima[v] = in_units<N>(decoder.minimum(b, v));
-      QWEN2VL_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const int32_t* row = corrections + r * blocks + b;
-        const int32_t minus_sum = N == 2 ? 2 * row[0] + row[next_correction] / 128 : row[0] / 128;
-        const Vec factor = set1(static_cast<float>(minus_sum) * x_scales[r * blocks + b]);
+      if constexpr (Decoder::kFormat.has_minimum) {
+        Vec minima[V];
         QWEN2VL_UNROLL
-        for (int v = 0; v < V; ++v) sums[r][v] = fma(minima[v], factor, sums[r][v]);
+        for (int v = 0; v < V; ++v) minima[v] = in_units<N>(decoder.minimum(b, s, v));
+        QWEN2VL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const int32_t* row = correction + r * blocks * S;
+          const int32_t minus_sum = N == 2 ? 2 * row[0] + row[next_correction] / 128 : row[0] / 128;
+          const Vec factor = set1(static_cast<float>(minus_sum) * x_scales[r * blocks + b]);
+          QWEN2VL_UNROLL
+          for (int v = 0; v < V; ++v) sums[r][v] = fma(minima[v], factor, sums[r][v]);
+        }
       }
     }
   }

@@ -28,7 +28,7 @@ template <DType T>
 struct VectorDecoder {
   static constexpr QuantFormat kFormat = traits_of(T).format;
   static constexpr int kParts = static_cast<int>(kBlock32) / kFormat.part;  // of a block
-  static_assert(!kFormat.has_minimum || (kParts == 1 && kFormat.offset == 0));
+  static_assert(!kFormat.has_minimum || kFormat.offset == 0);
 
   const uint8_t *low, *high, *scales, *block_scales, *minima, *block_minima;
   int64_t panel_bytes;
@@ -54,38 +54,42 @@ struct VectorDecoder {
     return low + offset(v, 4) + (b * kVectors + g % kVectors) * kGroupBytes;
   }
 
-  /// The group's integers as they are stored, times 2^kShift: a byte each, unsigned but where all 8 bits are
-  /// low ones.
+  /// The group's integers, a byte each: signed as they are multiplied (QuantFormat::is_signed), or unsigned
+  /// with their offset, times 2^kShift.
   template <int kShift = 0>
   IntVec quants(int64_t b, int g, int v) const {
+    constexpr int m = kFormat.low_bits, n = kFormat.high_bits;
+    static_assert(kShift == 0 || !kFormat.is_signed());
     const IntVec stored = load_int(group(b, g, v));
-    if constexpr (kFormat.low_bits == 8) {
-      static_assert(kShift == 0);
-      return stored;
+    if constexpr (m == 8) return stored;
+    const IntVec low_ones = shifted(stored, kShift - g / m * m), mask = set1_bytes(((1 << m) - 1) << kShift);
+    if constexpr (n > 0) {
+      const IntVec bits = load_int(high + offset(v, 4) + (b * n + g % n) * kGroupBytes);
+      return merge_bits(low_ones, mask, shifted(bits, m + kShift - g / n * n),
+                        set1_bytes(((1 << n) - 1) << (m + kShift)));
+    } else if constexpr (kFormat.table != nullptr) {
+      return look_up(load_table(kFormat.table), bit_and(low_ones, mask));
     } else {
-      const IntVec nibbles = shifted(stored, g < 4 ? kShift : kShift - 4), mask = set1_bytes(0xf << kShift);
-      if constexpr (constexpr int n = kFormat.high_bits; n > 0) {
-        const IntVec bits = load_int(high + offset(v, 4) + (b * n + g % n) * kGroupBytes);
-        return merge_bits(nibbles, mask, shifted(bits, 4 + kShift - g / n * n),
-                          set1_bytes(((1 << n) - 1) << (4 + kShift)));
-      } else {
-        return bit_and(nibbles, mask);
-      }
+      return bit_and(low_ones, mask);
     }
   }
 
   /// Of the block's s-th part.
-  Vec scale(int64_t b, int s, int v) const { return part_value(scales, block_scales, b, s, v); }
-  Vec minimum(int64_t b, int v) const { return part_value(minima, block_minima, b, 0, v); }
+  Vec scale(int64_t b, int s, int v) const { return part_value<0>(scales, block_scales, b, s, v); }
+  Vec minimum(int64_t b, int s, int v) const { return part_value<4>(minima, block_minima, b, s, v); }
 
  private:
+  /// kShift: where 4 bits begin.
+  template <int kShift>
   Vec part_value(const uint8_t* values, const uint8_t* block_values, int64_t b, int s, int v) const {
     const int64_t at = (b * kParts + s) * kPanelRows;
     if constexpr (kFormat.scale_bits == 16) {
       return load_f16(as_16_bits(values + offset(v, 2)) + at);
     } else {
       const Vec block = load_f16(as_16_bits(block_values + offset(v, 2)) + b / 8 * kPanelRows);
-      return mul(block, to_float(load_int8(values + offset(v, 1) + at)));
+      IntVec n = load_int8(values + offset(v, 1) + at);
+      if constexpr (kFormat.scale_bits == 4) n = bit_and(shift_right(n, kShift), set1_int(15));
+      return mul(block, to_float(n));
     }
   }
 };
