@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from qwen2vl_q._native import quantize
 from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.config import read_config
-from qwen2vl_q.convert.entries import Entry
-from qwen2vl_q.convert.metadata import ARCHITECTURE, metadata
-from qwen2vl_q.convert.recipe import FILE_TYPES, FileType, Recipe, type_for_row
+from qwen2vl_q.convert.entries import ARCHITECTURE, Entry
+from qwen2vl_q.convert.metadata import metadata
+from qwen2vl_q.convert.recipe import FILE_TYPES, FileType, Recipe, TextShape, type_for_row
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
 
@@ -158,10 +158,13 @@ class RandomModel:
             config = read_config(Path(folder))
             tokenizer = read_tokenizer(Path(folder), config)
             tensors: dict[str, tuple[MappedTensor, OutputTensor]] = {}
-            for mapped in map_tensors(config):
+            all_mapped = map_tensors(config)
+            text = TextShape.of({name: m.target_shape for m in all_mapped for name in m.targets})
+            for mapped in all_mapped:
                 shape = mapped.target_shape
-                type = type_for_row(recipe.wanted(mapped.role), shape[-1])
-                tensors |= {name: (mapped, OutputTensor(name, type, shape)) for name in mapped.targets}
+                for name in mapped.targets:
+                    type = type_for_row(recipe.wanted(mapped.role, name, text), shape[-1])
+                    tensors[name] = mapped, OutputTensor(name, type, shape)
             n_parameters = sum(output.n_elements for _, output in tensors.values())
             name = f"Qwen2-VL {size} shape, random weights"
             return cls(metadata(name, config, recipe.type, tokenizer, n_parameters), tensors)

@@ -2,8 +2,9 @@
 
 from qwen2vl_q.checkpoint.lora import Adapter
 from qwen2vl_q.convert.convert import ConvertedTensor, Report, convert_checkpoint, default_recipe
+from qwen2vl_q.convert.imatrix import Imatrix, read_imatrix
 from qwen2vl_q.convert.pair import merge_models, pair_paths, split_model
-from qwen2vl_q.convert.recipe import FILE_TYPES, FileType, Recipe
+from qwen2vl_q.convert.recipe import FILE_TYPES, FileType, Override, Recipe
 from qwen2vl_q.convert.requantize import GgufReport, convert_gguf
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "ConvertedTensor",
     "FileType",
     "GgufReport",
+    "Imatrix",
+    "Override",
     "Recipe",
     "Report",
     "convert_checkpoint",
@@ -19,5 +22,6 @@ __all__ = [
     "default_recipe",
     "merge_models",
     "pair_paths",
+    "read_imatrix",
     "split_model",
 ]

@@ -21,9 +21,8 @@ from qwen2vl_q.checkpoint.tensors import Checkpoint
 from qwen2vl_q.convert.config import read_config
 from qwen2vl_q.convert.files import model_name
 from qwen2vl_q.convert.metadata import metadata
-from qwen2vl_q.convert.recipe import FileType, Recipe, type_for_row
+from qwen2vl_q.convert.recipe import FileType, Recipe, TextShape, type_for_row
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
-from qwen2vl_q.convert.weight import Weight
 from qwen2vl_q.convert.weights import Weights
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
 from qwen2vl_q.engine.model_parts import check_model_file
@@ -88,13 +87,15 @@ def convert_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
     adapters: Sequence[Adapter] = (),
+    n_threads: int = 0,
 ) -> Report:
     """Converts the checkpoint in the folder `source` to the file `out`, which appears whole or not at all.
     `adapters` are merged in float32, one after the other, before anything is quantized.
 
-    What it becomes has to pass the runtime's own checks, before the tensors are quantized. Raises FormatError
-    or UnsupportedError for a checkpoint that is damaged or not a Qwen2-VL, FileExistsError where `out` exists
-    and `overwrite` is false, OSError for the disk's errors.
+    What it becomes has to pass the runtime's own checks, before the tensors are quantized, on `n_threads` (0:
+    one for each core). Raises FormatError or UnsupportedError for a checkpoint that is damaged or not a
+    Qwen2-VL, and what `Recipe.check` raises, FileExistsError where `out` exists and `overwrite` is false,
+    OSError for the disk's errors.
     """
     notes = _leftover_notes(out)
     config = read_config(source)
@@ -109,7 +110,7 @@ def convert_checkpoint(
         adapter.check_tied()
     weights = Weights(checkpoint, config.packing, mapped, ignored, adapters)
     tokenizer = read_tokenizer(source, config)
-    tensors = [tensor for m in mapped for tensor in _plan(m, weights.open(m), recipe)]
+    tensors = _plan(mapped, weights, recipe)
     text = (name or model_name(source)).encode(errors="replace").decode()  # a path may be no Unicode
     n_parameters = sum(t.output.n_elements for t in tensors)
     head_names = [h.source.removesuffix(".weight") for h in heads if h.role is Role.HEAD]
@@ -129,7 +130,9 @@ def convert_checkpoint(
         out,
         entries,
         [tensor.output for tensor in tensors],
-        lambda output: _chunks(weights, by_name[output.name], differences.get(output.name)),
+        lambda output: _chunks(
+            weights, by_name[output.name], differences.get(output.name), recipe, n_threads
+        ),
         overwrite,
         advance,
         check=lambda part: _check(part, config.path),
@@ -139,6 +142,7 @@ def convert_checkpoint(
         for name in tied
         if name in checkpoint.tensors
     ]
+    notes += recipe.notes([tensor.output for tensor in tensors])
     if "default" not in tokenizer.chat_templates:
         notes.append("the checkpoint has no chat template: Qwen2-VL's own is used")
     notes += _head_notes(head_names, others)
@@ -174,24 +178,20 @@ def _check(part: Path, config_path: Path) -> None:
         raise type(error)(f"{config_path}: the runtime refuses what it describes: {reason}") from None
 
 
-def _plan(mapped: MappedTensor, weight: Weight, recipe: Recipe) -> list[ConvertedTensor]:
-    wanted = recipe.wanted(mapped.role)
-    if recipe.keeps(mapped.role) and weight.origin:
-        wanted = weight.kept[0] if weight.kept else "Q8_0"
-    type = type_for_row(wanted, mapped.target_shape[-1])
-    kept = type in weight.kept
-    return [
-        ConvertedTensor(
-            mapped,
-            part,
-            OutputTensor(target, type, mapped.target_shape),
-            wanted,
-            weight.origin,
-            kept,
-            weight.hindrance,
-        )
-        for part, target in enumerate(mapped.targets)
-    ]
+def _plan(mapped: Sequence[MappedTensor], weights: Weights, recipe: Recipe) -> list[ConvertedTensor]:
+    shape = TextShape.of({target: m.target_shape for m in mapped for target in m.targets})
+    tensors = []
+    for m in mapped:
+        weight = weights.open(m)
+        for part, target in enumerate(m.targets):
+            wanted = recipe.wanted(m.role, target, shape)
+            if recipe.keeps(m.role) and weight.origin:
+                wanted = weight.kept[0] if weight.kept else "Q8_0"
+            type = type_for_row(wanted, m.target_shape[-1])
+            output, kept = OutputTensor(target, type, m.target_shape), type in weight.kept
+            tensors.append(ConvertedTensor(m, part, output, wanted, weight.origin, kept, weight.hindrance))
+    recipe.check([tensor.output for tensor in tensors])
+    return tensors
 
 
 def _file_type(tensors: Sequence[ConvertedTensor], recipe: Recipe) -> str:
@@ -222,7 +222,11 @@ def _packed_notes(
 
 
 def _chunks(
-    weights: Weights, tensor: ConvertedTensor, difference: Difference | None
+    weights: Weights,
+    tensor: ConvertedTensor,
+    difference: Difference | None,
+    recipe: Recipe,
+    n_threads: int,
 ) -> Iterator[NDArray[np.uint8]]:
     """The tensor's bytes, a slice of rows at a time; `difference` is added to."""
     mapped, shape, type = tensor.mapped, tensor.output.shape, tensor.output.type
@@ -236,7 +240,10 @@ def _chunks(
             values = values[:, :, tensor.part]
         require_range(values, type, weights.place(mapped))
         rows = np.ascontiguousarray(values.reshape(-1, shape[-1] if len(shape) > 1 else values.size))
-        data = weight.blocks(start, stop, type) if tensor.kept else quantize(rows, type)
+        if tensor.kept:
+            data = weight.blocks(start, stop, type)
+        else:
+            data = quantize(rows, type, n_threads, recipe.weights(tensor.output))
         if difference is not None:
             difference.add(dequantize(data, type), rows)
         yield data

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from gguf import GGUFValueType as T
 
+ARCHITECTURE = "qwen2vl"
 _SCALARS = {
     T.UINT8: "<B",
     T.INT8: "<b",

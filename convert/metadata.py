@@ -12,7 +12,7 @@ from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.base.json_files import as_float32, quoted, read_json, read_json_if_present
 from qwen2vl_q.checkpoint.shapes import VisionConfig
 from qwen2vl_q.convert.config import CheckpointConfig
-from qwen2vl_q.convert.entries import Entry
+from qwen2vl_q.convert.entries import ARCHITECTURE, Entry
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS
 from qwen2vl_q.convert.tokenizer_files import Tokenizer
 from qwen2vl_q.engine.sampling import Sampling
@@ -21,7 +21,6 @@ from qwen2vl_q.vision.image_processor import ImageProcessor
 _LAYER_NORM_EPS = 1e-6  # fixed in transformers' vision tower and merger; config.json does not name it
 _NOMINAL_IMAGE_SIZE = 560  # llama.cpp's loader wants the key; no size is special to this model
 _QUANTIZATION_VERSION = 2  # of ggml's block formats
-ARCHITECTURE = "qwen2vl"
 
 
 def metadata(

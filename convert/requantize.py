@@ -19,7 +19,7 @@ from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, role_of
 from qwen2vl_q.convert.convert import Progress, require_range
 from qwen2vl_q.convert.entries import AnyEntry, Entry
 from qwen2vl_q.convert.gguf_source import GgufSource, StoredTensor
-from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS, Recipe, type_for_row
+from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS, Recipe, TextShape, type_for_row
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
 from qwen2vl_q.engine.model_parts import check_model_file
 
@@ -51,6 +51,7 @@ def convert_gguf(
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    n_threads: int = 0,
 ) -> GgufReport:
     """Converts a file, or a language model's and its vision tower's (`mmproj`), to the file `out`.
 
@@ -59,9 +60,11 @@ def convert_gguf(
     """
     source = GgufSource(model, mmproj)
     swapped = _native.has_swapped_feed_forward(source.tower)
-    planned = [(stored, _plan(stored, recipe, swapped)) for stored in source.tensors]
+    shape = TextShape.of({stored.output.name: stored.output.shape for stored in source.tensors})
+    planned = [(stored, _plan(stored, recipe, shape, swapped)) for stored in source.tensors]
     tensors = [tensor for _, tensor in planned if tensor is not None]
     left_out = [stored.output.name for stored, tensor in planned if tensor is None]
+    recipe.check([tensor.output for tensor in tensors])
     by_name = {tensor.output.name: tensor for tensor in tensors}
     total = sum(tensor.output.n_bytes for tensor in tensors)
     done = 0
@@ -76,15 +79,16 @@ def convert_gguf(
         out,
         _entries(source, tensors, recipe, name),
         [tensor.output for tensor in tensors],
-        lambda output: _chunks(by_name[output.name]),
+        lambda output: _chunks(by_name[output.name], recipe, n_threads),
         overwrite,
         advance,
         check=lambda part: check_model_file(str(part)),
     )
-    return GgufReport(out, size, tensors, _notes(tensors, left_out))
+    notes = _notes(tensors, left_out) + recipe.notes([tensor.output for tensor in tensors])
+    return GgufReport(out, size, tensors, notes)
 
 
-def _plan(stored: StoredTensor, recipe: Recipe, swapped: bool) -> RequantizedTensor | None:
+def _plan(stored: StoredTensor, recipe: Recipe, text: TextShape, swapped: bool) -> RequantizedTensor | None:
     """None for what the model does not read. `swapped`: fc1 and fc2 stand under each other's name."""
     name, shape = stored.output.name, stored.output.shape
     if swapped and name.startswith("v.blk."):
@@ -93,7 +97,7 @@ def _plan(stored: StoredTensor, recipe: Recipe, swapped: bool) -> RequantizedTen
     role = role_of(name)
     if role is None:
         return None
-    wanted = recipe.wanted(role)
+    wanted = recipe.wanted(role, name, text)
     type = type_for_row(wanted, shape[-1])
     # The checkpoint has both frames' filters in one tensor.
     source_shape = (*shape[:2], 2, *shape[2:]) if role is Role.PATCH else shape
@@ -118,7 +122,7 @@ def _entries(
     ]
 
 
-def _chunks(tensor: RequantizedTensor) -> Iterator[NDArray[np.uint8]]:
+def _chunks(tensor: RequantizedTensor, recipe: Recipe, n_threads: int) -> Iterator[NDArray[np.uint8]]:
     """The tensor's bytes, a slice of rows at a time."""
     stored, output = tensor.stored, tensor.output
     if stored.output.type == output.type:
@@ -134,7 +138,7 @@ def _chunks(tensor: RequantizedTensor) -> Iterator[NDArray[np.uint8]]:
         except ValueError as error:
             raise UnsupportedError(f"{place}: {error}") from None
         require_range(values, output.type, place)
-        yield _native.quantize(values, output.type)
+        yield _native.quantize(values, output.type, n_threads, recipe.weights(output))
 
 
 def _notes(tensors: Sequence[RequantizedTensor], left_out: Sequence[str]) -> list[str]:

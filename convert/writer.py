@@ -16,8 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
 from qwen2vl_q.base.atomic_file import whole_or_not_at_all
-from qwen2vl_q.convert.entries import AnyEntry, Entry, string
-from qwen2vl_q.convert.metadata import ARCHITECTURE
+from qwen2vl_q.convert.entries import ARCHITECTURE, AnyEntry, Entry, string
 
 _ALIGNMENT = 32  # GGUF's default
 _VERSION = 3

@@ -34,7 +34,13 @@ ROOM_USES = {
     "cli": {"base", "vision", "text", "chat", "engine", "hub", "model", "measure", "demo"},
 }
 # Those that use the converter.
-COMMANDS_THAT_WRITE = {"cli/convert.py", "cli/split.py", "cli/merge.py"}
+COMMANDS_THAT_WRITE = {
+    "cli/convert.py",
+    "cli/converting.py",
+    "cli/quantize.py",
+    "cli/split.py",
+    "cli/merge.py",
+}
 # Beside the rooms: the names that users import, the command, the native module.
 PORCH = {"__init__", "__main__"}
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from checkpoints import TOKENIZER, CheckpointSpec, random_tensors, write_checkpoint
 from conversion import convert, edit_json, keys_of, stored_bytes
 from qwen2vl_q._native import quantize
-from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint
+from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
 from qwen2vl_q.convert.files import model_name
 
 SPEC = CheckpointSpec()
@@ -106,7 +106,7 @@ def test_f32_file_holds_the_checkpoints_values(tmp_path: Path, spec: CheckpointS
         )
 
 
-@pytest.mark.parametrize("type", FILE_TYPES)
+@pytest.mark.parametrize("type", ("q4_0", "q8_0", "f16", "bf16", "f32"))  # the others are searched for
 def test_stored_bytes_are_those_of_the_gguf_package(checkpoint: Path, tmp_path: Path, type: FileType) -> None:
     convert(checkpoint, tmp_path / "m.gguf", type)
     found = stored_bytes(tmp_path / "m.gguf")
@@ -125,9 +125,9 @@ def test_slices_of_rows_do_not_change_the_bytes(
     convert(checkpoint, tmp_path / "whole.gguf", "q8_0")
     sizes = []
 
-    def recording(values: NDArray[np.float32], type: str) -> NDArray[np.uint8]:
+    def recording(values: NDArray[np.float32], *arguments: Any) -> NDArray[np.uint8]:
         sizes.append(values.size)
-        return quantize(values, type)
+        return quantize(values, *arguments)
 
     monkeypatch.setattr("qwen2vl_q.convert.convert._CHUNK_VALUES", 1000)
     monkeypatch.setattr("qwen2vl_q.convert.convert.quantize", recording)
@@ -137,7 +137,7 @@ def test_slices_of_rows_do_not_change_the_bytes(
 
 
 @pytest.mark.parametrize(
-    ("type", "vision_type", "language", "embedding", "vision", "patch"),
+    ("type", "vision_type", "language", "head", "vision", "patch"),
     [
         ("q4_0", None, "Q4_0", "Q6_K", "Q8_0", "F16"),
         ("q8_0", None, "Q8_0", "Q8_0", "Q8_0", "F16"),
@@ -154,7 +154,7 @@ def test_recipe(
     type: FileType,
     vision_type: FileType | None,
     language: str,
-    embedding: str,
+    head: str,
     vision: str,
     patch: str,
 ) -> None:
@@ -164,8 +164,8 @@ def test_recipe(
     for name, kind in types.items():
         if name.endswith(".bias") or "norm" in name or ".ln" in name or "post_ln" in name:
             assert kind == "F32", name
-        elif name in ("token_embd.weight", "output.weight"):
-            assert kind == embedding, name
+        elif name == "output.weight":
+            assert kind == head, name
         elif "patch_embd" in name:
             assert kind == patch, name
         else:
@@ -176,13 +176,21 @@ def test_recipe(
 def test_rows_that_blocks_do_not_divide_fall_back(tmp_path: Path) -> None:
     report = convert(write_checkpoint(tmp_path / "c", ODD), tmp_path / "m.gguf", "q4_0")
     by_name = {t.output.name: (t.wanted, t.output.type) for t in report.tensors}
-    assert by_name["token_embd.weight"] == ("Q6_K", "F16")  # rows of 72
+    assert by_name["output.weight"] == ("Q6_K", "F16")  # rows of 72
     assert by_name["blk.0.attn_q.weight"] == ("Q4_0", "F16")
     assert by_name["blk.1.ffn_down.weight"] == ("Q4_0", "F16")  # rows of 100
     assert by_name["v.blk.0.attn_q.weight"] == ("Q8_0", "F16")  # rows of 36
     assert by_name["blk.0.attn_norm.weight"] == ("F32", "F32")
     report = convert(write_checkpoint(tmp_path / "d", SPEC), tmp_path / "n.gguf", "q4_0")
     assert {t.output.type for t in report.tensors if t.wanted == "Q6_K"} == {"Q8_0"}  # rows of 64: 32 divides
+
+
+def test_fallbacks_are_llama_cpps(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "c", SPEC)  # rows of 64 and 96
+    for type, expected in (("q4_k_s", {"Q5_1", "Q5_0", "Q8_0"}), ("q5_k_m", {"Q5_1", "Q8_0"})):
+        report = convert(source, tmp_path / "m.gguf", type)  # type: ignore[arg-type]
+        language = {t.output.type for t in report.tensors if t.output.name.startswith("blk.")} - {"F32"}
+        assert language == expected - ({"Q8_0"} if type == "q4_k_s" else set()), type
 
 
 def test_names_and_keys_are_llama_cpps(tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ def test_convert_usage_errors(checkpoint: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((checkpoint, tmp_path / "m.safetensors"), "does not end in .gguf"),
         ((checkpoint, tmp_path / "no" / "m.gguf"), "there is no folder"),
-        ((tmp_path / "nothing", out), "is not a folder"),
-        ((checkpoint, out, "--type", "q5_0"), "q5_0"),
+        ((tmp_path / "nothing", out), "is neither a folder nor a GGUF file"),
+        ((checkpoint, out, "--type", "q9_0"), "q9_0"),
         ((checkpoint, out, "--vision-type", "x"), "--vision-type"),
         ((checkpoint,), "OUT.gguf"),
     ):

@@ -63,11 +63,11 @@ SCRIPT = """
     import qwen2vl_q.convert.convert as module
     from qwen2vl_q.cli.main import main
     calls, quantize = [], module.quantize
-    def interrupting(values, type):
+    def interrupting(*arguments):
         calls.append(type)
         if len(calls) == 5:
             {during}
-        return quantize(values, type)
+        return quantize(*arguments)
     module.quantize = interrupting
     sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--force"]))
 """

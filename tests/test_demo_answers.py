@@ -16,16 +16,15 @@ from demo import cases, evaluate
 from demo.cases import Case
 from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
 from qwen2vl_q.cli.main import main
-from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint
+from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
 from qwen2vl_q.demo import cards
 
 ROOT = Path(__file__).parents[1]
 FIRST_SEED = 500_000  # neither training nor the accuracies in demo/README.md use these
 PER_TASK = 60
 SPARE = 3  # of 60: what another instruction set, or a Pillow that draws edges otherwise, may cost
-TYPES = tuple(type for type in FILE_TYPES if type != "f32")  # f32 is the checkpoint itself
 
-# Right answers of 60, at least. A type that has no column must do as well as q4_0.
+# Right answers of 60, at least; `python -m demo.quantization` measures the other types.
 COLUMNS: tuple[FileType, ...] = ("q4_0", "q8_0", "f16", "bf16")
 FLOORS: dict[str, tuple[int, ...]] = {
     "what": (57, 57, 57, 57),
@@ -85,9 +84,9 @@ def test_the_packaged_file_is_the_checkpoint(tmp_path: Path) -> None:
     assert convert("q8_0", tmp_path).read_bytes() == DEMO_MODEL.read_bytes()
 
 
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", COLUMNS)
 def test_right_answers(type: FileType, tmp_path: Path) -> None:
-    column = COLUMNS.index(type if type in COLUMNS else "q4_0")
+    column = COLUMNS.index(type)
     floors = {task: row[column] for task, row in FLOORS.items()}
     right = right_answers(convert(type, tmp_path))
     assert floors.keys() == right.keys()
@@ -158,8 +157,8 @@ def test_the_demo_command_is_mostly_right(capsys: pytest.CaptureFixture[str]) ->
 
 def print_floors() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        right = [right_answers(convert(type, Path(folder))) for type in TYPES]
-    print(f"COLUMNS: tuple[FileType, ...] = {TYPES}")
+        right = [right_answers(convert(type, Path(folder))) for type in COLUMNS]
+    print(f"COLUMNS: tuple[FileType, ...] = {COLUMNS}")
     print("FLOORS: dict[str, tuple[int, ...]] = {")
     for task in cases.TASKS:
         print(f'    "{task}": ({", ".join(str(r[task] - SPARE) for r in right)}),')

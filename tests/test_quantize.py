@@ -16,8 +16,8 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 BIT_EXACT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
-TYPES = (*BIT_EXACT, "Q6_K")
-ONLY_READ = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS")
+SEARCHED = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+TYPES = (*BIT_EXACT, *SEARCHED)
 DATA = Path(__file__).parent / "data"
 
 
@@ -104,7 +104,7 @@ def test_float16_and_bfloat16_keep_infinities_and_nan() -> None:
         np.testing.assert_array_equal(_native.dequantize(_native.quantize(values, name), name)[0], expected)
 
 
-@pytest.mark.parametrize("name", (*TYPES, *ONLY_READ))
+@pytest.mark.parametrize("name", TYPES)
 def test_dequantizes_any_blocks_as_gguf_does(name: str) -> None:
     rng = np.random.default_rng(11)
     block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
@@ -115,21 +115,32 @@ def test_dequantizes_any_blocks_as_gguf_does(name: str) -> None:
     assert_same_bytes(found[numbers].view(np.uint8), expected[numbers].view(np.uint8))
 
 
-@pytest.mark.parametrize("name", ONLY_READ)
-def test_types_that_are_only_read(name: str) -> None:
-    assert _native.block_layout(name) == GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-    with pytest.raises(ValueError, match=f"tensor type {name}: expected one that is written: F32, .*, Q6_K"):
-        _native.quantize(np.zeros((2, 256), np.float32), name)
+def test_types_that_are_only_read() -> None:
+    written = _native.written_types().split(", ")
+    assert set(TYPES) <= set(written)
+    for type in GGMLQuantizationType:
+        try:
+            assert _native.block_layout(type.name) == GGML_QUANT_SIZES[type]
+        except ValueError as error:
+            assert "unknown type" in str(error)
+            continue
+        if type.name not in written:
+            message = f"tensor type {type.name}: expected one that is written: F32, .*"
+            with pytest.raises(ValueError, match=message):
+                _native.quantize(np.zeros((2, 256), np.float32), type.name)
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_is_stable_on_its_own_output(name: str) -> None:
-    """What a type can hold comes back as it was, but for the last bits of Q6_K's scales."""
+    """What a type can hold comes back as it was, but for the last bits of scales."""
     values = np.random.default_rng(3).standard_normal((8, 512)).astype(np.float32)
     once = _native.dequantize(_native.quantize(values, name), name)
     twice = _native.dequantize(_native.quantize(once, name), name)
-    steps = {"Q6_K": 1 / 64, "Q8_0": 1 / 1024, "Q4_0": 1 / 1024}.get(name, 0.0)
-    np.testing.assert_allclose(twice, once, rtol=0, atol=steps * float(np.abs(values).max()))
+    if name in SEARCHED:
+        assert np.square(twice - once).mean() < 0.1 * np.square(once - values).mean()
+    else:
+        steps = {"Q8_0": 1 / 1024, "Q4_0": 1 / 1024}.get(name, 0.0)
+        np.testing.assert_allclose(twice, once, rtol=0, atol=steps * float(np.abs(values).max()))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -148,7 +159,7 @@ def test_layout_and_threads(name: str) -> None:
 
 
 def q6_k_twin(values: Floats) -> Bytes:
-    """csrc/quant/quantize_q6_k.cpp once more, on all blocks at once and with its order of additions."""
+    """csrc/quant/quantize_scaled.cpp once more, on all blocks at once and with its order of additions."""
     f32 = np.float32
     x = values.reshape(-1, 16, 16)  # block, sub-block, value
     scales, gains = np.zeros((2, *x.shape[:2]), f32)
@@ -159,37 +170,45 @@ def q6_k_twin(values: Floats) -> Bytes:
 
     def sums(inverse: Floats) -> tuple[Floats, Floats]:
         q = integers(inverse)
-        lanes = np.stack([x * q, q * q]).reshape(2, *x.shape[:2], 4, 4)
-        a, b, c, d = np.moveaxis(
-            ((lanes[..., 0, :] + lanes[..., 1, :]) + lanes[..., 2, :]) + lanes[..., 3, :], -1, 0
-        )
-        xq, qq = (a + b) + (c + d)
+        xq, qq = np.add.accumulate(np.stack([q * x, q * q]), axis=-1)[..., -1]
         return xq, qq
 
+    def half(d: Floats) -> NDArray[np.float16]:
+        found: NDArray[np.float16] = np.copysign(np.clip(np.abs(d), f32(2**-24), f32(65504)), d).astype(
+            np.float16
+        )
+        return found
+
     extreme = np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], -1)[..., 0]
-    some = np.abs(extreme) >= 2.0**-25
+    some = np.abs(extreme) > 2.0**-25
     with np.errstate(all="ignore"):
         for target in np.arange(-33, -27.9, 0.5, dtype=f32):
             xq, qq = sums(np.where(some, target / extreme, 0).astype(f32))
             better = some & (xq * (xq / qq) > gains)
             scales, gains = np.where(better, xq / qq, scales), np.where(better, xq * (xq / qq), gains)
         largest = np.take_along_axis(scales, np.abs(scales).argmax(-1)[:, None], -1)
-        d16 = np.copysign(np.clip(np.abs(largest) / f32(128), f32(2**-24), f32(65504)), -largest).astype(
-            np.float16
-        )
+        d16 = half(largest / f32(-128))
         d16[largest == 0] = 0
         d = d16.astype(f32)
-        ratio = np.clip(scales / d, -128, 127)
-        nearest = np.copysign(np.floor(np.abs(ratio) + f32(0.5)), ratio)
-        sub_scales, gains = np.zeros((2, *x.shape[:2]), f32)
-        for offset in (-1, 0, 1):
-            candidate = nearest + f32(offset)
-            step = d * candidate
+        for _ in range(2):
+            nearest = np.clip(np.rint(scales * (f32(1) / d)), -128, 127).astype(f32)
+            sub_scales, gains = np.zeros((2, *x.shape[:2]), f32)
+            for offset in (-1, 0, 1):
+                candidate = np.clip(nearest + f32(offset), -128, 127)
+                step = d * candidate
+                xq, qq = sums(np.where(step == 0, 0, 1 / step).astype(f32))
+                gain = step * (f32(2) * xq - step * qq)
+                better = (scales != 0) & (gain > gains)
+                sub_scales, gains = np.where(better, candidate, sub_scales), np.where(better, gain, gains)
+            step = d * sub_scales
             xq, qq = sums(np.where(step == 0, 0, 1 / step).astype(f32))
-            gain = step * (f32(2) * xq - step * qq)
-            better = (scales != 0) & (candidate >= -128) & (candidate <= 127) & (gain > gains)
-            sub_scales, gains = np.where(better, candidate, sub_scales), np.where(better, gain, gains)
-        step = d * sub_scales
+            ints = sub_scales.astype(np.float64)
+            ss = np.add.accumulate(ints * ints * qq, axis=-1)[:, -1:]
+            xs = np.add.accumulate(ints * xq, axis=-1)[:, -1:]
+            d16 = np.where(ss > 0, half((xs / ss).astype(f32)), d16)
+            d = d16.astype(f32)
+            scales = d * sub_scales
+        step = scales
         q = (integers(np.where(step == 0, 0, 1 / step).astype(f32)) + 32).astype(np.uint8)
     q = q.reshape(-1, 2, 4, 32)  # block, half, quarter, value
     low = (q[:, :, :2] & 15) | (q[:, :, 2:] & 15) << 4
@@ -244,11 +263,65 @@ def test_q6_k_cuts_what_is_too_large() -> None:
     assert np.abs(found).min() >= 65504 * 127 * 31
 
 
+# --- every type that is searched ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize("kind", inputs().keys())
+def test_is_no_worse_than_zeros_and_than_rounding(kind: str, name: str) -> None:
+    """Rounding: half a step of the type's levels over the whole range of a part, where float16 holds that."""
+    values = inputs()[kind]
+    found = _native.dequantize(_native.quantize(values, name), name)
+    assert np.isfinite(found).all()
+    parts = values.astype(np.float64).reshape(-1, 32)
+    errors = np.square(found.astype(np.float64).reshape(-1, 32) - parts)
+    range = np.maximum(parts.max(-1), 0) - np.minimum(parts.min(-1), 0)
+    levels = 7 if name.startswith("IQ") else 2 ** int(name[1]) - 1  # IQ4: the widest step is a ninth
+    steps = 2.0**-24 * (levels if name.endswith(("0", "1")) else 256)
+    rounding = np.square(np.maximum(range / levels, steps)) * 32
+    held = np.abs(parts).max(-1) < 65504
+    # Of a K-quant's parts, small ones take what the others leave.
+    bound = rounding if name.endswith(("0", "1", "NL")) else rounding.reshape(-1, 8).max(-1).repeat(8)
+    assert (errors.sum(-1)[held] <= bound[held]).all()
+    assert errors[held].sum() <= np.square(parts[held]).sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", *SEARCHED])
+def test_weights_of_columns(name: str) -> None:
+    """A fifth less weighted error at least; 25 to 38 % were measured."""
+    rng = np.random.default_rng(6)
+    values = rng.standard_normal((64, 512)).astype(np.float32)
+    weights = rng.lognormal(0, 1.5, 512).astype(np.float32)
+
+    def error(data: Bytes) -> float:
+        return float((np.square(_native.dequantize(data, name) - values) * weights).sum())
+
+    plain, weighted = _native.quantize(values, name), _native.quantize(values, name, weights=weights)
+    assert error(weighted) < 0.8 * error(plain)
+    assert_same_bytes(_native.quantize(values, name, weights=4 * weights), weighted)
+    if name in SEARCHED:  # Q4_0 has no search without weights
+        for equal in (np.zeros(512, np.float32), np.full(512, 3, np.float32)):
+            assert_same_bytes(_native.quantize(values, name, weights=equal), plain)
+    weights[:256] = 0
+    found = _native.dequantize(_native.quantize(values, name, weights=weights), name)
+    assert np.square(found - values)[:, :256].mean() < 0.1  # they are quantized all the same
+
+
+def test_rows_of_few_blocks_are_as_rows_of_many() -> None:
+    """Blocks of 32 values are searched four at a time."""
+    values = np.random.default_rng(8).standard_normal((1, 32 * 7)).astype(np.float32)
+    for name in ("Q4_1", "Q5_0", "Q5_1", "IQ4_NL"):
+        blocks = np.concatenate(
+            [_native.quantize(values[:, i : i + 32].copy(), name) for i in range(0, 224, 32)], 1
+        )
+        assert_same_bytes(_native.quantize(values, name), blocks)
+
+
 # --- refusals -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", *SEARCHED])
 def test_blocks_refuse_what_is_not_finite(name: str, bad: float) -> None:
     values = np.ones((600, 512), np.float32)
     values[501, 300] = bad
@@ -273,6 +346,14 @@ def test_wrong_arguments() -> None:
         _native.quantize(values, "Q9_9")
     with pytest.raises(ValueError, match=r"64 values does not divide into blocks of 256 \(Q6_K\)"):
         _native.quantize(values, "Q6_K")
+    for weights in (np.ones(63, np.float32), np.ones((1, 64), np.float32), np.ones(64)):
+        with pytest.raises(ValueError, match="weights: expected a float32 array of 64, found"):
+            _native.quantize(values, "Q4_1", weights=weights)  # type: ignore[arg-type]
+    for bad in (-1, np.nan, np.inf):
+        weights = np.ones(64, np.float32)
+        weights[5] = bad
+        with pytest.raises(ValueError, match="finite numbers of 0 or more; that of column 5 is"):
+            _native.quantize(values, "Q4_1", weights=weights)
     with pytest.raises(ValueError, match="n_threads: expected 0 to 1024, found -1"):
         _native.quantize(values, "Q8_0", n_threads=-1)
     with pytest.raises(ValueError, match="a multiple of 34 bytes"):

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/thread_pool.h"
 #include "bindings/arguments.h"
@@ -52,16 +53,32 @@ void for_row_ranges(int64_t rows, int64_t cols, int n_threads, const Fn& fn) {
   pool.parallel_for(rows, grain, [&](int64_t begin, int64_t end, int) { fn(begin, end); });
 }
 
-py::array_t<uint8_t> quantize(const py::array& values, const py::str& type, const py::object& n_threads) {
+/// Each column's weight in the search, or none. One value per column, 0 or more.
+std::vector<float> column_weights(const py::object& weights, int64_t cols) {
+  if (weights.is_none()) return {};
+  const auto array = weights.cast<py::array>();
+  if (!py::isinstance<py::array_t<float>>(array) || array.ndim() != 1 || array.shape(0) != cols) {
+    throw std::invalid_argument("weights: expected a float32 array of " + std::to_string(cols) + ", found " +
+                                std::to_string(array.size()) + " of " +
+                                py::str(array.dtype()).cast<std::string>());
+  }
+  const auto found = py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(array);
+  return search_weights(found.data(), cols);
+}
+
+py::array_t<uint8_t> quantize(const py::array& values, const py::str& type, const py::object& n_threads,
+                              const py::object& weights) {
   const int threads = thread_count(n_threads);
   const DTypeTraits& traits = type_named(type);
   const float* from = matrix<float>(values, "values");
   const int64_t rows = values.shape(0), cols = values.shape(1);
   const int64_t bytes = row_bytes(traits.type, cols);
+  const std::vector<float> columns = column_weights(weights, cols);
   py::array_t<uint8_t> out({rows, bytes});
   uint8_t* to = out.mutable_data();
   for_row_ranges(rows, cols, threads, [&](int64_t begin, int64_t end) {
-    quantize_rows(traits.type, from + begin * cols, end - begin, cols, to + begin * bytes);
+    quantize_rows(traits.type, from + begin * cols, end - begin, cols, to + begin * bytes,
+                  columns.empty() ? nullptr : columns.data());
   });
   return out;
 }
@@ -88,11 +105,15 @@ py::array_t<float> dequantize(const py::array& data, const py::str& type) {
 
 void register_quantize(py::module_& m) {
   m.def("quantize", &quantize, py::arg("values"), py::arg("type"), py::arg("n_threads") = 0,
-        "float32 [rows, cols] -> uint8 [rows, row_bytes] in GGUF blocks. `type`: F32, F16, BF16, Q8_0, Q4_0, "
-        "Q6_K.\n\n"
-        "F16, BF16, Q8_0 and Q4_0 equal gguf.quants bit for bit. ValueError: another dtype or shape, a row "
-        "that\n"
-        "the blocks do not divide, NaN or infinity for a block type.");
+        py::arg("weights") = py::none(),
+        "float32 [rows, cols] -> uint8 [rows, row_bytes] in GGUF blocks.\n\n"
+        "F16, BF16 and Q8_0 equal gguf.quants bit for bit, Q4_0 without weights too; other blocks have the "
+        "least\n"
+        "square error found, each column's times its weight (float32 [cols]). ValueError: another dtype or "
+        "shape,\n"
+        "a row that the blocks do not divide, NaN or infinity for a block type or among weights.");
+  m.def("written_types", &written_dtype_names,
+        "The types that `quantize` has, in a list: \"F32, F16, ...\".");
   m.def("dequantize", &dequantize, py::arg("data"), py::arg("type"),
         "uint8 [rows, row_bytes] -> float32 [rows, cols].");
   m.def(

@@ -16,17 +16,17 @@ inline constexpr DTypeTraits kDTypes[] = {
     {DType::BF16, "BF16", 1, 2},
     //                                                    bits: low high offset part scale minimum table
     {DType::Q4_0, "Q4_0", kBlock32, sizeof(Block<DType::Q4_0>), {4, 0, 8, 32, 16, false}},
-    {DType::Q4_1, "Q4_1", kBlock32, sizeof(Block<DType::Q4_1>), {4, 0, 0, 32, 16, true}, false},
-    {DType::Q5_0, "Q5_0", kBlock32, sizeof(Block<DType::Q5_0>), {4, 1, 16, 32, 16, false}, false},
-    {DType::Q5_1, "Q5_1", kBlock32, sizeof(Block<DType::Q5_1>), {4, 1, 0, 32, 16, true}, false},
+    {DType::Q4_1, "Q4_1", kBlock32, sizeof(Block<DType::Q4_1>), {4, 0, 0, 32, 16, true}},
+    {DType::Q5_0, "Q5_0", kBlock32, sizeof(Block<DType::Q5_0>), {4, 1, 16, 32, 16, false}},
+    {DType::Q5_1, "Q5_1", kBlock32, sizeof(Block<DType::Q5_1>), {4, 1, 0, 32, 16, true}},
     {DType::Q8_0, "Q8_0", kBlock32, sizeof(Block<DType::Q8_0>), {8, 0, 0, 32, 16, false}},
-    {DType::Q2_K, "Q2_K", kBlock256, sizeof(Block<DType::Q2_K>), {2, 0, 0, 16, 4, true}, false},
-    {DType::Q3_K, "Q3_K", kBlock256, sizeof(Block<DType::Q3_K>), {2, 1, 4, 16, 8, false}, false},
-    {DType::Q4_K, "Q4_K", kBlock256, sizeof(Block<DType::Q4_K>), {4, 0, 0, 32, 8, true}, false},
-    {DType::Q5_K, "Q5_K", kBlock256, sizeof(Block<DType::Q5_K>), {4, 1, 0, 32, 8, true}, false},
+    {DType::Q2_K, "Q2_K", kBlock256, sizeof(Block<DType::Q2_K>), {2, 0, 0, 16, 4, true}},
+    {DType::Q3_K, "Q3_K", kBlock256, sizeof(Block<DType::Q3_K>), {2, 1, 4, 16, 8, false}},
+    {DType::Q4_K, "Q4_K", kBlock256, sizeof(Block<DType::Q4_K>), {4, 0, 0, 32, 8, true}},
+    {DType::Q5_K, "Q5_K", kBlock256, sizeof(Block<DType::Q5_K>), {4, 1, 0, 32, 8, true}},
     {DType::Q6_K, "Q6_K", kBlock256, sizeof(Block<DType::Q6_K>), {4, 2, 32, 16, 8, false}},
-    {DType::IQ4_NL, "IQ4_NL", kBlock32, sizeof(Block<DType::IQ4_NL>), {4, 0, 0, 32, 16, false, kIq4}, false},
-    {DType::IQ4_XS, "IQ4_XS", kBlock256, sizeof(Block<DType::IQ4_XS>), {4, 0, 0, 32, 8, false, kIq4}, false},
+    {DType::IQ4_NL, "IQ4_NL", kBlock32, sizeof(Block<DType::IQ4_NL>), {4, 0, 0, 32, 16, false, kIq4}},
+    {DType::IQ4_XS, "IQ4_XS", kBlock256, sizeof(Block<DType::IQ4_XS>), {4, 0, 0, 32, 8, false, kIq4}},
 };
 
 consteval DTypeTraits traits_of(DType type) {

@@ -1,19 +1,22 @@
 #include "quant/quantize.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
 #include "base/half.h"
 #include "quant/formats.h"
-#include "quant/quantize_q6_k.h"
+#include "quant/quantize_blocks.h"
 
 namespace qwen2vl {
 namespace {
 
+constexpr float kLeastWeight = 1e-5f;  // of a mean of 1: far below what any column in use has
 constexpr int32_t kSignBit = INT32_MIN;
 constexpr int32_t kInfinity = 0x7f800000;  // bits; larger magnitudes are NaN
 
@@ -46,7 +49,7 @@ float inverse(float d) {
   return std::isinf(id) ? 0 : id;
 }
 
-void quantize_block(const float* x, int32_t magnitude, Block<DType::Q4_0>* out) {
+void round_block(const float* x, int32_t magnitude, Block<DType::Q4_0>* out) {
   const float d = first_extreme(x, magnitude) / -8;
   const float id = inverse(d);
   out->d = f32_to_f16(d);
@@ -62,7 +65,7 @@ void quantize_block(const float* x, int32_t magnitude, Block<DType::Q4_0>* out) 
   }
 }
 
-void quantize_block(const float* x, int32_t magnitude, Block<DType::Q8_0>* out) {
+void round_block(const float* x, int32_t magnitude, Block<DType::Q8_0>* out) {
   const float d = std::bit_cast<float>(magnitude) / 127;
   const float id = inverse(d);
   out->d = f32_to_f16(d);
@@ -75,8 +78,6 @@ void quantize_block(const float* x, int32_t magnitude, Block<DType::Q8_0>* out) 
   }
 }
 
-void quantize_block(const float* x, int32_t, Block<DType::Q6_K>* out) { quantize_q6_k(x, out); }
-
 [[noreturn]] void refuse_not_finite(DType type, const float* begin, const float* block, int64_t cols) {
   const float* value = std::find_if_not(block, block + cols, [](float v) { return std::isfinite(v); });
   throw std::invalid_argument(std::string(dtype_traits(type).name) + " holds finite values only; column " +
@@ -84,16 +85,72 @@ void quantize_block(const float* x, int32_t, Block<DType::Q6_K>* out) { quantize
                               std::to_string(*value));
 }
 
+/// The rows as one sequence of blocks, and the weights of each.
 template <DType T>
-void quantize_blocks(const float* values, int64_t rows, int64_t cols, uint8_t* out) {
-  constexpr int64_t kElements = traits_of(T).block_elements;
-  const float* end = values + rows * cols;
-  for (const float* x = values; x != end; x += kElements, out += sizeof(Block<T>)) {
-    const int32_t magnitude = max_magnitude<kElements>(x);
-    if (magnitude >= kInfinity) refuse_not_finite(T, values, x, cols);
+class Blocks {
+ public:
+  static constexpr int64_t kElements = traits_of(T).block_elements;
+
+  Blocks(const float* values, int64_t rows, int64_t cols, const float* weights)
+      : values_(values), n_(rows * cols / kElements), cols_(cols), weights_(weights) {}
+
+  int64_t size() const { return n_; }
+
+  /// Finite values.
+  const float* x(int64_t i) const {
+    const float* x = values_ + i * kElements;
+    if (magnitude(x) >= kInfinity) refuse_not_finite(T, values_, x, cols_);
+    return x;
+  }
+
+  static int32_t magnitude(const float* x) { return max_magnitude<kElements>(x); }
+
+  const float* w(int64_t i) const {
+    static constexpr auto kEqual = [] {
+      std::array<float, kElements> ones;
+      ones.fill(1);
+      return ones;
+    }();
+    return weights_ == nullptr ? kEqual.data() : weights_ + i * kElements % cols_;
+  }
+
+ private:
+  const float* values_;
+  int64_t n_, cols_;
+  const float* weights_;
+};
+
+template <DType T>
+void round_blocks(const Blocks<T>& blocks, uint8_t* out) {
+  for (int64_t i = 0; i < blocks.size(); ++i, out += sizeof(Block<T>)) {
+    const float* x = blocks.x(i);
     Block<T> block;  // `out` need not be aligned
-    quantize_block(x, magnitude, &block);
+    round_block(x, blocks.magnitude(x), &block);
     std::memcpy(out, &block, sizeof block);
+  }
+}
+
+template <DType T>
+void search_blocks(const Blocks<T>& blocks, uint8_t* out) {
+  if constexpr (Blocks<T>::kElements == kBlock32) {
+    for (int64_t begin = 0; begin < blocks.size(); begin += kGroup) {
+      BlockGroup group;
+      for (int k = 0; k < kGroup; ++k) {
+        const int64_t i = std::min(begin + k, blocks.size() - 1);
+        group.x[k] = blocks.x(i);
+        group.w[k] = blocks.w(i);
+      }
+      Block<T> found[kGroup];
+      quantize_blocks(group, found);
+      const int64_t n = std::min<int64_t>(kGroup, blocks.size() - begin);
+      std::memcpy(out + begin * sizeof(Block<T>), found, n * sizeof(Block<T>));
+    }
+  } else {
+    for (int64_t i = 0; i < blocks.size(); ++i) {
+      Block<T> block;
+      quantize_block(blocks.x(i), blocks.w(i), &block);
+      std::memcpy(out + i * sizeof block, &block, sizeof block);
+    }
   }
 }
 
@@ -106,7 +163,8 @@ void convert(uint16_t (*narrow)(float), const float* values, int64_t n, uint8_t*
 
 }  // namespace
 
-void quantize_rows(DType type, const float* values, int64_t rows, int64_t cols, uint8_t* out) {
+void quantize_rows(DType type, const float* values, int64_t rows, int64_t cols, uint8_t* out,
+                   const float* weights) {
   const int64_t bytes = rows * row_bytes(type, cols);
   visit_dtype(type, [&]<DType T>() {
     if constexpr (!traits_of(T).is_written)
@@ -117,9 +175,30 @@ void quantize_rows(DType type, const float* values, int64_t rows, int64_t cols, 
       convert(f32_to_f16, values, rows * cols, out);
     else if constexpr (T == DType::BF16)
       convert(f32_to_bf16, values, rows * cols, out);
+    else if constexpr (T == DType::Q8_0)
+      round_blocks(Blocks<T>(values, rows, cols, weights), out);
+    else if (T == DType::Q4_0 && weights == nullptr)
+      round_blocks(Blocks<DType::Q4_0>(values, rows, cols, weights), out);
     else
-      quantize_blocks<T>(values, rows, cols, out);
+      search_blocks(Blocks<T>(values, rows, cols, weights), out);
   });
+}
+
+std::vector<float> search_weights(const float* importance, int64_t cols) {
+  double sum = 0;
+  for (int64_t i = 0; i < cols; ++i) {
+    if (!(importance[i] >= 0 && importance[i] <= std::numeric_limits<float>::max())) {
+      throw std::invalid_argument("weights: expected finite numbers of 0 or more; that of column " +
+                                  std::to_string(i) + " is " + std::to_string(importance[i]));
+    }
+    sum += importance[i];
+  }
+  std::vector<float> weights(static_cast<size_t>(cols), 1.0f);
+  if (sum == 0) return weights;
+  const double per_mean = static_cast<double>(cols) / sum;
+  for (int64_t i = 0; i < cols; ++i)
+    weights[i] = std::max(kLeastWeight, static_cast<float>(importance[i] * per_mean));
+  return weights;
 }
 
 }  // namespace qwen2vl

@@ -54,12 +54,22 @@ class CacheFullError(Error):
 
 # --- quantization -------------------------------------------------------------------------------------
 
-def quantize(values: NDArray[np.float32], type: str, n_threads: int = 0) -> NDArray[np.uint8]:
-    """float32 [rows, cols] -> uint8 [rows, row_bytes] in blocks of `type`: F32, F16, BF16, Q8_0, Q4_0, Q6_K.
+def quantize(
+    values: NDArray[np.float32],
+    type: str,
+    n_threads: int = 0,
+    weights: NDArray[np.float32] | None = None,
+) -> NDArray[np.uint8]:
+    """float32 [rows, cols] -> uint8 [rows, row_bytes] in GGUF blocks of `type`.
 
-    F16, BF16, Q8_0 and Q4_0 equal gguf.quants bit for bit. n_threads 0: default_thread_count(). ValueError:
-    another dtype or shape, not contiguous, a row that the blocks do not divide, NaN or infinity for blocks.
+    F16, BF16 and Q8_0 equal gguf.quants bit for bit, Q4_0 without weights too; other blocks have the least
+    square error found, each column's times its weight (`weights`: [cols], 0 or more). n_threads 0:
+    default_thread_count(). ValueError: another dtype or shape, not contiguous, a row that the blocks do not
+    divide, NaN or infinity for blocks or among weights.
     """
+
+def written_types() -> str:
+    """The types that `quantize` has, in a list: "F32, F16, ..."."""
 
 def dequantize(data: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
     """uint8 [rows, row_bytes] -> float32 [rows, cols]."""

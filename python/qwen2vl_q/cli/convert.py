@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.cli.converting import convert_model
 from qwen2vl_q.cli.model_file import tower_file
 from qwen2vl_q.cli.options import lora_option
 from qwen2vl_q.cli.output import say
-from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
-from qwen2vl_q.cli.writing import gguf_path, notes_console, require_new, writing
-from qwen2vl_q.convert import (
-    FILE_TYPES,
-    Adapter,
-    FileType,
-    GgufReport,
-    Recipe,
-    Report,
-    convert_checkpoint,
-    convert_gguf,
-    default_recipe,
-)
-from qwen2vl_q.engine.tower_file import TowerFile
+from qwen2vl_q.cli.writing import gguf_path, require_new
+from qwen2vl_q.convert import FILE_TYPES, Adapter, FileType, Recipe, default_recipe
 from qwen2vl_q.hub.models import Models
 from qwen2vl_q.hub.names import HubName
 
@@ -90,58 +77,17 @@ def convert(
     """
     if not force:
         require_new(out)  # before a download, not after
-    notes = notes_console()
-    if Path(source).suffix.lower() == ".gguf":
-        if lora:
-            raise click.UsageError("--lora: adapters are merged into checkpoints, not into GGUF files")
-        _convert_gguf(source, mmproj, out, Recipe(type_ or "q4_0", vision_type), name, force)
-        return
-    if mmproj is not None:
-        raise click.UsageError("--mmproj belongs to a GGUF file; a checkpoint has its vision tower")
-    if not Path(source).exists() and HubName.reads_as(source):
+    is_gguf = Path(source).suffix.lower() == ".gguf"
+    if is_gguf and lora:
+        raise click.UsageError("--lora: adapters are merged into checkpoints, not into GGUF files")
+    if not is_gguf and mmproj is None and not Path(source).exists() and HubName.reads_as(source):
         asked = HubName.parse(source)
         if asked.type:
             raise click.UsageError(f"SRC: the type of OUT.gguf is --type's, found {printable(source)}")
-        folder, name = Models(tell=say).checkpoint(asked), name or asked.title
-    elif not Path(source).is_dir():
-        raise click.UsageError(f"SRC: '{printable(source)}' is not a folder")
+        source, name = str(Models(tell=say).checkpoint(asked)), name or asked.title
+    if type_ or not Path(source).is_dir():
+        recipe = Recipe(type_ or "q4_0", vision_type)
     else:
-        folder = Path(source)
-    recipe = Recipe(type_, vision_type) if type_ else default_recipe(folder, vision_type)
-    with writing(notes, out) as progress:
-        merged = [Adapter(path, scale) for path, scale in lora]
-        report = convert_checkpoint(folder, out, recipe, name, force, progress, merged)
-    _print_report(stdout_console(), report)
-
-
-def _convert_gguf(
-    source: str, mmproj: str | None, out: Path, recipe: Recipe, name: str | None, force: bool
-) -> None:
-    tower = mmproj or TowerFile.find(source).path
-    notes = notes_console()
-    if tower is not None and mmproj is None:
-        notes.print(f"vision tower: {printable(tower, 1000)}")
-    with writing(notes, out) as progress:
-        report = convert_gguf(
-            Path(source), None if tower is None else Path(tower), out, recipe, name, force, progress
-        )
-    _print_report(stdout_console(), report)
-
-
-def _print_report(console: Console, report: Report | GgufReport) -> None:
-    path = printable(str(report.path))
-    console.print(f"{path}: {report.n_bytes:,} bytes", highlight=False, markup=False)
-    groups: dict[tuple[str, ...], Totals] = {}
-    for tensor in report.tensors:
-        group = groups.setdefault((tensor.mapped.role.value, tensor.output.type), Totals())
-        group.add(tensor.output.n_elements, tensor.output.n_bytes)
-    console.print(size_table(("tensors", "type"), groups))
-    fallbacks = Counter(
-        (t.mapped.role.value, t.mapped.target_shape[-1], t.wanted, t.output.type)
-        for t in report.tensors
-        if t.wanted != t.output.type
-    )
-    for (role, row, wanted, type), count in fallbacks.items():
-        console.print(f"{type} instead of {wanted}: {count} of {role}, rows of {row}", highlight=False)
-    for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        recipe = default_recipe(Path(source), vision_type)
+    merged = [Adapter(path, scale) for path, scale in lora]
+    convert_model(source, mmproj, out, recipe, name, force, adapters=merged)

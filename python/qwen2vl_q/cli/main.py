@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("qwen2vl_q.cli.demo", "Draw a card and ask the packaged model about it."),
     "chat": ("qwen2vl_q.cli.chat", "Ask a model about pictures: one question, or a conversation."),
     "convert": ("qwen2vl_q.cli.convert", "Convert a checkpoint, or GGUF files of other types, to one file."),
+    "quantize": ("qwen2vl_q.cli.quantize", "Make a file of smaller types of a model."),
     "split": ("qwen2vl_q.cli.split", "Split a model into the pair of files that llama.cpp loads."),
     "merge": ("qwen2vl_q.cli.merge", "Merge a pair of files, as llama.cpp has them, into one."),
     "inspect": ("qwen2vl_q.cli.inspect", "Show what a GGUF file holds."),
