@@ -346,3 +346,41 @@ def test_scales_that_are_none(folder: Path, scale: Any) -> None:
 def test_native_updates_are_checked(folder: Path, update: tuple[str, Array, Array], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _native.Model(folder / "untied-f32.gguf", updates=[update])
+
+
+def test_native_updates_are_given_once(folder: Path) -> None:
+    update = ("blk.0.attn_q.weight", zeros(4, 256), zeros(256, 4))
+    with pytest.raises(ValueError, match=r"blk\.0\.attn_q\.weight: given twice"):
+        _native.Model(folder / "untied-f32.gguf", updates=[update, update])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("name", "modules", "settings"),
+    [
+        ("untied", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"], {}),
+        ("untied", "all-linear", {"use_rslora": True, "rank_pattern": {"down_proj": 2}}),
+        ("tied", ["q_proj", "lm_head"], {}),
+        ("tied", ["embed_tokens"], {}),
+    ],
+)
+def test_peft_computes_the_same(
+    folder: Path, tmp_path: Path, name: str, modules: Any, settings: dict[str, Any]
+) -> None:
+    torch = pytest.importorskip("torch", reason="needs the parity extra")
+    peft = pytest.importorskip("peft", reason="needs peft")
+    from transformers import Qwen2VLForConditionalGeneration
+
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder / name, dtype=torch.float32)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=modules, **settings))
+    torch.manual_seed(0)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    tuned.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    ids = np.random.default_rng(8).integers(0, N_TEXT_TOKENS, 30).tolist()
+    with torch.inference_mode():
+        expected = tuned.eval()(torch.tensor([ids])).logits[0].numpy()
+    found = Qwen2VL.from_gguf(folder / f"{name}-f32.gguf", precision="exact", lora=tmp_path / "a").logits(ids)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert nmse(Qwen2VL.from_gguf(folder / f"{name}-f32.gguf").logits(ids), expected) > 1e-3

@@ -49,7 +49,9 @@ LowRankUpdates to_updates(const Updates& updates) {
     if (rank == 0 || rank > kMostRanks)
       throw std::invalid_argument(printable(name) + ": expected a rank from 1 to " +
                                   std::to_string(kMostRanks) + ", found " + std::to_string(rank));
-    result[name] = {rank, {a.data(), a.data() + a.size()}, {b.data(), b.data() + b.size()}};
+    LowRankUpdate update{rank, {a.data(), a.data() + a.size()}, {b.data(), b.data() + b.size()}};
+    if (!result.try_emplace(name, std::move(update)).second)
+      throw std::invalid_argument("update of " + printable(name) + ": given twice");
   }
   return result;
 }
