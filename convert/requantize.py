@@ -86,10 +86,7 @@ def convert_gguf(
 
 def _plan(stored: StoredTensor, recipe: Recipe, swapped: bool) -> RequantizedTensor | None:
     """None for what the model does not read. `swapped`: fc1 and fc2 stand under each other's name."""
-    name, shape = stored.output.name, stored.output.shape
-    if swapped and name.startswith("v.blk."):
-        other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-        name = ".".join(other.get(part, part) for part in name.split("."))
+    name, shape = name_in_model(stored.output.name, swapped), stored.output.shape
     role = role_of(name)
     if role is None:
         return None
@@ -99,6 +96,14 @@ def _plan(stored: StoredTensor, recipe: Recipe, swapped: bool) -> RequantizedTen
     source_shape = (*shape[:2], 2, *shape[2:]) if role is Role.PATCH else shape
     mapped = MappedTensor(name, source_shape, (name,), role)
     return RequantizedTensor(stored, mapped, OutputTensor(name, type, shape), wanted)
+
+
+def name_in_model(name: str, swapped: bool) -> str:
+    """Of a tensor that a file calls `name`; `swapped` as of `_native.has_swapped_feed_forward`."""
+    if not swapped or not name.startswith("v.blk."):
+        return name
+    other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    return ".".join(other.get(part, part) for part in name.split("."))
 
 
 def _entries(
