@@ -12,6 +12,7 @@ import click
 
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.bench_tables import table
+from qwen2vl_q.cli.device import device_option
 from qwen2vl_q.cli.interruption import ended_by_signal
 from qwen2vl_q.cli.model_file import model_file, model_or_checkpoint, tower_file, tower_of
 from qwen2vl_q.cli.options import COUNT, FiniteRange
@@ -64,6 +65,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Of A; exact: the error of its weights alone.",
 )
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
+@device_option
 @click.option(
     "--max-error",
     type=FiniteRange(0),
@@ -98,6 +100,7 @@ def verify(
     tokens: int,
     precision: Literal["fast", "exact"],
     threads: int | None,
+    device: str,
     max_error: float,
     min_cosine: float,
     max_kl: float,
@@ -109,8 +112,8 @@ def verify(
 
     Three things are compared: the dequantized weights, tensor by tensor; the vision tower's embeddings of
     pictures; and the next-token distributions over answers that are given to both, by their Kullback-Leibler
-    divergence KL(B || A) and how often the likeliest token is the same. B computes in float32 (exact), A as
-    it would (fast): --precision exact leaves the error of its weights alone.
+    divergence KL(B || A) and how often the likeliest token is the same. B computes in float32 on
+    the CPU (exact), A as it would (fast): --precision exact leaves the error of its weights alone.
 
     Without --images and --conversation there are cards and texts of the package's own. About pictures of
     --images B's own greedy answers count. A checkpoint becomes a temporary file of a type that loses nothing,
@@ -138,6 +141,7 @@ def verify(
             conversations=asked or None,
             precision=precision,
             n_threads=threads,
+            device=device,
             max_new_tokens=tokens,
             progress=bars,
         )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from qwen2vl_q import _native
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
+from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint, convert_gguf
 from qwen2vl_q.convert.checkpoint import Checkpoint
 from qwen2vl_q.engine.tower_file import TowerFile
 
+TYPES: Sequence[str] = FILE_TYPES  # that a file can be written in
 _LOSSLESS: dict[str, FileType] = {"BF16": "bf16", "F16": "f16"}
 
 
@@ -59,8 +61,22 @@ def source_of(path: str | os.PathLike[str], mmproj: str | os.PathLike[str] | Non
     return CheckpointFolder(os.fspath(path))
 
 
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def write_as(source: Source, type: str, out: Path, progress: Progress | None = None) -> None:
+    """The file `out` of one of TYPES, whole or not at all. Errors as of `convert_checkpoint` and
+    `convert_gguf`."""
+    recipe = Recipe(cast(FileType, type))
+    if isinstance(source, CheckpointFolder):
+        convert_checkpoint(Path(source.path), out, recipe, progress=progress)
+    else:
+        mmproj = None if source.mmproj is None else Path(source.mmproj)
+        convert_gguf(Path(source.path), mmproj, out, recipe, progress=progress)
+
+
 @contextmanager
-def opened(source: Source, progress: Callable[[int, int], None] | None = None) -> Iterator[ModelFile]:
+def opened(source: Source, progress: Progress | None = None) -> Iterator[ModelFile]:
     """A file as it is; of a checkpoint a temporary one, of `lossless_type`, which is gone afterwards.
     `progress` is told its bytes. Errors as of `convert_checkpoint`."""
     if isinstance(source, ModelFile):
@@ -68,5 +84,5 @@ def opened(source: Source, progress: Callable[[int, int], None] | None = None) -
         return
     with tempfile.TemporaryDirectory(prefix="qwen2vl-q-") as folder:
         out = Path(folder) / "reference.gguf"
-        convert_checkpoint(Path(source.path), out, Recipe(source.lossless_type), progress=progress)
+        write_as(source, source.lossless_type, out, progress)
         yield ModelFile(str(out))

@@ -88,16 +88,17 @@ def verify(
     conversations: Iterable[Conversation] | None = None,
     precision: Precision = "fast",
     n_threads: int | None = None,
+    device: str = "cpu",
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Progress | None = None,
 ) -> Verification:
     """Compares a file with a reference: GGUF files, with their vision towers inside, given or beside them, or
     checkpoints' folders, which become temporary files (of TMPDIR's disk) that lose nothing.
 
-    The reference computes in exact precision, the file in `precision`: with "exact" the figures are of its
-    weights alone. Conversations: `built_in` where None. Raises ValueError, before anything is computed, where
-    the two are not the same model but for the types of their weights; else as `Qwen2VL.from_gguf` and
-    `convert_checkpoint`.
+    The reference computes on the CPU in exact precision, the file on `device` in `precision`: with "exact"
+    the figures are of its weights alone. Conversations: `built_in` where None. Raises ValueError, before
+    anything is computed, where the two are not the same model but for the types of their weights; else as
+    `Qwen2VL.from_gguf` and `convert_checkpoint`.
     """
 
     def staged(stage: str) -> Callable[[int, int], None] | None:
@@ -112,7 +113,7 @@ def verify(
                 conversations = built_in(exact.config.vision_config is not None)
             prompts = [prompt_of(exact, each, max_new_tokens) for each in conversations]
             errors = tensor_errors(pairs, staged("weights"))
-            with loaded(found, precision, n_threads, progress) as other:
+            with loaded(found, precision, n_threads, progress, device) as other:
                 outputs = ((prompt, Output.of(exact, prompt)) for prompt in prompts)
                 pictures, divergence = compare_outputs(outputs, other, staged("answers"), len(prompts))
                 return Verification(
@@ -121,13 +122,18 @@ def verify(
 
 
 def loaded(
-    file: ModelFile, precision: Precision, n_threads: int | None = None, progress: Progress | None = None
+    file: ModelFile,
+    precision: Precision,
+    n_threads: int | None = None,
+    progress: Progress | None = None,
+    device: str = "cpu",
 ) -> Qwen2VL:
     return Qwen2VL.from_gguf(
         file.path,
         n_threads,
         precision=precision,
         mmproj=False if file.mmproj is None else file.mmproj,
+        device=device,
         progress=progress,
     )
 
