@@ -21,11 +21,11 @@ from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from qwen2vl_q._native import quantize
+from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.config import read_config
 from qwen2vl_q.convert.entries import Entry
 from qwen2vl_q.convert.metadata import ARCHITECTURE, metadata
 from qwen2vl_q.convert.recipe import FILE_TYPES, FileType, Recipe, type_for_row
-from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from make_model import SHAPES, TILE_ROWS, write_checkpoint_files
+from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, map_tensors
 from qwen2vl_q.convert.config import read_config
-from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_tensors
 
 
 def random_pieces(tensor: MappedTensor) -> Iterator[NDArray[np.float16]]:

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q.base.errors import FormatError
-from qwen2vl_q.convert.checkpoint import Checkpoint, ExpectedTensor
-from qwen2vl_q.convert.files import as_float32, quoted
+from qwen2vl_q.base.json_files import as_float32, quoted
+from qwen2vl_q.checkpoint.tensors import Checkpoint, ExpectedTensor
 from qwen2vl_q.convert.quantization import Packing
 from qwen2vl_q.convert.weight import Weight
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.json_files import as_float32, quoted, read_json
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.convert.files import as_float32, quoted, read_json
+from qwen2vl_q.checkpoint.shapes import MAX_SIZE, TextConfig, VisionConfig
 from qwen2vl_q.convert.quantization import Packing, read_packing
 
 # Values that transformers leaves out of a saved config.json where they equal its defaults
@@ -40,46 +41,12 @@ _VISION_DEFAULTS: Mapping[str, object] = {
     "temporal_patch_size": 2,
     "hidden_act": "quick_gelu",
 }
-# The runtime's own (csrc/model/config.cpp): far above any model of the family (72B: 29568 wide, 80 layers,
-# 152064 rows), far below what overflows.
-MAX_SIZE = 1 << 20
 _MAX_LAYERS = 1024
 _MAX_HEADS = 4096
 _MAX_CONTEXT = 1 << 24
 _MAX_PATCH_SIZE = 1024
 _MAX_MERGE_SIZE = 16
 _VISION_ROPE_THETA = 10000.0  # GGUF has no key for it: the runtimes hold it as a constant
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    depth: int
-    embed_dim: int
-    num_heads: int
-    intermediate_size: int
-    in_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    hidden_size: int  # the language model's, as the merger's output
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from qwen2vl_q._native import dequantize, quantize
 from qwen2vl_q.base.atomic_file import part_of
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.convert.checkpoint import Checkpoint
+from qwen2vl_q.checkpoint.lora import Adapter
+from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, map_heads, map_tensors, other_modules
+from qwen2vl_q.checkpoint.tensors import Checkpoint
 from qwen2vl_q.convert.config import read_config
 from qwen2vl_q.convert.files import model_name
-from qwen2vl_q.convert.lora import Adapter
 from qwen2vl_q.convert.metadata import metadata
 from qwen2vl_q.convert.recipe import FileType, Recipe, type_for_row
-from qwen2vl_q.convert.tensor_map import MappedTensor, Role, map_heads, map_tensors, other_modules
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
 from qwen2vl_q.convert.weight import Weight
 from qwen2vl_q.convert.weights import Weights

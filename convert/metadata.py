@@ -9,9 +9,10 @@ from gguf import GGUFValueType as T
 from gguf.utility import size_label
 
 from qwen2vl_q.base.errors import FormatError
-from qwen2vl_q.convert.config import CheckpointConfig, VisionConfig
+from qwen2vl_q.base.json_files import as_float32, quoted, read_json, read_json_if_present
+from qwen2vl_q.checkpoint.shapes import VisionConfig
+from qwen2vl_q.convert.config import CheckpointConfig
 from qwen2vl_q.convert.entries import Entry
-from qwen2vl_q.convert.files import as_float32, quoted, read_json, read_json_if_present
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS
 from qwen2vl_q.convert.tokenizer_files import Tokenizer
 from qwen2vl_q.engine.sampling import Sampling

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q.base.errors import FormatError
-from qwen2vl_q.convert.checkpoint import FLOATS, Checkpoint, ExpectedTensor
+from qwen2vl_q.checkpoint.tensors import FLOATS, Checkpoint, ExpectedTensor
 from qwen2vl_q.convert.integer_blocks import BLOCK, integer_blocks, types_that_hold
 from qwen2vl_q.convert.quantization import Packing
 from qwen2vl_q.convert.weight import Weight

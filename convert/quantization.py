@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.json_files import quoted, read_json_if_present
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.convert.files import quoted, read_json_if_present
 
 _MAX_GROUP = 1 << 20
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from qwen2vl_q._native import block_layout
-from qwen2vl_q.convert.tensor_map import Role
+from qwen2vl_q.checkpoint.tensor_map import Role
 
 FileType = Literal["q4_0", "q8_0", "f16", "bf16", "f32"]
 FILE_TYPES: tuple[FileType, ...] = get_args(FileType)

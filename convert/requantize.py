@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from qwen2vl_q import _native
 from qwen2vl_q.base.errors import UnsupportedError
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, name_in_model, role_of
 from qwen2vl_q.convert.convert import Progress, require_range
 from qwen2vl_q.convert.entries import AnyEntry, Entry
 from qwen2vl_q.convert.gguf_source import GgufSource, StoredTensor
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS, Recipe, type_for_row
-from qwen2vl_q.convert.tensor_map import MappedTensor, Role, role_of
 from qwen2vl_q.convert.writer import OutputTensor, write_gguf
 from qwen2vl_q.engine.model_parts import check_model_file
 
@@ -96,14 +96,6 @@ def _plan(stored: StoredTensor, recipe: Recipe, swapped: bool) -> RequantizedTen
     source_shape = (*shape[:2], 2, *shape[2:]) if role is Role.PATCH else shape
     mapped = MappedTensor(name, source_shape, (name,), role)
     return RequantizedTensor(stored, mapped, OutputTensor(name, type, shape), wanted)
-
-
-def name_in_model(name: str, swapped: bool) -> str:
-    """Of a tensor that a file calls `name`; `swapped` as of `_native.has_swapped_feed_forward`."""
-    if not swapped or not name.startswith("v.blk."):
-        return name
-    other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-    return ".".join(other.get(part, part) for part in name.split("."))
 
 
 def _entries(

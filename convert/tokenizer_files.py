@@ -11,10 +11,10 @@ from typing import TypeGuard
 from gguf import TokenType
 
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.json_files import quoted, read_json, read_json_if_present, read_text
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.chat.chat_template import ChatTemplate
 from qwen2vl_q.convert.config import CheckpointConfig
-from qwen2vl_q.convert.files import quoted, read_json, read_json_if_present, read_text
 from qwen2vl_q.text.tokenizer import Tokenizer as RuntimeTokenizer
 
 # How Qwen2 splits text before BPE; the file only says "qwen2", so another pattern cannot be kept.

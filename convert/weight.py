@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2vl_q.convert.checkpoint import Checkpoint
+from qwen2vl_q.checkpoint.tensors import Checkpoint
 
 
 class Weight:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.checkpoint.lora import Adapter, Update
+from qwen2vl_q.checkpoint.tensor_map import MappedTensor
+from qwen2vl_q.checkpoint.tensors import FLOATS, Checkpoint, ExpectedTensor
 from qwen2vl_q.convert import bitsandbytes, packed
-from qwen2vl_q.convert.checkpoint import FLOATS, Checkpoint, ExpectedTensor
-from qwen2vl_q.convert.lora import Adapter, Update
 from qwen2vl_q.convert.quantization import Packing
-from qwen2vl_q.convert.tensor_map import MappedTensor
 from qwen2vl_q.convert.weight import StoredWeight, Weight
 
 

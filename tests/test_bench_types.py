@@ -145,6 +145,7 @@ def test_usage(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--types", "q9", source], "expected some of q4_0, "),
         (["--types", "q8_0"], "give SOURCE instead of -m"),
         (["--types", "q8_0", source, "-m", "demo"], "give SOURCE instead of -m"),
+        (["--types", "q8_0", source, "--lora", source], "merge it first"),
         ([source], "belong to --types"),
         (["-m", "demo", "--plot", "x.svg"], "belong to --types"),
         ([], "Missing option '-m' / '--model'."),

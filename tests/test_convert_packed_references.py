@@ -15,9 +15,9 @@ import pytest
 
 from checkpoints import write_safetensors
 from packers import PackSpec, pack, random_matrix
+from qwen2vl_q.checkpoint.tensors import Checkpoint
 from qwen2vl_q.convert.bitsandbytes import PackedWeight as BitsAndBytesWeight
 from qwen2vl_q.convert.bitsandbytes import packed_tensors
-from qwen2vl_q.convert.checkpoint import Checkpoint
 from qwen2vl_q.convert.packed import PackedWeight
 from qwen2vl_q.convert.quantization import Packing
 

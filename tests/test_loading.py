@@ -130,7 +130,7 @@ def rewritten(
         if (kind := retype.get(tensor.name)) is None:
             writer.add_tensor(tensor.name, np.array(tensor.data))
             continue
-        elements, size = {GGMLQuantizationType.IQ4_NL: (32, 18), GGMLQuantizationType.Q8_1: (32, 40)}[kind]
+        elements, size = {GGMLQuantizationType.I8: (1, 1), GGMLQuantizationType.Q8_1: (32, 40)}[kind]
         rows, columns = tensor.data.shape
         writer.add_tensor(tensor.name, np.zeros((rows, columns // elements * size), np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
@@ -142,13 +142,13 @@ def rewritten(
 
 def test_types_that_are_not_computed_are_named(tiny_gguf: Path, tmp_path: Path) -> None:
     names = ("blk.0.attn_q.weight", "blk.1.ffn_up.weight", "v.blk.0.attn_out.weight")
-    retype = dict.fromkeys(names, GGMLQuantizationType.IQ4_NL) | {names[1]: GGMLQuantizationType.Q8_1}
+    retype = dict.fromkeys(names, GGMLQuantizationType.I8) | {names[1]: GGMLQuantizationType.Q8_1}
     path = rewritten(tiny_gguf, tmp_path / "m.gguf", retype)
     with pytest.raises(UnsupportedError) as error:
         Qwen2VL.from_gguf(path)
     assert str(error.value) == (
-        f"{path}: blk.0.attn_q.weight: stored as IQ4_NL, which is not computed; "
-        "computed are F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K"
+        f"{path}: blk.0.attn_q.weight: stored as I8, which is not computed; "
+        "computed are F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS"
     )
 
 

@@ -7,7 +7,7 @@ import gc
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread
 from time import sleep
 from typing import Any
 
@@ -251,6 +251,28 @@ def test_streams_go_on_while_a_picture_is_encoded(demo: Qwen2VL, slices: list[by
         assert stream.drawn >= n - 1
         assert list(generation.tokens(stream)) == expected
         assert_all_given_back(demo)
+
+
+def test_a_stream_takes_no_turns_from_a_picture(
+    demo: Qwen2VL, slices: list[bytes], rows: list[list[int]]
+) -> None:
+    """One step between two slices, though another thread reads without a pause."""
+    picture = cases.case("what", SEED).images[0]
+    demo.encode_image(picture)
+    demo.reset()
+    stream = demo.generate(IDS, max_new_tokens=3000, ignore_eos=True)
+    next(stream)
+    encoded = Event()
+    reader = Thread(target=lambda: [next(stream) for _ in iter(encoded.is_set, True)])
+    reader.start()
+    slices.clear()
+    rows.clear()
+    demo.encode_image(picture)
+    steps = len(rows)
+    encoded.set()
+    reader.join()
+    assert len(slices) > 10
+    assert steps <= 2 * len(slices)
 
 
 def test_two_who_want_one_picture_encode_it_once(

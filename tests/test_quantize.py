@@ -17,7 +17,7 @@ Bytes = NDArray[np.uint8]
 
 BIT_EXACT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 TYPES = (*BIT_EXACT, "Q6_K")
-ONLY_READ = ("Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K")
+ONLY_READ = ("Q4_1", "Q5_0", "Q5_1", "Q3_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS")
 DATA = Path(__file__).parent / "data"
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from checkpoints import CheckpointSpec, write_checkpoint
+from adapters import factors, write_adapter
+from checkpoints import CheckpointSpec, random_tensors, write_checkpoint
 from conversations import IMAGE_PAD, N_TEXT_TOKENS
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
@@ -29,10 +30,11 @@ SPEC = CheckpointSpec(
 )
 N_CTX = 2048
 CASES = [
-    pytest.param(file_type, isa, threads, id=f"{file_type}-{isa}-{threads}")
+    pytest.param(file_type, isa, threads, adapted, id=f"{file_type}-{isa}-{threads}{'-lora' * adapted}")
     for file_type in ("q8_0", "q4_0", "f16")
     for isa in _native.supported_isas()
     for threads in ((1, 3) if isa == _native.supported_isas()[0] else (2,))
+    for adapted in ((False, True) if file_type == "q8_0" and threads > 1 else (False,))
 ]
 
 
@@ -41,22 +43,29 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_checkpoint(tmp_path_factory.mktemp("rows"), SPEC, seed=4)
     for file_type in ("q8_0", "q4_0", "f16"):
         convert_checkpoint(folder, folder / f"{file_type}.gguf", Recipe(file_type))
+    rng = np.random.default_rng(5)
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for name, values in random_tensors(SPEC, 4).items():
+        if name.startswith("model.layers.") and name.endswith("_proj.weight"):
+            tensors |= factors(rng, name.removesuffix(".weight"), values.shape, 4)
+    write_adapter(folder / "lora", tensors)
     return folder
 
 
 @pytest.fixture
 def model(
-    files: Path, file_type: FileType, isa: str, threads: int, monkeypatch: pytest.MonkeyPatch
+    files: Path, file_type: FileType, isa: str, threads: int, adapted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> Qwen2VL:
     monkeypatch.setenv("QWEN2VL_ISA", isa)
-    return Qwen2VL.from_gguf(files / f"{file_type}.gguf", n_threads=threads)
+    lora = [files / "lora"] if adapted else []
+    return Qwen2VL.from_gguf(files / f"{file_type}.gguf", n_threads=threads, lora=lora)
 
 
 def text(m: Qwen2VL, ids: NDArray[np.int32]) -> _native.Prompt:
     return _native.Prompt(m._native, ids)
 
 
-@pytest.mark.parametrize(("file_type", "isa", "threads"), CASES)
+@pytest.mark.parametrize(("file_type", "isa", "threads", "adapted"), CASES)
 def test_a_prompt_may_be_cut_anywhere(model: Qwen2VL) -> None:
     rng = np.random.default_rng(1)
     ids = rng.integers(0, N_TEXT_TOKENS, 640).astype(np.int32)
@@ -76,7 +85,7 @@ def test_a_prompt_may_be_cut_anywhere(model: Qwen2VL) -> None:
     np.testing.assert_array_equal(np.concatenate(rows), whole)
 
 
-@pytest.mark.parametrize(("file_type", "isa", "threads"), CASES)
+@pytest.mark.parametrize(("file_type", "isa", "threads", "adapted"), CASES)
 def test_a_decoded_token_may_stand_among_others(model: Qwen2VL) -> None:
     rng = np.random.default_rng(2)
     tokens = rng.integers(0, N_TEXT_TOKENS, (48, 2)).tolist()
@@ -102,7 +111,7 @@ def test_a_decoded_token_may_stand_among_others(model: Qwen2VL) -> None:
             np.testing.assert_array_equal(other.logits, one.logits)
 
 
-@pytest.mark.parametrize(("file_type", "isa", "threads"), CASES)
+@pytest.mark.parametrize(("file_type", "isa", "threads", "adapted"), CASES)
 def test_tokens_and_prompts_may_share_a_step(model: Qwen2VL) -> None:
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, N_TEXT_TOKENS, n).astype(np.int32) for n in (30, 75, 200, 90)]

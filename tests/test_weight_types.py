@@ -13,7 +13,7 @@ from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.convert import Recipe, convert_checkpoint
 from weight_types import with_weights
 
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 WIDE = CheckpointSpec(
     hidden_size=256, intermediate_size=512, mrope_section=(8, 12, 12), embed_dim=128, num_heads=2
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,32 @@ from numpy.typing import NDArray
 from qwen2vl_q import _native
 
 
-def random_blocks(rng: np.random.Generator, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
-    """Q4_K or Q5_K, which gguf does not write: any integers, scales and minima within a factor of 2."""
-    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-    blocks = rng.integers(0, 256, (values.size // elements, size), dtype=np.uint8)
-    half = 8 if name == "Q4_K" else 16
-    step = float(values.std()) / half / 48
-    blocks[:, :4] = np.array([step, step * half], np.float16).view(np.uint8)  # d and m
-    blocks[:, 4:12] |= 0xA0  # the highest of six bits
-    return blocks.reshape(len(values), -1)
+@dataclass(frozen=True)
+class RandomBlocks:
+    """Blocks that gguf does not write: any integers, scales of either sign within a factor of 2."""
+
+    halves: int  # where d (and m) stand
+    steps: tuple[float, ...]  # their inverses for values of deviation 1
+    scales: tuple[int, int] = (0, 0)  # of these bytes ...
+    highest: int = 0  # ... the bits that make scales and minima large
+
+    def __call__(self, rng: np.random.Generator, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
+        elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+        blocks = rng.integers(0, 256, (values.size // elements, size), dtype=np.uint8)
+        signs = rng.choice([-1.0, 1.0], (len(blocks), 1))
+        halves = (signs * values.std() / self.steps).astype(np.float16).view(np.uint8)
+        blocks[:, self.halves : self.halves + halves.shape[1]] = halves
+        blocks[:, slice(*self.scales)] |= self.highest
+        return blocks.reshape(len(values), -1)
+
+
+RANDOM_BLOCKS = {
+    "Q3_K": RandomBlocks(108, (2.3 * 24,), (104, 108), 0xFF),
+    "Q4_K": RandomBlocks(0, (8 * 48, 48), (4, 12), 0xA0),
+    "Q5_K": RandomBlocks(0, (16 * 48, 48), (4, 12), 0xA0),
+    "IQ4_NL": RandomBlocks(0, (66,)),
+    "IQ4_XS": RandomBlocks(0, (66 * 24,), (2, 4), 0xFF),
+}
 
 
 def encoded(rng: np.random.Generator, values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
@@ -29,7 +47,7 @@ def encoded(rng: np.random.Generator, values: NDArray[np.float32], name: str) ->
     try:
         return quants.quantize(values, GGMLQuantizationType[name]).view(np.uint8)
     except NotImplementedError:
-        return random_blocks(rng, values, name)
+        return RANDOM_BLOCKS[name](rng, values, name)
 
 
 def with_weights(source: Path, out: Path, name: str, as_f32: bool) -> Path:

@@ -21,6 +21,7 @@
 #include "base/thread_pool.h"
 #include "cpu/kernels/kernel_table.h"
 #include "cpu/limits.h"
+#include "quant/formats.h"
 #include "quant/quantize.h"
 
 namespace qwen2vl::bench {
@@ -57,12 +58,14 @@ class Bench {
                           LinearShape{DType::Q4_0, 8960, 1536}, LinearShape{DType::Q4_0, 1536, 8960},
                           LinearShape{DType::Q6_K, 8960, 1536}, LinearShape{DType::Q4_1, 8960, 1536},
                           LinearShape{DType::Q5_0, 8960, 1536}, LinearShape{DType::Q5_1, 8960, 1536},
-                          LinearShape{DType::Q4_K, 8960, 1536}, LinearShape{DType::Q5_K, 8960, 1536}}) {
+                          LinearShape{DType::Q4_K, 8960, 1536}, LinearShape{DType::Q5_K, 8960, 1536},
+                          LinearShape{DType::Q3_K, 8960, 1536}, LinearShape{DType::IQ4_NL, 8960, 1536},
+                          LinearShape{DType::IQ4_XS, 8960, 1536}}) {
       matmul_many_rows(s);
       matmul_groups(s);
     }
     for (const DType type : {DType::Q4_0, DType::Q8_0, DType::Q6_K, DType::Q4_1, DType::Q5_0, DType::Q5_1,
-                             DType::Q4_K, DType::Q5_K})
+                             DType::Q4_K, DType::Q5_K, DType::Q3_K, DType::IQ4_NL, DType::IQ4_XS})
       for (const int64_t rows : {1, 2, 4, 8}) matmul_few_rows(type, rows);
     for (const DType type : {DType::Q4_0, DType::Q6_K})
       for (const int64_t rows : {8, 16, 32, 64})
@@ -134,10 +137,10 @@ class Bench {
     return m;
   }
 
-  /// Any integers, with the d (and m) that these blocks begin with.
+  /// Any integers, with a usual d (and m).
   void fill_blocks(const DTypeTraits& traits, std::vector<uint8_t>& blocks) {
     for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(random_());
-    for (size_t at = 0; at < blocks.size(); at += traits.block_bytes)
+    for (size_t at = d_offset(traits.type); at < blocks.size(); at += traits.block_bytes)
       for (int half = 0; half <= int{traits.format.has_minimum}; ++half)
         blocks[at + 2 * half + 1] = 0x2a;  // 0.05 .. 0.06
   }
@@ -379,8 +382,8 @@ class Bench {
   }
 
   void packing() {
-    for (const DType type :
-         {DType::F16, DType::Q8_0, DType::Q4_0, DType::Q6_K, DType::Q5_0, DType::Q4_K, DType::Q5_K}) {
+    for (const DType type : {DType::F16, DType::Q8_0, DType::Q4_0, DType::Q6_K, DType::Q5_0, DType::Q4_K,
+                             DType::Q5_K, DType::Q3_K, DType::IQ4_NL, DType::IQ4_XS}) {
       const std::string name = "pack_panel " + std::string(dtype_traits(type).name);
       if (!wanted(name)) continue;
       const int64_t cols = 8960 / 256 * 256, n = 1536, bytes = n * row_bytes(type, cols);

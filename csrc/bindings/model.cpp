@@ -1,5 +1,9 @@
 #include <limits>
 #include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "base/printable.h"
 #include "bindings/arguments.h"
@@ -14,6 +18,9 @@ Precision to_precision(const std::string& name) {
   if (name == "exact") return Precision::Exact;
   throw std::invalid_argument("precision: expected 'fast' or 'exact', found '" + printable(name) + "'");
 }
+
+// Of a matrix's update: more cost as much as the matrix itself.
+constexpr int64_t kMostRanks = 1024;
 
 /// None: empty.
 std::filesystem::path optional_path(const py::object& value, const char* name) {
@@ -30,19 +37,37 @@ py::dict read_config_of(const py::object& file, const py::object& mmproj) {
   return config_dict(config);
 }
 
+using Updates = std::vector<std::tuple<std::string, FloatArray, FloatArray>>;
+
+/// Of (name, a [rank, cols], b [rows, rank]).
+LowRankUpdates to_updates(const Updates& updates) {
+  LowRankUpdates result;
+  for (const auto& [name, a, b] : updates) {
+    const int64_t rank = a.ndim() == 2 ? a.shape(0) : 0;
+    require_shape(a, rank, a.ndim() == 2 ? a.shape(1) : 0, name);
+    require_shape(b, b.ndim() == 2 ? b.shape(0) : 0, rank, name);
+    if (rank == 0 || rank > kMostRanks)
+      throw std::invalid_argument(printable(name) + ": expected a rank from 1 to " +
+                                  std::to_string(kMostRanks) + ", found " + std::to_string(rank));
+    result[name] = {rank, {a.data(), a.data() + a.size()}, {b.data(), b.data() + b.size()}};
+  }
+  return result;
+}
+
 std::shared_ptr<Engine> load_model(const py::object& file, const py::object& mmproj,
                                    const py::object& n_threads, const py::str& precision, const py::str& isa,
                                    const PyProgress& progress, const py::str& device,
-                                   const py::object& plugin, const py::object& device_memory) {
+                                   const py::object& plugin, const py::object& device_memory,
+                                   const Updates& updates) {
   const std::filesystem::path opened = path(file, "path");
-  const ModelOptions options{
-      optional_path(mmproj, "mmproj"),
-      {text(device), to_precision(text(precision)), thread_count(n_threads), text(isa),
-       optional_path(plugin, "plugin"),
-       integer(device_memory, "device_memory", 0, std::numeric_limits<int64_t>::max())}};
+  ModelOptions options{optional_path(mmproj, "mmproj"),
+                       {text(device), to_precision(text(precision)), thread_count(n_threads), text(isa),
+                        optional_path(plugin, "plugin"),
+                        integer(device_memory, "device_memory", 0, std::numeric_limits<int64_t>::max())},
+                       to_updates(updates)};
   const Progress report = make_progress(progress);
   py::gil_scoped_release release;
-  return std::make_shared<Engine>(opened, options, report);
+  return std::make_shared<Engine>(opened, std::move(options), report);
 }
 
 /// A figure that waits for its turn.
@@ -78,7 +103,8 @@ void register_model(py::module_& m) {
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Model", "Weights on a backend.")
       .def(py::init(&load_model), py::arg("path"), py::arg("mmproj") = py::none(), py::arg("n_threads") = 0,
            py::arg("precision") = "fast", py::arg("isa") = "", py::arg("progress") = py::none(),
-           py::arg("device") = "cpu", py::arg("plugin") = py::none(), py::arg("device_memory") = 0)
+           py::arg("device") = "cpu", py::arg("plugin") = py::none(), py::arg("device_memory") = 0,
+           py::arg("updates") = Updates{})
       .def_property_readonly("config", [](const Engine& engine) { return config_dict(engine.config()); })
       .def_property_readonly("device", [](const Engine& engine) { return engine.backend().device(); })
       .def_property_readonly("note", &Engine::note)

@@ -29,7 +29,9 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
   // later token meets theirs. With all layers of 8 bits in groups, the logits of a small random model
   // lose 1.3e-3 of their energy to "exact"; with gate and up alone, three fifths of the work, 7.2e-4; with
   // none 6.0e-4.
-  embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx, Inputs::Fine);
+  embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx, Inputs::Fine,
+                              w.lm_head ? LowRankUpdate{} : w.lm_head_update);
+  embed_tokens_update_ = w.embed_tokens_update;
   for (const DecoderLayerWeights& l : w.layers) {
     layers_.push_back(
         {l.input_layernorm, l.post_attention_layernorm,
@@ -42,7 +44,7 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
     progress(static_cast<int64_t>(layers_.size()), config.num_hidden_layers);
   }
   norm_ = w.norm;
-  if (w.lm_head) lm_head_ = pack_matrix("text lm_head", *w.lm_head, ctx, Inputs::Fine);
+  if (w.lm_head) lm_head_ = pack_matrix("text lm_head", *w.lm_head, ctx, Inputs::Fine, w.lm_head_update);
   for (int64_t i = 0; i < config.head_dim / 2; ++i)
     inv_freq_.push_back(static_cast<float>(
         1.0 / std::pow(static_cast<double>(config.rope_theta),
@@ -66,8 +68,8 @@ int64_t LanguageModel::read_weights(Context& ctx) {
   constexpr int64_t kUnit = 4096, kPiece = 64 * kUnit;
   std::vector<std::span<const uint8_t>> pieces;
   const auto add = [&](const PackedLinear& linear) {
-    for (const PackedLinear::Part& part : linear.parts) {
-      const std::span<const uint8_t> bytes(part.storage.data(), part.storage.size() / kUnit * kUnit);
+    for (const std::span<const uint8_t> stored : linear.storage()) {
+      const std::span<const uint8_t> bytes = stored.first(stored.size() / kUnit * kUnit);
       for (size_t at = 0; at < bytes.size(); at += kPiece)
         pieces.push_back(bytes.subspan(at, std::min<size_t>(kPiece, bytes.size() - at)));
     }
@@ -116,6 +118,15 @@ void LanguageModel::operator()(Context& ctx, std::span<const SequenceRows> batch
   progress(config_.num_hidden_layers, config_.num_hidden_layers);
 }
 
+void LanguageModel::embedding(int32_t token, float* out) const {
+  dequantize_panel_row(embed_tokens_.parts[0].matrix, token, out);
+  const auto& [rank, a, b] = embed_tokens_update_;
+  for (int64_t i = 0; i < rank; ++i) {
+    const float factor = b[token * rank + i];
+    for (int64_t c = 0; c < config_.hidden_size; ++c) out[c] += factor * a[i * config_.hidden_size + c];
+  }
+}
+
 /// Embeddings into x_, and the rotation of every row: the first mrope_section[0] frequencies turn with the
 /// time index, the next with the row, the last with the column (apply_multimodal_rotary_pos_emb).
 void LanguageModel::embed_tokens(Context& ctx, std::span<const SequenceRows> batch,
@@ -132,7 +143,7 @@ void LanguageModel::embed_tokens(Context& ctx, std::span<const SequenceRows> bat
       if (s.embeddings[r] != nullptr)
         std::memcpy(x + r * hidden, s.embeddings[r], hidden * sizeof(float));
       else
-        dequantize_panel_row(embed_tokens_.parts[0].matrix, s.token_ids[r], x + r * hidden);
+        embedding(s.token_ids[r], x + r * hidden);
       int64_t i = 0;
       for (int axis = 0; axis < 3; ++axis)
         for (int64_t end = i + config_.mrope_section[axis]; i < end; ++i) {

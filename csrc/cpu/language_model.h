@@ -29,6 +29,7 @@ class LanguageModel {
   };
 
   const PackedLinear& head_weights() const { return lm_head_.parts.empty() ? embed_tokens_ : lm_head_; }
+  void embedding(int32_t token, float* out) const;  ///< [hidden]
   void embed_tokens(Context& ctx, std::span<const SequenceRows> batch, std::span<const CausalRows> sequences);
   void attention(Context& ctx, const Layer& layer, int64_t index, std::span<const CausalRows> sequences);
   void rotate_and_store(Context& ctx, int64_t index, std::span<const CausalRows> sequences);
@@ -38,6 +39,7 @@ class LanguageModel {
 
   TextConfig config_;
   PackedLinear embed_tokens_;
+  LowRankUpdate embed_tokens_update_;
   std::vector<Layer> layers_;
   NormWeights norm_;
   PackedLinear lm_head_;  // no parts where tied: embed_tokens_ is the head

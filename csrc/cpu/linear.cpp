@@ -4,6 +4,7 @@
 
 #include "cpu/linear_product.h"
 #include "cpu/linear_tasks.h"
+#include "cpu/low_rank.h"
 #include "quant/formats.h"
 
 namespace qwen2vl::cpu {
@@ -20,12 +21,16 @@ bool is_mixed(const Context& ctx, const PackedLinear& layer, const InputRows& x)
 /// What `rows` rows cost at least.
 Work linear_work(const Context& ctx, const PackedLinear& layer, int64_t rows) {
   Work work;
+  const auto add = [&](const PanelMatrix& w) {
+    const bool int8 = ctx.precision == Precision::Fast && is_quantized(w.type);
+    (int8 ? work.int8_ops : work.float_ops) += 2.0 * static_cast<double>(rows * w.rows * w.cols);
+    work.bytes += static_cast<double>(w.panel_count() * w.panel_bytes);
+  };
   for (const PackedLinear::Part& part : layer.parts) {
-    const bool int8 = ctx.precision == Precision::Fast && is_quantized(part.matrix.type);
-    (int8 ? work.int8_ops : work.float_ops) +=
-        2.0 * static_cast<double>(rows * part.matrix.rows * part.matrix.cols);
-    work.bytes += static_cast<double>(part.storage.size());
+    add(part.matrix);
+    add(part.update.up.matrix);
   }
+  add(layer.down.matrix);
   return work;
 }
 
@@ -40,11 +45,13 @@ void linear(Context& ctx, const PackedLinear& layer, const InputRows& x, float* 
   }
   const auto stage = ctx.profile.stage(layer.name, linear_work(ctx, layer, x.rows));
   const LinearProduct product(ctx, layer, x, false, center);
+  const LowRankProduct update(ctx, layer, x);
   for_tasks(
       ctx, layer.parts, x.rows, [&](const PackedLinear::Part& part, const MatmulTask& task, int thread) {
         const float* bias = center.mean.empty() ? layer.bias_of(part) : center.output.data() + part.column;
-        product(part.matrix, task, {out + part.column, out_stride, bias, store}, thread,
-                part.inputs == Inputs::Fine);
+        const MatmulOutput at{out + part.column, out_stride, bias, store};
+        product(part.matrix, task, at, thread, part.inputs == Inputs::Fine);
+        update.add(part.update, task, at);
       });
 }
 
@@ -79,15 +86,20 @@ InputRows linear_swiglu(Context& ctx, const PackedLinear& gate_up, const InputRo
   const auto stage = ctx.profile.stage(gate_up.name, linear_work(ctx, gate_up, x.rows));
   const PackedLinear::Part &gate = gate_up.parts[0], &up = gate_up.parts[1];
   const LinearProduct product(ctx, gate_up, x);
+  const LowRankProduct update(ctx, gate_up, x);
   for_tasks(ctx, {&gate, 1}, x.rows, [&](const PackedLinear::Part&, const MatmulTask& task, int thread) {
-    product(gate.matrix, task, {out, stride, gate_up.bias_of(gate), Store::Overwrite}, thread);
+    const MatmulOutput gate_out{out, stride, gate_up.bias_of(gate), Store::Overwrite};
+    product(gate.matrix, task, gate_out, thread);
+    update.add(gate.update, task, gate_out);
 
     // up's panels as a matrix of their own: the task's columns alone, in the thread's own memory.
     const int64_t first = task.panel_begin * kPanelRows, width = task.panels() * kPanelRows;
     const float* bias = gate_up.bias_of(up);
     float* up_values = ctx.scratch.threads[thread].up.resize(x.rows * width);
-    product(from_panel(up.matrix, task.panel_begin), {0, task.panels(), task.row_begin, task.row_end},
-            {up_values, width, bias == nullptr ? nullptr : bias + first, Store::Overwrite}, thread);
+    const MatmulTask own{0, task.panels(), task.row_begin, task.row_end};
+    const MatmulOutput up_out{up_values, width, bias == nullptr ? nullptr : bias + first, Store::Overwrite};
+    product(from_panel(up.matrix, task.panel_begin), own, up_out, thread);
+    update.add(up.update, own, up_out, task.panel_begin);
 
     const int64_t columns = std::min(width, stride - first);
     for (int64_t r = task.row_begin; r < task.row_end; ++r)

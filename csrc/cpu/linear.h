@@ -8,7 +8,7 @@ namespace qwen2vl::cpu {
 /// KernelTable::matmul_groups.
 Center center_of(Context& ctx, const PackedLinear& layer, const InputRows& x);
 
-/// out[m][n] (=, +=) x[m] . weight[n] + bias[n] for every row and output feature.
+/// out[m][n] (=, +=) x[m] . (weight[n] + update[n]) + bias[n] for every row and output feature.
 void linear(Context& ctx, const PackedLinear& layer, const InputRows& x, float* out, int64_t out_stride,
             Store store, const Center& center = {});
 

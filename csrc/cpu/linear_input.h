@@ -26,7 +26,7 @@ struct InputRows {
 /// less in 8 bits, and layer(x) = weight (x - mean) + layer(mean).
 struct Center {
   Vector mean;    ///< [in_features]; empty: rows are taken as they are
-  Vector output;  ///< [out_features], bias included
+  Vector output;  ///< [out_features], bias included, updates not: these take the rows as they are
 };
 
 /// Whether a layer's rows go through KernelTable::matmul_groups, but for decoded ones. That costs less than

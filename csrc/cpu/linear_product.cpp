@@ -13,6 +13,31 @@ PanelMatrix from_panel(const PanelMatrix& w, int64_t panel) {
   return rest;
 }
 
+PanelMatrix from_column(const PanelMatrix& w, int64_t column, int64_t n) {
+  PanelMatrix some = w;
+  some.data += column * kPanelRows * dtype_traits(w.type).block_bytes;
+  some.cols = n;
+  return some;
+}
+
+void multiply_panels(const KernelTable& kernels, const PanelMatrix& w, const InputRows& x,
+                     const MatmulTask& task, const MatmulOutput& out) {
+  const int64_t first = task.panel_begin * kPanelRows;
+  const int64_t columns = std::min(task.panel_end * kPanelRows, w.rows) - first;
+  const float* a = x.data + task.row_begin * x.stride;
+  const uint8_t* b = w.panel(task.panel_begin);
+  const MatmulOutput at{out.data + task.row_begin * out.stride + first, out.stride,
+                        out.bias == nullptr ? nullptr : out.bias + first, out.store};
+  if (w.type == DType::F32) {
+    kernels.gemm_f32(a, x.stride, reinterpret_cast<const float*>(b), w.panel_bytes / 4, task.rows(), columns,
+                     w.cols, at);
+  } else {
+    const auto gemm = w.type == DType::F16 ? kernels.gemm_f16 : kernels.gemm_bf16;
+    gemm(a, x.stride, reinterpret_cast<const uint16_t*>(b), w.panel_bytes / 2, task.rows(), columns, w.cols,
+         at);
+  }
+}
+
 LinearProduct::LinearProduct(Context& ctx, const PackedLinear& layer, const InputRows& x, bool fine,
                              const Center& center)
     : ctx_(ctx), x_(x) {
@@ -61,35 +86,16 @@ void LinearProduct::add_outliers(const PanelMatrix& w, const MatmulTask& task, c
 
 void LinearProduct::multiply_float(const PanelMatrix& w, const MatmulTask& task, const MatmulOutput& out,
                                    std::byte* scratch) const {
-  const KernelTable& kernels = ctx_.kernels;
-  const float* a = x_.data + task.row_begin * x_.stride;
-  const int64_t rows = task.rows();
-  const auto output_at = [&](int64_t panel) {
-    MatmulOutput o = out;
-    o.data += task.row_begin * out.stride + panel * kPanelRows;
-    if (o.bias != nullptr) o.bias += panel * kPanelRows;
-    return o;
-  };
-  const int64_t n_begin = task.panel_begin * kPanelRows;
-  const int64_t n_end = std::min(task.panel_end * kPanelRows, w.rows);
-  const uint8_t* data = w.panel(task.panel_begin);
-  visit_dtype(w.type, [&]<DType T>() {
-    if constexpr (T == DType::F32) {
-      kernels.gemm_f32(a, x_.stride, reinterpret_cast<const float*>(data), w.panel_bytes / 4, rows,
-                       n_end - n_begin, w.cols, output_at(task.panel_begin));
-    } else if constexpr (T == DType::F16 || T == DType::BF16) {
-      const auto gemm = T == DType::F16 ? kernels.gemm_f16 : kernels.gemm_bf16;
-      gemm(a, x_.stride, reinterpret_cast<const uint16_t*>(data), w.panel_bytes / 2, rows, n_end - n_begin,
-           w.cols, output_at(task.panel_begin));
-    } else {
-      for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
-        float* panel = reinterpret_cast<float*>(scratch);
-        kernels.unpack_panel(w, p, panel);
-        kernels.gemm_f32(a, x_.stride, panel, w.cols * kPanelRows, rows,
-                         std::min(kPanelRows, w.rows - p * kPanelRows), w.cols, output_at(p));
-      }
-    }
-  });
+  if (!is_quantized(w.type)) return multiply_panels(ctx_.kernels, w, x_, task, out);
+  float* values = reinterpret_cast<float*>(scratch);
+  for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {
+    const int64_t first = p * kPanelRows;
+    ctx_.kernels.unpack_panel(w, p, values);
+    ctx_.kernels.gemm_f32(x_.data + task.row_begin * x_.stride, x_.stride, values, w.cols * kPanelRows,
+                          task.rows(), std::min(kPanelRows, w.rows - first), w.cols,
+                          {out.data + task.row_begin * out.stride + first, out.stride,
+                           out.bias == nullptr ? nullptr : out.bias + first, out.store});
+  }
 }
 
 }  // namespace qwen2vl::cpu

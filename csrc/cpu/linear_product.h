@@ -7,6 +7,12 @@ namespace qwen2vl::cpu {
 
 /// A matrix from a panel on.
 PanelMatrix from_panel(const PanelMatrix& w, int64_t panel);
+/// Columns [column, column + n) of a matrix of F32, F16 or BF16.
+PanelMatrix from_column(const PanelMatrix& w, int64_t column, int64_t n);
+
+/// One task's products of rows with a matrix of F32, F16 or BF16.
+void multiply_panels(const KernelTable& kernels, const PanelMatrix& w, const InputRows& x,
+                     const MatmulTask& task, const MatmulOutput& out);
 
 /// A layer's input as its kernels want it, and the products with it.
 class LinearProduct {

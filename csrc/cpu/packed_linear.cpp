@@ -1,7 +1,10 @@
 #include "cpu/packed_linear.h"
 
 #include <algorithm>
+#include <cmath>
+#include <utility>
 
+#include "base/half.h"
 #include "cpu/outliers.h"
 #include "quant/formats.h"
 
@@ -11,25 +14,62 @@ namespace {
 // Of a file that are read at a time: they stay in a core's cache until they are packed.
 constexpr int64_t kBytesPerRead = 256 << 10;
 
-PackedLinear::Part pack_part(const MatrixView& source, int64_t column, Context& ctx) {
-  PackedLinear::Part part;
-  part.column = column;
-  part.matrix = {source.type, source.rows,       source.cols, panel_parts(source.type, source.cols).bytes,
-                 nullptr,     ctx.kernels.layout};
-  part.storage = AlignedBuffer(part.matrix.panel_count() * part.matrix.panel_bytes);
-  uint8_t* out = part.storage.data();
-  part.matrix.data = out;
+PackedMatrix pack(const MatrixView& source, Context& ctx) {
+  PackedMatrix packed;
+  packed.matrix = {source.type, source.rows,       source.cols, panel_parts(source.type, source.cols).bytes,
+                   nullptr,     ctx.kernels.layout};
+  packed.storage = AlignedBuffer(packed.matrix.panel_count() * packed.matrix.panel_bytes);
+  uint8_t* out = packed.storage.data();
+  packed.matrix.data = out;
   const int64_t source_bytes = kPanelRows * row_bytes(source.type, source.cols);  // of a panel
   const int64_t panels = std::max<int64_t>(1, kBytesPerRead / source_bytes);
   ctx.scratch.reserve_kernel(panels * source_bytes);
-  ctx.pool.parallel_for(part.matrix.panel_count(), panels, [&](int64_t begin, int64_t end, int thread) {
+  ctx.pool.parallel_for(packed.matrix.panel_count(), panels, [&](int64_t begin, int64_t end, int thread) {
     const int64_t rows = std::min(end * kPanelRows, source.rows) - begin * kPanelRows;
     const uint8_t* read =
         source.read_rows(begin * kPanelRows, rows, ctx.scratch.threads[thread].kernel.data());
     for (int64_t p = begin; p < end; ++p)
-      pack_panel(part.matrix, read, rows, p - begin, out + p * part.matrix.panel_bytes);
+      pack_panel(packed.matrix, read, rows, p - begin, out + p * packed.matrix.panel_bytes);
   });
-  return part;
+  return packed;
+}
+
+int exponent(std::span<const float> values) {
+  float largest = 0;
+  for (const float value : values) largest = std::max(largest, std::fabs(value));
+  return largest > 0 ? std::ilogb(largest) : 0;
+}
+
+Vector scaled(std::span<const float> values, int by) {
+  Vector result;
+  for (const float value : values) result.push_back(std::ldexp(value, by));
+  return result;
+}
+
+/// In float32, or f16.
+PackedMatrix pack_factor(const Vector& values, int64_t rows, int64_t cols, Context& ctx) {
+  if (ctx.precision == Precision::Exact)
+    return pack({DType::F32, rows, cols, reinterpret_cast<const uint8_t*>(values.data())}, ctx);
+  std::vector<uint16_t> halves(values.size());
+  std::transform(values.begin(), values.end(), halves.begin(), f32_to_f16);
+  return pack({DType::F16, rows, cols, reinterpret_cast<const uint8_t*>(halves.data())}, ctx);
+}
+
+void pack_updates(PackedLinear& packed, std::initializer_list<LayerSource> layers, Context& ctx) {
+  Vector down;
+  int64_t ranks = 0;
+  auto part = packed.parts.begin();
+  for (const LayerSource& source : layers) {
+    const auto& [rank, a, b] = source.layer->update;
+    // A power of two moves from one factor to the other, so that both have their values in f16's middle.
+    const int shift = (exponent(b) - exponent(a)) / 2;
+    const Vector shifted = scaled(a, shift);
+    down.insert(down.end(), shifted.begin(), shifted.end());
+    if (rank > 0) part->update = {pack_factor(scaled(b, -shift), part->matrix.rows, rank, ctx), ranks};
+    ranks += rank;
+    ++part;
+  }
+  if (ranks > 0) packed.down = pack_factor(down, ranks, packed.in_features, ctx);
 }
 
 }  // namespace
@@ -38,10 +78,23 @@ bool PackedLinear::has(Inputs inputs) const {
   return std::any_of(parts.begin(), parts.end(), [&](const Part& part) { return part.inputs == inputs; });
 }
 
+std::vector<std::span<const uint8_t>> PackedLinear::storage() const {
+  std::vector<std::span<const uint8_t>> all;
+  const auto add = [&](const AlignedBuffer& buffer) {
+    if (buffer.size() > 0) all.emplace_back(buffer.data(), buffer.size());
+  };
+  for (const Part& part : parts) {
+    add(part.storage);
+    add(part.update.up.storage);
+  }
+  add(down.storage);
+  return all;
+}
+
 int64_t PackedLinear::weight_bytes() const {
-  int64_t bytes = static_cast<int64_t>(bias.size()) * 4;
-  for (const Part& part : parts) bytes += static_cast<int64_t>(part.storage.size());
-  return bytes;
+  size_t bytes = bias.size() * sizeof(float);
+  for (const auto& some : storage()) bytes += some.size();
+  return static_cast<int64_t>(bytes);
 }
 
 LayerSource::LayerSource(const LinearWeights* layer_, Inputs inputs_of_8_bits)
@@ -55,17 +108,19 @@ PackedLinear pack_linear(std::string_view name, std::initializer_list<LayerSourc
   if (norm != nullptr) packed.outlier_columns = outlier_columns(norm->weight);
   for (const auto& [layer, inputs] : layers) {
     packed.in_features = layer->weight.cols;
-    packed.parts.push_back(pack_part(layer->weight, packed.out_features, ctx));
-    packed.parts.back().inputs = inputs;
+    PackedMatrix matrix = pack(layer->weight, ctx);
+    packed.parts.push_back({matrix.matrix, packed.out_features, std::move(matrix.storage), inputs});
     packed.out_features += layer->weight.rows;
     packed.bias.insert(packed.bias.end(), layer->bias.begin(), layer->bias.end());
   }
+  pack_updates(packed, layers, ctx);
   ctx.scratch.reserve_kernel(matmul_scratch_bytes(packed.in_features));
   return packed;
 }
 
-PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx, Inputs inputs) {
-  const LinearWeights layer{matrix, {}};
+PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx, Inputs inputs,
+                         const LowRankUpdate& update) {
+  const LinearWeights layer{matrix, {}, update};
   PackedLinear packed = pack_linear(name, {&layer}, ctx);
   packed.parts[0].inputs = inputs;
   return packed;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -17,6 +18,18 @@ enum class Inputs {
   Fine,    ///< 16 bits, as two planes of 8: 1e-9, twice the products, the weights read once
 };
 
+struct PackedMatrix {
+  PanelMatrix matrix;  ///< of no rows: there is none
+  AlignedBuffer storage;
+};
+
+/// What an update adds to a part: its columns of x A^T, times B^T. In the fast precision the factors are f16,
+/// which loses 2^-11 of the update.
+struct PartUpdate {
+  PackedMatrix up;     ///< B [rows of the part, rank]
+  int64_t column = 0;  ///< its first of x A^T
+};
+
 /// One or several Linear layers over the same input, repacked for the kernels and run as one matmul whose
 /// outputs stand side by side: q, k, v; gate, up.
 struct PackedLinear {
@@ -25,6 +38,7 @@ struct PackedLinear {
     int64_t column = 0;  ///< of its first output in a row of the result
     AlignedBuffer storage;
     Inputs inputs = Inputs::Groups;
+    PartUpdate update = {};
   };
   std::string_view name;  ///< of the stage in a profile
   std::vector<Part> parts;
@@ -32,8 +46,10 @@ struct PackedLinear {
   int64_t out_features = 0;
   Vector bias;                           ///< [out_features], or empty
   std::vector<int32_t> outlier_columns;  ///< of every row, whatever their values
+  PackedMatrix down;                     ///< of its updates the factors A of all parts [ranks, in_features]
 
   bool has(Inputs inputs) const;
+  std::vector<std::span<const uint8_t>> storage() const;  ///< of all its matrices
   int64_t weight_bytes() const;
   const float* bias_of(const Part& part) const { return bias.empty() ? nullptr : bias.data() + part.column; }
 };
@@ -49,8 +65,8 @@ struct LayerSource {
 /// Reads and repacks, in parallel. `name` is a literal; `norm`: what the layer's rows come out of.
 PackedLinear pack_linear(std::string_view name, std::initializer_list<LayerSource> layers, Context& ctx,
                          const NormWeights* norm = nullptr);
-/// A matrix without bias (embedding, head).
+/// A matrix without bias (patch embedding, head).
 PackedLinear pack_matrix(std::string_view name, const MatrixView& matrix, Context& ctx,
-                         Inputs inputs = Inputs::Groups);
+                         Inputs inputs = Inputs::Groups, const LowRankUpdate& update = {});
 
 }  // namespace qwen2vl::cpu

@@ -25,15 +25,11 @@ class PanelDecoder {
   PanelDecoder(const PanelMatrix& w, int64_t panel)
       : panel_(w.panel(panel)), parts_(panel_parts(w.type, w.cols)), layout_(w.layout) {}
 
-  /// The integer of column k, row r, its offset taken off.
+  /// The integer of column k, row r: QuantFormat::value.
   int quant(int64_t k, int64_t r) const {
-    if constexpr (kFormat.low_bits == 8) {
-      return static_cast<int8_t>(bits<8>(0, k, r)) - kFormat.offset;
-    } else {
-      int q = bits<kFormat.low_bits>(0, k, r);
-      if constexpr (kFormat.high_bits > 0) q |= bits<kFormat.high_bits>(parts_.high, k, r) << 4;
-      return q - kFormat.offset;
-    }
+    int q = bits<kFormat.low_bits>(0, k, r);
+    if constexpr (kFormat.high_bits > 0) q |= bits<kFormat.high_bits>(parts_.high, k, r) << kFormat.low_bits;
+    return kFormat.value(q);
   }
 
   float scale(int64_t k, int64_t r) const { return part_value(parts_.scales, parts_.block_scales, k, r); }

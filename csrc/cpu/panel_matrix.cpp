@@ -81,7 +81,7 @@ void pack_blocks(const uint8_t* rows, int64_t row_stride, int64_t lanes, const P
       open_block_at<T>(rows + r * row_stride + i * kTraits.block_bytes, block);
       for (int64_t b = 0; b < kBlocks32; ++b) {
         low.pack(block.q + b * kBlock32, i * kBlocks32 + b, r);
-        high.template pack<4>(block.q + b * kBlock32, i * kBlocks32 + b, r);
+        high.template pack<kFormat.low_bits>(block.q + b * kBlock32, i * kBlocks32 + b, r);
       }
       const auto pack_scales = [&](int64_t values, int64_t block_values, uint16_t half, const int8_t* bytes) {
         if constexpr (kFormat.scale_bits == 8)

@@ -29,6 +29,8 @@ struct Scratch {
 
   std::vector<ThreadScratch> threads;
 
+  FloatBuffer inner_rows;  ///< of LowRankProduct: until the next layer's
+
   // --- a layer's input in 8 bits: until the next layer's is quantized ---
 
   std::vector<std::vector<Outlier>> outliers;  ///< [thread]: those that it found in its rows

@@ -50,7 +50,8 @@ PackedLinear pack_patch_embed(const VisionConfig& c, const VisionWeights& weight
   }
   return pack_matrix(
       "image patch_embed",
-      {DType::F32, c.embed_dim, c.patch_dim(), reinterpret_cast<const uint8_t*>(joined.data())}, ctx);
+      {DType::F32, c.embed_dim, c.patch_dim(), reinterpret_cast<const uint8_t*>(joined.data())}, ctx,
+      Inputs::Groups, weights.patch_embed_update);
 }
 
 }  // namespace

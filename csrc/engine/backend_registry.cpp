@@ -19,6 +19,8 @@ namespace qwen2vl {
 namespace {
 
 constexpr std::string_view kCpu = "cpu", kAuto = "auto";
+constexpr std::string_view kNoAdapters =
+    ": adapters are computed on the CPU alone; qwen2vl-q convert --lora merges them";
 constexpr size_t kMostOfAName = 32;
 
 /// "cuda:1" as name and index, "cuda" as its first; nothing where it is neither.
@@ -92,6 +94,7 @@ void BackendRegistry::add_plugin() {
   const std::string name = printable(api.name, kMostOfAName);
   factories_.try_emplace(name, [this, &api, name](const ModelConfig& config, Weights&& weights, int32_t index,
                                                   const Progress& progress) {
+    if (weights.is_updated) throw UnsupportedError("device " + name + std::string(kNoAdapters));
     require_device(api, name, index);
     return make_plugin_backend(api, config, std::move(weights),
                                {index, options_.precision, options_.device_memory}, progress);
@@ -105,6 +108,10 @@ ChosenBackend BackendRegistry::make(const ModelConfig& config, Weights weights,
   std::string note = note_;
   for (const auto& [name, factory] : factories_) {
     if (name == kCpu) continue;
+    if (weights.is_updated) {
+      note = "computing on the CPU: device " + name + std::string(kNoAdapters);
+      continue;
+    }
     try {
       return {factory(config, std::move(weights), index_, progress), {}};
     } catch (const DeviceError& error) {

@@ -12,10 +12,10 @@
 
 namespace qwen2vl {
 
-Engine::Engine(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress)
+Engine::Engine(const std::filesystem::path& path, ModelOptions options, const Progress& progress)
     : precision_(options.backend.precision) {
   const BackendRegistry backends(options.backend);
-  ModelFiles files = open_model(path, options.mmproj);
+  ModelFiles files = open_model(path, options.mmproj, std::move(options.updates));
   config_ = std::move(files.config);
   chosen_ = backends.make(config_, std::move(files.weights), progress);
   pool_ = std::make_unique<PagePool>(chosen_.backend->pages(), std::numeric_limits<int64_t>::max());

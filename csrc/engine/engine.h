@@ -31,7 +31,7 @@ struct StepRows {
 /// that was forked during one.
 class Engine {
  public:
-  Engine(const std::filesystem::path& path, const ModelOptions& options, const Progress& progress);
+  Engine(const std::filesystem::path& path, ModelOptions options, const Progress& progress);
 
   const ModelConfig& config() const { return config_; }
   Precision precision() const { return precision_; }

@@ -15,11 +15,13 @@ struct ModelFiles {
 };
 
 /// `mmproj`: the vision tower's file where it is not in the model's own; empty: none.
-ModelFiles open_model(const std::filesystem::path& path, const std::filesystem::path& mmproj);
+ModelFiles open_model(const std::filesystem::path& path, const std::filesystem::path& mmproj,
+                      LowRankUpdates updates = {});
 
 struct ModelOptions {
   std::filesystem::path mmproj;  ///< the vision tower's file where it is not in the model's own; empty: none
   BackendOptions backend;
+  LowRankUpdates updates = {};  ///< of its matrices
 };
 
 }  // namespace qwen2vl

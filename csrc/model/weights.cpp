@@ -1,9 +1,11 @@
 #include "model/weights.h"
 
+#include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "gguf/types.h"
 #include "model/architecture.h"
 #include "quant/quantize.h"
@@ -20,7 +22,8 @@ std::string shape_text(std::span<const int64_t> shape) {
 /// Looks tensors up and collects every complaint, so that a user sees all of them at once.
 class Loader {
  public:
-  explicit Loader(std::span<const gguf::File* const> files) : files_(files) {}
+  Loader(std::span<const gguf::File* const> files, LowRankUpdates updates)
+      : files_(files), updates_(std::move(updates)) {}
 
   MatrixView matrix(const std::string& name, int64_t rows, int64_t cols) {
     return view(name, {rows, cols}, rows, cols);
@@ -45,10 +48,27 @@ class Loader {
     return {vector(name + ".weight", size), vector(name + ".bias", size)};
   }
   LinearWeights linear(const std::string& name, int64_t out, int64_t in) {
-    return {matrix(name + ".weight", out, in), {}};
+    return {matrix(name + ".weight", out, in), {}, update(name, out, in)};
   }
   LinearWeights linear_with_bias(const std::string& name, int64_t out, int64_t in) {
-    return {matrix(name + ".weight", out, in), vector(name + ".bias", out)};
+    return linear_stored_as(name, name, out, in);
+  }
+  LinearWeights linear_stored_as(const std::string& stored, const std::string& name, int64_t out,
+                                 int64_t in) {
+    return {matrix(stored + ".weight", out, in), vector(stored + ".bias", out), update(name, out, in)};
+  }
+
+  LowRankUpdate update(const std::string& name, int64_t rows, int64_t cols) {
+    const auto node = updates_.extract(name + ".weight");
+    if (node.empty()) return {};
+    LowRankUpdate& found = node.mapped();
+    const auto size = [](int64_t n, int64_t m) { return static_cast<size_t>(n * m); };
+    if (found.a.size() != size(found.rank, cols) || found.b.size() != size(rows, found.rank))
+      throw std::invalid_argument(
+          "update of " + node.key() + ": expected factors " + shape_text(std::vector{found.rank, cols}) +
+          " and " + shape_text(std::vector{rows, found.rank}) + ", found " + std::to_string(found.a.size()) +
+          " and " + std::to_string(found.b.size()) + " values");
+    return std::move(found);
   }
 
   /// Of the vision tower, which is there.
@@ -58,7 +78,7 @@ class Loader {
 
   void finish() const {
     if (problems_.empty() && !not_computed_.empty()) throw UnsupportedError(not_computed_);
-    if (problems_.empty()) return;
+    if (problems_.empty()) return require_no_updates_left();
     constexpr size_t kShown = 40;  // a screen
     std::string text = files_[0]->path() + ": " + std::to_string(problems_.size()) +
                        " tensor(s) do not fit the configuration:";
@@ -68,6 +88,12 @@ class Loader {
   }
 
  private:
+  void require_no_updates_left() const {
+    if (!updates_.empty())
+      throw std::invalid_argument("update of " + printable(updates_.begin()->first) +
+                                  ": the model has no such matrix");
+  }
+
   MatrixView view(const std::string& name, std::vector<int64_t> shape, int64_t rows, int64_t cols) {
     const FoundTensor found = find_tensor(files_, name);
     if (found.tensor == nullptr) {
@@ -91,6 +117,7 @@ class Loader {
   }
 
   std::span<const gguf::File* const> files_;
+  LowRankUpdates updates_;  // that no matrix has taken yet
   std::vector<std::string> problems_;
   std::string not_computed_;  // the complaint about the first tensor of a type that is not
 };
@@ -98,6 +125,7 @@ class Loader {
 TextWeights load_text(Loader& load, const TextConfig& c) {
   TextWeights w;
   w.embed_tokens = load.matrix("token_embd.weight", c.vocab_size, c.hidden_size);
+  w.embed_tokens_update = load.update("token_embd", c.vocab_size, c.hidden_size);
   for (int64_t i = 0; i < c.num_hidden_layers; ++i) {
     const std::string blk = "blk." + std::to_string(i) + ".";
     DecoderLayerWeights l;
@@ -114,6 +142,7 @@ TextWeights load_text(Loader& load, const TextConfig& c) {
   }
   w.norm = load.rms_norm("output_norm", c.hidden_size);
   if (!c.tie_word_embeddings) w.lm_head = load.matrix("output.weight", c.vocab_size, c.hidden_size);
+  w.lm_head_update = load.update("output", c.vocab_size, c.hidden_size);
   return w;
 }
 
@@ -123,6 +152,7 @@ VisionWeights load_vision(Loader& load, const VisionConfig& c) {
   const std::string fc1 = swapped ? "ffn_down" : "ffn_up", fc2 = swapped ? "ffn_up" : "ffn_down";
   w.patch_embed[0] = load.patch_slice("v.patch_embd.weight", c);
   w.patch_embed[1] = load.patch_slice("v.patch_embd.weight.1", c);
+  w.patch_embed_update = load.update("v.patch_embd", c.embed_dim, c.patch_dim());
   for (int64_t i = 0; i < c.depth; ++i) {
     const std::string blk = "v.blk." + std::to_string(i) + ".";
     VisionBlockWeights b;
@@ -132,8 +162,8 @@ VisionWeights load_vision(Loader& load, const VisionConfig& c) {
     b.v = load.linear_with_bias(blk + "attn_v", c.embed_dim, c.embed_dim);
     b.proj = load.linear_with_bias(blk + "attn_out", c.embed_dim, c.embed_dim);
     b.norm2 = load.layer_norm(blk + "ln2", c.embed_dim);
-    b.fc1 = load.linear_with_bias(blk + fc1, c.intermediate_size, c.embed_dim);
-    b.fc2 = load.linear_with_bias(blk + fc2, c.embed_dim, c.intermediate_size);
+    b.fc1 = load.linear_stored_as(blk + fc1, blk + "ffn_up", c.intermediate_size, c.embed_dim);
+    b.fc2 = load.linear_stored_as(blk + fc2, blk + "ffn_down", c.embed_dim, c.intermediate_size);
     w.blocks.push_back(std::move(b));
   }
   const int64_t merged = c.embed_dim * c.merge_unit();
@@ -152,11 +182,13 @@ const uint8_t* MatrixView::read_rows(int64_t begin, int64_t n, uint8_t* room) co
   return room;
 }
 
-Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config) {
+Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config,
+                     LowRankUpdates updates) {
   std::vector<const gguf::File*> views;
   for (const auto& file : files) views.push_back(file.get());
-  Loader load(views);
   Weights weights;
+  weights.is_updated = !updates.empty();
+  Loader load(views, std::move(updates));
   weights.text = load_text(load, config.text);
   if (config.vision) weights.vision = load_vision(load, *config.vision);
   load.finish();

@@ -1,9 +1,11 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "gguf/reader.h"
@@ -29,10 +31,21 @@ struct MatrixView {
 
 using Vector = std::vector<float>;  ///< norms and biases, always float32
 
-/// torch.nn.Linear: y = x weight^T + bias. The bias is empty where there is none.
+/// What LoRA adapters (arXiv 2106.09685) add to a matrix [rows, cols], which itself stays as it is: b a.
+struct LowRankUpdate {
+  int64_t rank = 0;  ///< 0: nothing
+  Vector a;          ///< [rank, cols]
+  Vector b;          ///< [rows, rank], scaled
+};
+/// By the tensors' names. The patch embedding's, [embed_dim, patch_dim], goes by its first slice's name; the
+/// tower's fc1 is ffn_up, fc2 ffn_down, whatever a file calls them; a tied head's is output.weight's.
+using LowRankUpdates = std::map<std::string, LowRankUpdate>;
+
+/// torch.nn.Linear: y = x (weight + update)^T + bias. The bias is empty where there is none.
 struct LinearWeights {
   MatrixView weight;
   Vector bias;
+  LowRankUpdate update = {};
 };
 
 struct NormWeights {
@@ -50,10 +63,12 @@ struct DecoderLayerWeights {
 };
 
 struct TextWeights {
-  MatrixView embed_tokens;  // [vocab, hidden]
+  MatrixView embed_tokens;            // [vocab, hidden]
+  LowRankUpdate embed_tokens_update;  // of the look-up alone
   std::vector<DecoderLayerWeights> layers;
   NormWeights norm;                   // [hidden]
   std::optional<MatrixView> lm_head;  // [vocab, hidden]; embed_tokens where tied
+  LowRankUpdate lm_head_update;
 };
 
 struct VisionBlockWeights {
@@ -67,6 +82,7 @@ struct VisionBlockWeights {
 
 struct VisionWeights {
   MatrixView patch_embed[2];  // per frame of the temporal patch: [embed_dim, in_channels * patch * patch]
+  LowRankUpdate patch_embed_update;  // of both together: [embed_dim, patch_dim]
   std::vector<VisionBlockWeights> blocks;
   NormWeights ln_q;            // [embed_dim]
   LinearWeights mlp_0, mlp_2;  // [4 embed_dim, 4 embed_dim], [hidden, 4 embed_dim] (4 = merge_unit)
@@ -76,10 +92,13 @@ struct Weights {
   std::vector<std::unique_ptr<gguf::File>> files;  ///< that the matrices lie in
   TextWeights text;
   std::optional<VisionWeights> vision;
+  bool is_updated = false;  ///< whether any LowRankUpdate is there
 };
 
 /// Views of every tensor of `files` that the configuration asks for. One FormatError lists all tensors that
 /// are missing or misshapen; UnsupportedError names one of a type that cannot be computed with.
-Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config);
+/// std::invalid_argument for an update of no matrix of the model, or of another shape.
+Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config,
+                     LowRankUpdates updates = {});
 
 }  // namespace qwen2vl

@@ -16,22 +16,31 @@ enum class DType : uint32_t {
   Q5_0 = 6,
   Q5_1 = 7,
   Q8_0 = 8,
+  Q3_K = 11,
   Q4_K = 12,
   Q5_K = 13,
   Q6_K = 14,
+  IQ4_NL = 20,
+  IQ4_XS = 23,
   BF16 = 30,
 };
 
-/// What a quantized value is: x = scale * (q - offset) - minimum, with integers q of low_bits + high_bits.
+/// What a quantized value is: x = scale * value(q) - minimum, with integers q of low_bits + high_bits.
 struct QuantFormat {
-  int low_bits = 0;   ///< 4: unsigned; 8: signed; 0: the type is not quantized
+  int low_bits = 0;   ///< 2 or 4: unsigned; 8: signed; 0: the type is not quantized
   int high_bits = 0;  ///< stored apart from the low ones
   int offset = 0;
   int part = 32;             ///< values that share a scale (and a minimum): 32 or 16
   int scale_bits = 16;       ///< of a part's scale. 16: an f16; 8: an integer, multiplied by the block's f16
   bool has_minimum = false;  ///< stored as scales are; the offset is 0
+  const int8_t* table = nullptr;  ///< of 4 bits: the 16 values that q stands for
 
   constexpr int bits() const { return low_bits + high_bits; }
+  /// What is multiplied are signed bytes; else unsigned ones, less the offset.
+  constexpr bool is_signed() const { return bits() == 8 || table != nullptr; }
+  constexpr int value(int q) const {
+    return table != nullptr ? table[q] : bits() == 8 ? static_cast<int8_t>(q) : q - offset;
+  }
 };
 
 /// How a type is stored: `block_elements` consecutive values of a row take `block_bytes` bytes.
@@ -107,6 +116,18 @@ struct Block<DType::Q8_0> {
   int8_t qs[kBlock32];
 };
 
+/// x[i] = d * (scale[i / 16] - 32) * (q[i] - 4), q in 0..7. Bits 2 j and 2 j + 1 of qs[32 * half + l] are the
+/// low bits of value v = 128 * half + 32 * j + l, bit v / 32 of hmask[l] its high one. Scales have 6 bits:
+/// the low four of part p are nibble p / 8 of scales[p % 8], the others bits from 2 * (p / 4) on of scales[8
+/// + p % 4].
+template <>
+struct Block<DType::Q3_K> {
+  uint8_t hmask[kBlock256 / 8];
+  uint8_t qs[kBlock256 / 4];
+  uint8_t scales[12];
+  uint16_t d;
+};
+
 /// x[i] = d * scale[i / 32] * q[i] - m * minimum[i / 32], q in 0..15. qs[32 * j + l]: low nibble of value
 /// 64 * j + l, high nibble of value 64 * j + 32 + l. Scales and minima have 6 bits: those of the first four
 /// parts are the low bits of scales[0..4) and scales[4..8); of the others scales[8..12) has the low four bits
@@ -137,6 +158,26 @@ struct Block<DType::Q6_K> {
   uint8_t qh[kBlock256 / 4];
   int8_t scales[kBlock256 / 16];
   uint16_t d;
+};
+
+/// IQ4's values, denser around 0.
+inline constexpr int8_t kIq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+/// x[i] = d * kIq4[q[i]], q as Q4_0's.
+template <>
+struct Block<DType::IQ4_NL> {
+  uint16_t d;
+  uint8_t qs[kBlock32 / 2];
+};
+
+/// x[i] = d * (scale[i / 32] - 32) * kIq4[q[i]], every 32 values of q as Q4_0's. Scales have 6 bits: of
+/// part p the low four are nibble p of scales_l, the others bits 2 p and 2 p + 1 of scales_h.
+template <>
+struct Block<DType::IQ4_XS> {
+  uint16_t d;
+  uint16_t scales_h;
+  uint8_t scales_l[kBlock256 / 64];
+  uint8_t qs[kBlock256 / 2];
 };
 
 }  // namespace qwen2vl

@@ -18,9 +18,8 @@ void dequantize_blocks(const uint8_t* row, int64_t cols, float* out) {
     const float d = f16_to_f32(block.d), m = kFormat.has_minimum ? f16_to_f32(block.m) : 0.0f;
     for (int64_t i = 0; i < kTraits.block_elements; ++i) {
       const int64_t part = i / kFormat.part;
-      const int q = kFormat.bits() == 8 ? static_cast<int8_t>(block.q[i]) : block.q[i] - kFormat.offset;
       const float scale = kFormat.scale_bits == 8 ? d * static_cast<float>(block.scales[part]) : d;
-      float x = scale * static_cast<float>(q);
+      float x = scale * static_cast<float>(kFormat.value(block.q[i]));
       if constexpr (kFormat.has_minimum)
         x -= kFormat.scale_bits == 8 ? m * static_cast<float>(block.minima[part]) : m;
       out[begin + i] = x;

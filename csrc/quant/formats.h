@@ -14,15 +14,18 @@ inline constexpr DTypeTraits kDTypes[] = {
     {DType::F32, "F32", 1, 4},
     {DType::F16, "F16", 1, 2},
     {DType::BF16, "BF16", 1, 2},
-    //                                                          bits: low high offset part scale minimum
+    //                                                    bits: low high offset part scale minimum table
     {DType::Q4_0, "Q4_0", kBlock32, sizeof(Block<DType::Q4_0>), {4, 0, 8, 32, 16, false}},
     {DType::Q4_1, "Q4_1", kBlock32, sizeof(Block<DType::Q4_1>), {4, 0, 0, 32, 16, true}, false},
     {DType::Q5_0, "Q5_0", kBlock32, sizeof(Block<DType::Q5_0>), {4, 1, 16, 32, 16, false}, false},
     {DType::Q5_1, "Q5_1", kBlock32, sizeof(Block<DType::Q5_1>), {4, 1, 0, 32, 16, true}, false},
     {DType::Q8_0, "Q8_0", kBlock32, sizeof(Block<DType::Q8_0>), {8, 0, 0, 32, 16, false}},
+    {DType::Q3_K, "Q3_K", kBlock256, sizeof(Block<DType::Q3_K>), {2, 1, 4, 16, 8, false}, false},
     {DType::Q4_K, "Q4_K", kBlock256, sizeof(Block<DType::Q4_K>), {4, 0, 0, 32, 8, true}, false},
     {DType::Q5_K, "Q5_K", kBlock256, sizeof(Block<DType::Q5_K>), {4, 1, 0, 32, 8, true}, false},
     {DType::Q6_K, "Q6_K", kBlock256, sizeof(Block<DType::Q6_K>), {4, 2, 32, 16, 8, false}},
+    {DType::IQ4_NL, "IQ4_NL", kBlock32, sizeof(Block<DType::IQ4_NL>), {4, 0, 0, 32, 16, false, kIq4}, false},
+    {DType::IQ4_XS, "IQ4_XS", kBlock256, sizeof(Block<DType::IQ4_XS>), {4, 0, 0, 32, 8, false, kIq4}, false},
 };
 
 consteval DTypeTraits traits_of(DType type) {
@@ -60,6 +63,13 @@ void visit_quantized(DType type, const Fn& fn) {
   } else {
     refuse_dtype(type, "a quantized one");
   }
+}
+
+/// Where in a quantized type's block d stands; m is behind it.
+inline size_t d_offset(DType type) {
+  size_t offset = 0;
+  visit_quantized(type, [&]<DType T>() { offset = offsetof(Block<T>, d); });
+  return offset;
 }
 
 }  // namespace qwen2vl

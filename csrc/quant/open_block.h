@@ -6,8 +6,8 @@
 
 namespace qwen2vl {
 
-/// A block taken apart: value i is scale * (q[i] - offset) - minimum with the QuantFormat's offset and, for
-/// its part p = i / part,
+/// A block taken apart: value i is scale * value(q[i]) - minimum with the QuantFormat's `value` and, for its
+/// part p = i / part,
 ///   scale = d * scales[p],  minimum = m * minima[p]      where scales have 8 bits,
 ///   scale = d,              minimum = m                  where they have 16.
 struct OpenBlock {
@@ -37,8 +37,26 @@ inline void open_nibbles(const uint8_t* qs, int n, uint8_t* q) {
   }
 }
 
-/// Eight values get a fifth bit, 0 or 1 in each byte of `ones`.
-inline void add_fifth_bits(uint64_t ones, uint8_t* q) { store_word(q, load_word(q) | ones << 4); }
+/// Eight values get bit kBit, 0 or 1 in each byte of `ones`.
+template <int kBit>
+void add_bits(uint64_t ones, uint8_t* q) {
+  store_word(q, load_word(q) | ones << kBit);
+}
+
+/// Bit p of qh[l] to bit kBit of value 32 * p + l of 256.
+template <int kBit>
+void open_high_bits(const uint8_t (&qh)[kBlock256 / 8], uint8_t* q) {
+  for (int p = 0; p < 8; ++p)
+    for (int l = 0; l < 32; l += 8) add_bits<kBit>(load_word(qh + l) >> p & kOnes, q + 32 * p + l);
+}
+
+/// Two bits of each of 256 values: see Block<Q3_K>.
+inline void open_twos(const uint8_t (&qs)[kBlock256 / 4], uint8_t* q) {
+  for (int v = 0; v < kBlock256; v += 8) {
+    const uint64_t word = load_word(qs + v / 128 * 32 + v % 32);
+    store_word(q + v, word >> 2 * (v / 32 % 4) & 3 * kOnes);
+  }
+}
 
 inline void open_block(const Block<DType::Q4_0>& block, OpenBlock& out) {
   open_nibbles(block.qs, sizeof block.qs, out.q);
@@ -49,7 +67,7 @@ inline void open_block(const Block<DType::Q4_0>& block, OpenBlock& out) {
 inline void open_fifth_bits(const uint8_t (&qh)[kBlock32 / 8], uint8_t* q) {
   for (int i = 0; i < kBlock32 / 8; ++i) {
     const uint64_t bits = qh[i] * kOnes & 0x8040201008040201;  // bit k in byte k
-    add_fifth_bits((bits + 0x7f * kOnes) >> 7 & kOnes, q + 8 * i);
+    add_bits<4>((bits + 0x7f * kOnes) >> 7 & kOnes, q + 8 * i);
   }
 }
 
@@ -80,6 +98,17 @@ inline void open_block(const Block<DType::Q8_0>& block, OpenBlock& out) {
   out.d = block.d;
 }
 
+inline void open_block(const Block<DType::Q3_K>& block, OpenBlock& out) {
+  for (int p = 0; p < 16; ++p) {
+    const int low = block.scales[p % 8] >> 4 * (p / 8) & 15,
+              high = block.scales[8 + p % 4] >> 2 * (p / 4) & 3;
+    out.scales[p] = static_cast<int8_t>((low | high << 4) - 32);
+  }
+  open_twos(block.qs, out.q);
+  open_high_bits<2>(block.hmask, out.q);
+  out.d = block.d;
+}
+
 /// What Q4_K and Q5_K have in common: scales, minima and low bits.
 template <typename K>
 void open_k_block(const K& block, OpenBlock& out) {
@@ -99,8 +128,7 @@ inline void open_block(const Block<DType::Q4_K>& block, OpenBlock& out) { open_k
 
 inline void open_block(const Block<DType::Q5_K>& block, OpenBlock& out) {
   open_k_block(block, out);
-  for (int p = 0; p < 8; ++p)
-    for (int l = 0; l < 32; l += 8) add_fifth_bits(load_word(block.qh + l) >> p & kOnes, out.q + 32 * p + l);
+  open_high_bits<4>(block.qh, out.q);
 }
 
 inline void open_block(const Block<DType::Q6_K>& block, OpenBlock& out) {
@@ -114,6 +142,20 @@ inline void open_block(const Block<DType::Q6_K>& block, OpenBlock& out) {
     }
   }
   std::memcpy(out.scales, block.scales, sizeof block.scales);
+  out.d = block.d;
+}
+
+inline void open_block(const Block<DType::IQ4_NL>& block, OpenBlock& out) {
+  open_nibbles(block.qs, sizeof block.qs, out.q);
+  out.d = block.d;
+}
+
+inline void open_block(const Block<DType::IQ4_XS>& block, OpenBlock& out) {
+  for (int p = 0; p < 8; ++p) {
+    const int low = block.scales_l[p / 2] >> 4 * (p % 2) & 15, high = block.scales_h >> 2 * p & 3;
+    out.scales[p] = static_cast<int8_t>((low | high << 4) - 32);
+    open_nibbles(block.qs + 16 * p, 16, out.q + 32 * p);
+  }
   out.d = block.d;
 }
 

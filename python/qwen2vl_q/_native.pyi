@@ -163,11 +163,15 @@ class Model:
         device: str = "cpu",
         plugin: _Path | None = None,
         device_memory: int = 0,
+        updates: AbstractSequence[tuple[str, NDArray[np.float32], NDArray[np.float32]]] = ...,
     ) -> None:
         """device: a backend's name, "cpu" or that of the plug-in's ("cuda", its first device; "cuda:N"), or
         "auto" (the plug-in's where it works, else the CPU). plugin: its library; None: there is none.
-        device_memory: bytes of the device's memory
-        that may be used; 0: what is free. Error: n_threads is more than the system gives."""
+        device_memory: bytes of the device's memory that may be used; 0: what is free. updates: (name, a
+        [rank, cols], b [rows, rank]) adds b a to a matrix [rows, cols]; names as of `LowRankUpdates` in
+        csrc/model/weights.h. Error: n_threads is more than the system gives. ValueError: an update of no
+        matrix of the model, or of another shape; UnsupportedError: of a device that does not compute them.
+        """
     @property
     def device(self) -> str:
         """ "cpu", or the device's own name."""

@@ -19,6 +19,7 @@ from qwen2vl_q.base.errors import FormatError, Qwen2VLError, UnsupportedError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.chat.chat_template import ChatTemplate
 from qwen2vl_q.chat.messages import ImagePart, normalize, read_source
+from qwen2vl_q.engine.adapters import AdapterPaths, native_updates, open_adapters
 from qwen2vl_q.engine.config import Qwen2VLConfig
 from qwen2vl_q.engine.devices import plugin_for, require_name
 from qwen2vl_q.engine.generation import Generation, TokenIds, stage
@@ -99,6 +100,7 @@ class Qwen2VL:
         max_pixels: int | None = None,
         device: str = "cpu",
         cache_bytes: int | None = None,
+        lora: AdapterPaths = (),
         progress: Progress | None = None,
     ) -> Qwen2VL:
         """Loads a GGUF file.
@@ -111,7 +113,10 @@ class Qwen2VL:
         vision tower's file where it is not in the model's own; None: the one beside it under a usual name
         (mmproj-*.gguf, *-vision.gguf ...), which `mmproj` tells afterwards; False: none. min_pixels,
         max_pixels: bounds of an image's size instead of the file's. device: "cpu", "cuda" (the first),
-        "cuda:N", or "auto" (cuda where it works, else the CPU; `note` then says why). The vision tower is
+        "cuda:N", or "auto" (cuda where it works, else the CPU; `note` then says why). lora: folders of PEFT
+        adapters, each perhaps with a number that multiplies its own scale: (folder, 0.5). What they add is
+        computed beside the weights, of whatever types these are, on the CPU alone; it belongs to this model,
+        so that every call has it and what one has computed is found by the next as ever. The vision tower is
         read when the first picture comes: until then its file has to stay as it is. The environment variable
         QWEN2VL_ISA forces an instruction set.
 
@@ -133,6 +138,7 @@ class Qwen2VL:
         vision_path = tower.path or path
         parts = ModelParts.read(path, vision_path)
         processor = parts.processor.bounded(min_pixels, max_pixels)
+        adapters = open_adapters(lora)
         native = _native.Model(
             path,
             mmproj=tower.path,
@@ -142,6 +148,7 @@ class Qwen2VL:
             progress=stage(progress, "load"),
             device=device,
             plugin=plugin_for(device),
+            updates=native_updates(adapters, _native.read_config(path, tower.path)) if adapters else (),
         )
         processor = fitted(processor, native.config["vision_config"], vision_path)
         model = cls(native, parts.tokenizer, parts.template, processor, parts.sampling, n_ctx, cache_bytes)

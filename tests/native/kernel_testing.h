@@ -105,12 +105,12 @@ struct TestMatrix {
     pack(type, rows, cols, layout);
   }
 
-  /// Random integers with d (and m), which these blocks begin with, such that values lie on both sides of 0.
+  /// Random integers with d (and m) such that values lie on both sides of 0.
   void fill_blocks(const DTypeTraits& traits, uint32_t seed) {
     std::mt19937 engine(seed);
     for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(engine());
-    const bool is_subtracted = traits.format.scale_bits == 8;  // else it is added
-    for (size_t at = 0; at < blocks.size(); at += traits.block_bytes) {
+    const bool is_subtracted = traits.format.scale_bits < 16;  // else it is added
+    for (size_t at = d_offset(traits.type); at < blocks.size(); at += traits.block_bytes) {
       const auto d = static_cast<uint16_t>(0x2a00 + engine() % 512);  // 0.05 .. 0.08
       const auto m = static_cast<uint16_t>((is_subtracted ? 0x3800 : 0xb800) + engine() % 512);
       std::memcpy(&blocks[at], &d, sizeof d);

@@ -161,9 +161,9 @@ TEST_CASE("grouped matmul of extreme and damaged weights: the same bits, no over
       TestMatrix w(type, n, cols, 1);
       std::mt19937 engine(2);
       for (uint8_t& byte : w.blocks) byte = static_cast<uint8_t>(fill < 0 ? engine() : fill);
-      if (fill >= 0 && type != DType::Q6_K) {  // scales of one and of minus one
+      if (fill >= 0) {  // scales of one and of minus one
         const int64_t block = dtype_traits(type).block_bytes;
-        for (size_t i = 0; i < w.blocks.size(); i += block)
+        for (size_t i = d_offset(type); i < w.blocks.size(); i += block)
           w.blocks[i] = 0x00, w.blocks[i + 1] = i / block % 2 ? 0x3c : 0xbc;
       }
       w.pack(type, n, cols);

@@ -276,9 +276,10 @@ TEST_CASE("extreme weights and activations neither saturate nor misbehave") {
       TestMatrix w(type, n, cols, 1);
       std::mt19937 engine(2);
       for (uint8_t& byte : w.blocks) byte = static_cast<uint8_t>(fill < 0 ? engine() : fill);
-      if (fill >= 0 && type != DType::Q6_K) {  // a scale of one
+      if (fill >= 0) {  // a scale of one
         const int64_t block = dtype_traits(type).block_bytes;
-        for (size_t i = 0; i < w.blocks.size(); i += block) w.blocks[i] = 0x00, w.blocks[i + 1] = 0x3c;
+        for (size_t i = d_offset(type); i < w.blocks.size(); i += block)
+          w.blocks[i] = 0x00, w.blocks[i + 1] = 0x3c;
       }
       w.pack(type, n, cols);
       const int planes = fill == -1 || fill % 2 == 0 ? 2 : 1;

@@ -106,7 +106,7 @@ struct KernelTable {
   void (*quantize_groups)(const float* x, int64_t x_stride, int64_t rows, const GroupedRows& out,
                           int64_t row_begin);
   /// As matmul_q8, with the weights requantized on the way: a group of 256 columns of a row gets one scale,
-  ///   largest |scale| in it * 128 / 127 / 2^s,   s = 8 - the format's bits,
+  ///   largest |scale| in it * 128 / 127 / 2^s,   s = 8 - the format's bits, 0 of signed values,
   /// and the values (q * 2^s * m + 2^14) >> 15 with m = round(scale * kGroupMultiplier / largest), where
   /// x = scale * q. Where the format has minima (x = scale * q - minimum), largest is that of |minimum| and
   /// |scale * (2^bits - 1) - minimum|, the scale largest / 127 and the values (q * m + 2^7 - n) >> 8 with m

@@ -26,6 +26,7 @@ from qwen2vl_q.cli.bench_types import bench_types
 from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.errors import complain, describe
 from qwen2vl_q.cli.model_file import model_file, model_or_checkpoint
+from qwen2vl_q.cli.options import lora_option
 from qwen2vl_q.cli.type_tables import Csv, Json, Table
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def _types(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
 @click.option("--precision", type=click.Choice(["fast", "exact"]), default="fast", show_default=True)
 @device_option
+@lora_option("to compute beside the weights")
 @click.option(
     "--only",
     multiple=True,
@@ -190,6 +192,8 @@ def bench(
     if types:
         if source is None or models:
             raise click.UsageError("--types measures files that it makes: give SOURCE instead of -m")
+        if settings["lora"]:
+            raise click.UsageError("--lora does not go with --types: merge it first (convert --lora)")
         printer = partial(Json, profile=profile) if as_json else Csv if as_csv else Table
         if bench_types(source, types, Settings(source, **settings), folder, plot, printer) < len(types):
             raise click.exceptions.Exit(1)

@@ -10,7 +10,7 @@ import click
 
 from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.model_file import model_file, tower_file, tower_of
-from qwen2vl_q.cli.options import COUNT
+from qwen2vl_q.cli.options import COUNT, lora_option
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.pictures import picture_file, picture_from_stdin
 from qwen2vl_q.cli.setting_options import setting_options
@@ -64,6 +64,7 @@ _DEMO_NOTE = (
     help="exact: float32 throughout.",
 )
 @device_option
+@lora_option("to compute beside the weights")
 @click.option("--stats", "show_stats", is_flag=True, help="Print times and memory on stderr.")
 @click.option("-v", "--verbose", is_flag=True, help="Print what was loaded on stderr.")
 def chat(**options: Any) -> None:
@@ -79,6 +80,7 @@ def chat(**options: Any) -> None:
       qwen2vl-q chat -m Qwen2-VL-2B-Instruct-Q4_K_M.gguf --mmproj mmproj-Qwen2-VL-2B-Instruct-f16.gguf
       qwen2vl-q chat -m Qwen/Qwen2-VL-2B-Instruct --image photo.jpg       # fetched from the hub, once
       qwen2vl-q chat -m m.gguf --image page1.png --image page2.png --stats
+      qwen2vl-q chat -m m.gguf --lora ./adapter --lora ./another:0.5
       cat question.txt | qwen2vl-q chat -m m.gguf -p -
       curl https://example.org/photo.jpg | qwen2vl-q chat -m m.gguf --image - -p "What is this?"
     """
@@ -133,6 +135,7 @@ def _start(options: dict[str, Any]) -> Conversation:
             options["precision"],
             mmproj=False if options["no_mmproj"] else options["mmproj"] or tower_of(file),
             device=options["device"],
+            lora=options["lora"],
             progress=bars,
         )
     if model.mmproj and not options["mmproj"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.model_file import tower_file
+from qwen2vl_q.cli.options import lora_option
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
 from qwen2vl_q.cli.writing import gguf_path, notes_console, require_new, writing
@@ -30,27 +30,6 @@ from qwen2vl_q.hub.models import Models
 from qwen2vl_q.hub.names import HubName
 
 
-def _adapters(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> list[tuple[Path, float]]:
-    """Folders with their scales."""
-    found = []
-    for value in values:
-        folder, colon, scale = value.rpartition(":")
-        if not colon or Path(value).is_dir():
-            folder, scale = value, "1"
-        if not Path(folder).is_dir():
-            raise click.BadParameter(f"'{printable(folder)}' is not a folder")
-        try:
-            number = float(scale)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise click.BadParameter(f"'{printable(value)}': expected a number after the colon")
-        found.append((Path(folder), number))
-    return found
-
-
 @click.command(short_help="Convert a checkpoint, or GGUF files of other types, to one file.")
 @click.argument("source", metavar="SRC")
 @click.argument(
@@ -67,14 +46,7 @@ def _adapters(
     type=click.Choice(FILE_TYPES, case_sensitive=False),
     help="Of the vision tower's weights.  [default: q8_0 in q4_0 files, else as --type]",
 )
-@click.option(
-    "--lora",
-    "adapters",
-    metavar="DIR[:SCALE]",
-    multiple=True,
-    callback=_adapters,
-    help="A PEFT adapter to merge, with its own scale times SCALE; may be repeated.",
-)
+@lora_option("to merge")
 @click.option(
     "--mmproj",
     type=tower_file,
@@ -88,7 +60,7 @@ def convert(
     out: Path,
     type_: FileType | None,
     vision_type: FileType | None,
-    adapters: list[tuple[Path, float]],
+    lora: list[tuple[Path, float]],
     mmproj: str | None,
     name: str | None,
     force: bool,
@@ -120,7 +92,7 @@ def convert(
         require_new(out)  # before a download, not after
     notes = notes_console()
     if Path(source).suffix.lower() == ".gguf":
-        if adapters:
+        if lora:
             raise click.UsageError("--lora: adapters are merged into checkpoints, not into GGUF files")
         _convert_gguf(source, mmproj, out, Recipe(type_ or "q4_0", vision_type), name, force)
         return
@@ -137,7 +109,7 @@ def convert(
         folder = Path(source)
     recipe = Recipe(type_, vision_type) if type_ else default_recipe(folder, vision_type)
     with writing(notes, out) as progress:
-        merged = [Adapter(path, scale) for path, scale in adapters]
+        merged = [Adapter(path, scale) for path, scale in lora]
         report = convert_checkpoint(folder, out, recipe, name, force, progress, merged)
     _print_report(stdout_console(), report)
 

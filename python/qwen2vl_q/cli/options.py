@@ -1,11 +1,15 @@
-"""Types of options with the ranges that the engine takes."""
+"""Options that commands share, and types of options with the ranges that the engine takes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
+
+from qwen2vl_q.base.printable import printable
 
 
 class FiniteRange(click.FloatRange):
@@ -40,3 +44,35 @@ COUNT_OR_NONE = _Wide(IntegerRange(0, 2**31 - 1))
 SEED = _Wide(IntegerRange(0, 2**64 - 1))
 TEMPERATURE = _Wide(FiniteRange(0, 1000))
 PENALTY = _Wide(FiniteRange(0, 1000, min_open=True))
+
+
+def _adapters(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[Path, float]]:
+    """Folders with their scales."""
+    found = []
+    for value in values:
+        folder, colon, scale = value.rpartition(":")
+        if not colon or Path(value).is_dir():
+            folder, scale = value, "1"
+        if not Path(folder).is_dir():
+            raise click.BadParameter(f"'{printable(folder)}' is not a folder")
+        try:
+            number = float(scale)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise click.BadParameter(f"'{printable(value)}': expected a number after the colon")
+        found.append((Path(folder), number))
+    return found
+
+
+def lora_option(purpose: str) -> Callable[[Any], Any]:
+    """--lora DIR[:SCALE]: `lora`, a list of folders with their scales."""
+    return click.option(
+        "--lora",
+        metavar="DIR[:SCALE]",
+        multiple=True,
+        callback=_adapters,
+        help=f"A PEFT adapter {purpose}, with its own scale times SCALE; may be repeated.",
+    )

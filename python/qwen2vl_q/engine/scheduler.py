@@ -46,6 +46,7 @@ class Scheduler:
         self._lock = threading.RLock()  # of what follows; never held while something is computed
         self._changed = threading.Condition(self._lock)
         self._sleepers = 0  # threads that wait for a change
+        self._pressing = 0  # of them, those that want the turn for something else than steps
         self._stepper: int | None = None  # the thread that holds the turn
         self._interrupted = False  # a step: tokens may be left to draw
         self._full = False  # the cache: who waits does so until a running request ends
@@ -120,20 +121,31 @@ class Scheduler:
             self._end_turn()
 
     def _take_turn(self, request: Request | None = None) -> bool:
-        """Waits until nobody holds the turn and takes it; False, without it, once `request` is ready."""
-        me = get_ident()
+        """Waits until nobody holds the turn and takes it; False, without it, once `request` is ready. Who
+        wants it for something else than steps comes first."""
         with self._lock:
-            while request is None or not (request.tokens or request.over):
-                if self._stepper is None:
-                    self._stepper = me
-                    return True
-                if self._stepper == me:
-                    raise Qwen2VLError(_IN_A_CALLBACK)
-                self._sleepers += 1
-                try:
-                    self._changed.wait()
-                finally:
-                    self._sleepers -= 1
+            if request is not None:
+                return self._wait_for_turn(request)
+            self._pressing += 1
+            try:
+                return self._wait_for_turn(request)
+            finally:
+                self._pressing -= 1
+                self._wake()
+
+    def _wait_for_turn(self, request: Request | None) -> bool:
+        me = get_ident()
+        while request is None or not (request.tokens or request.over):
+            if self._stepper is None and (request is None or not self._pressing):
+                self._stepper = me
+                return True
+            if self._stepper == me:
+                raise Qwen2VLError(_IN_A_CALLBACK)
+            self._sleepers += 1
+            try:
+                self._changed.wait()
+            finally:
+                self._sleepers -= 1
         return False
 
     def _end_turn(self) -> None:
@@ -388,7 +400,7 @@ def _renew_locks() -> None:
     for scheduler in _alive:
         scheduler._lock = threading.RLock()
         scheduler._changed = threading.Condition(scheduler._lock)
-        scheduler._sleepers = 0
+        scheduler._sleepers = scheduler._pressing = 0
         if scheduler._stepper != get_ident():
             scheduler._stepper = None
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import cast
 
 from qwen2vl_q.base.errors import UnsupportedError
+from qwen2vl_q.base.json_files import quoted, read_json
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint, default_recipe
 from qwen2vl_q.convert.config import read_config
 from qwen2vl_q.convert.convert import Progress
-from qwen2vl_q.convert.files import quoted, read_json
 
 TYPES: Sequence[str] = [type.upper() for type in FILE_TYPES]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from time import perf_counter, time
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -41,6 +42,7 @@ class Settings:
     threads: int | None = None
     precision: Literal["fast", "exact"] = "fast"
     device: str = "cpu"
+    lora: Sequence[tuple[Path, float]] = ()  # adapters with their scales
     only: tuple[Part, ...] = ()  # empty: everything
 
 
@@ -127,6 +129,7 @@ def measure(
         precision=settings.precision,
         mmproj=settings.mmproj,
         device=settings.device,
+        lora=settings.lora,
     )
     load_seconds = perf_counter() - started
     bench = Benchmark(model, settings, tell)

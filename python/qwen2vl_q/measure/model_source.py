@@ -12,8 +12,8 @@ from typing import cast
 
 from qwen2vl_q import _native
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.checkpoint.tensors import Checkpoint
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint, convert_gguf
-from qwen2vl_q.convert.checkpoint import Checkpoint
 from qwen2vl_q.engine.tower_file import TowerFile
 
 TYPES: Sequence[str] = FILE_TYPES  # that a file can be written in

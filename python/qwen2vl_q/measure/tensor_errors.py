@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from qwen2vl_q import _native
 from qwen2vl_q.base.errors import UnsupportedError
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.convert.requantize import name_in_model
-from qwen2vl_q.convert.tensor_map import Role, role_of
+from qwen2vl_q.checkpoint.tensor_map import Role, name_in_model, role_of
 from qwen2vl_q.measure.model_source import ModelFile
 
 _CHUNK_VALUES = 1 << 20  # of each file in memory at a time

@@ -24,11 +24,11 @@ inline __m256i broadcast_group(const int8_t* x) {
 inline __m256i add_pairs(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1)); }
 
 /// maddubs multiplies unsigned by signed bytes and adds pairs in 16 bits, saturating; as many groups as fit
-/// add up there. Weights of 8 bits, of which none would, go in as |w| with w's sign on the activation.
+/// add up there. Signed weights, of which none would, go in as |w| with w's sign on the activation.
 template <DType T>
 struct Dot {
   static constexpr QuantFormat kFormat = traits_of(T).format;
-  static constexpr bool kSigned = kFormat.bits() == 8;
+  static constexpr bool kSigned = kFormat.is_signed();
   static constexpr int kLargest = kSigned ? 128 : (1 << kFormat.bits()) - 1;
   static constexpr int kGroups = kFormat.part / 4;
   static constexpr int kRun = static_cast<int>(std::bit_floor(unsigned{INT16_MAX / (2 * kLargest * 127)}));

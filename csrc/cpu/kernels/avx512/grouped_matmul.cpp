@@ -90,9 +90,10 @@ void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_
                       float* out_scales) {
   constexpr QuantFormat kFormat = traits_of(T).format;
   constexpr bool kMinimum = kFormat.has_minimum;
-  constexpr int kParts = VectorDecoder<T>::kParts, kGroups = 8 / kParts, kShift = 8 - kFormat.bits();
+  constexpr int kParts = VectorDecoder<T>::kParts, kGroups = 8 / kParts,
+                kShift = kFormat.is_signed() ? 0 : 8 - kFormat.bits();
   constexpr float kUnit = kMinimum ? 1.0f / 127 : 128.0f / 127 / (1 << kShift);
-  static_assert(kMinimum || kFormat.offset == (kFormat.bits() == 8 ? 0 : 1 << (kFormat.bits() - 1)));
+  static_assert(kMinimum || kFormat.is_signed() || kFormat.offset == 1 << (kFormat.bits() - 1));
   const VectorDecoder<T> decoder(w, panel);
   Vec scales[kGroupBlocks * kParts], minima[kMinimum ? kGroupBlocks : 1];
   Vec maximum = set1(0.0f);
@@ -133,7 +134,7 @@ void requantize_panel(const PanelMatrix& w, int64_t panel, int64_t begin, int64_
           bytes = requantize(decoder.quants(begin + b, group, 0), scale, minimum);
         } else {
           bytes = decoder.template quants<kShift>(begin + b, group, 0);
-          if constexpr (kFormat.bits() < 8) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+          if constexpr (!kFormat.is_signed()) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
           bytes = requantize(bytes, scale);
         }
         _mm512_store_si512(out + (b * 8 + group) * kGroupBytes, bytes);

@@ -28,12 +28,12 @@ inline __m512i broadcast_group(const int8_t* x) {
 template <DType T>
 struct Dot {
   static constexpr QuantFormat kFormat = traits_of(T).format;
-  static constexpr int kOffset = kFormat.bits() == 8 ? 128 : kFormat.offset;
+  static constexpr int kOffset = kFormat.is_signed() ? 128 : kFormat.offset;
   using Weights = __m512i;
   using Acc = __m512i;
 
   static Weights weights(__m512i q) {
-    return kFormat.bits() == 8 ? _mm512_xor_si512(q, _mm512_set1_epi8(-128)) : q;
+    return kFormat.is_signed() ? _mm512_xor_si512(q, _mm512_set1_epi8(-128)) : q;
   }
   static Acc start(const int32_t* correction) {
     if constexpr (kOffset == 0) return _mm512_setzero_si512();

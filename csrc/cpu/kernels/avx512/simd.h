@@ -77,6 +77,11 @@ inline IntVec load_int(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline IntVec load_int8(const uint8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+/// 16 bytes, to look up each by the low half of a byte (its highest bit is 0).
+inline IntVec load_table(const int8_t* table) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+inline IntVec look_up(IntVec table, IntVec indices) { return _mm512_shuffle_epi8(table, indices); }
 inline IntVec add(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
 inline IntVec sub(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
 inline IntVec bit_and(IntVec a, IntVec b) { return _mm512_and_si512(a, b); }

@@ -51,7 +51,7 @@ struct RequantizedGroup {
 template <DType T>
 void requantize(const PanelDecoder<T>& decoder, int64_t group, int64_t columns, RequantizedGroup& out) {
   constexpr QuantFormat kFormat = PanelDecoder<T>::kFormat;
-  constexpr int kShift = 8 - kFormat.bits(), kLargest = (1 << kFormat.bits()) - 1;
+  constexpr int kShift = kFormat.is_signed() ? 0 : 8 - kFormat.bits(), kLargest = (1 << kFormat.bits()) - 1;
   const int64_t begin = group * kGroupColumns;
   for (int64_t r = 0; r < kPanelRows; ++r) {
     float maximum = 0;

@@ -16,13 +16,13 @@ struct UnpackedGroup {
 
   UnpackedGroup(const VectorDecoder<T>& decoder, int64_t b, int g, int v)
       : bytes(decoder.quants(b, g, v)), scale(decoder.scale(b, 4 * g / kFormat.part, v)) {
-    if constexpr (kFormat.bits() == 8) bytes = bit_xor(bytes, set1_bytes(0x80));
+    if constexpr (kFormat.is_signed()) bytes = bit_xor(bytes, set1_bytes(0x80));
     if constexpr (kFormat.has_minimum) minimum = decoder.minimum(b, v);
   }
 
   /// Of the i-th column.
   Vec values(int i) const {
-    constexpr int kOffset = kFormat.bits() == 8 ? 128 : kFormat.offset;
+    constexpr int kOffset = kFormat.is_signed() ? 128 : kFormat.offset;
     const IntVec q = sub(bit_and(shift_right(bytes, 8 * i), set1_int(0xff)), set1_int(kOffset));
     const Vec x = mul(scale, to_float(q));
     if constexpr (kFormat.has_minimum) return sub(x, minimum);

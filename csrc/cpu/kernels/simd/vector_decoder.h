@@ -54,23 +54,23 @@ struct VectorDecoder {
     return low + offset(v, 4) + (b * kVectors + g % kVectors) * kGroupBytes;
   }
 
-  /// The group's integers as they are stored, times 2^kShift: a byte each, unsigned but where all 8 bits are
-  /// low ones.
+  /// The group's integers, a byte each: signed as they are multiplied (QuantFormat::is_signed), or unsigned
+  /// with their offset, times 2^kShift.
   template <int kShift = 0>
   IntVec quants(int64_t b, int g, int v) const {
+    constexpr int m = kFormat.low_bits, n = kFormat.high_bits;
+    static_assert(kShift == 0 || !kFormat.is_signed());
     const IntVec stored = load_int(group(b, g, v));
-    if constexpr (kFormat.low_bits == 8) {
-      static_assert(kShift == 0);
-      return stored;
+    if constexpr (m == 8) return stored;
+    const IntVec low_ones = shifted(stored, kShift - g / m * m), mask = set1_bytes(((1 << m) - 1) << kShift);
+    if constexpr (n > 0) {
+      const IntVec bits = load_int(high + offset(v, 4) + (b * n + g % n) * kGroupBytes);
+      return merge_bits(low_ones, mask, shifted(bits, m + kShift - g / n * n),
+                        set1_bytes(((1 << n) - 1) << (m + kShift)));
+    } else if constexpr (kFormat.table != nullptr) {
+      return look_up(load_table(kFormat.table), bit_and(low_ones, mask));
     } else {
-      const IntVec nibbles = shifted(stored, g < 4 ? kShift : kShift - 4), mask = set1_bytes(0xf << kShift);
-      if constexpr (constexpr int n = kFormat.high_bits; n > 0) {
-        const IntVec bits = load_int(high + offset(v, 4) + (b * n + g % n) * kGroupBytes);
-        return merge_bits(nibbles, mask, shifted(bits, 4 + kShift - g / n * n),
-                          set1_bytes(((1 << n) - 1) << (4 + kShift)));
-      } else {
-        return bit_and(nibbles, mask);
-      }
+      return bit_and(low_ones, mask);
     }
   }
 

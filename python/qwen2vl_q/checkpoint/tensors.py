@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.base.json_files import quoted, read_json
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.convert.files import quoted, read_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.json_files import as_float32, quoted, read_json
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.convert.checkpoint import FLOATS, Checkpoint, StoredTensor, canonical_name
-from qwen2vl_q.convert.files import as_float32, quoted, read_json
+from qwen2vl_q.checkpoint.tensors import FLOATS, Checkpoint, StoredTensor, canonical_name
 
 _MAX_RANK = 1 << 14
 _PREFIX = "base_model.model."
@@ -46,6 +46,9 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
     "velora_config": (None, {}),
 }
 
+# What to do where adding at run time is not enough.
+MERGE = "which has to be merged: qwen2vl-q convert --lora"
+
 
 @dataclass(frozen=True)
 class Update:
@@ -66,6 +69,10 @@ class Update:
         length = np.linalg.norm(updated, axis=1, keepdims=True)
         scaled: NDArray[np.float32] = updated * (self.magnitude[start:stop, None] / length)
         return scaled
+
+
+def _place(stored: StoredTensor) -> str:
+    return f"{stored.file}: tensor '{stored.name}'"
 
 
 class Adapter:
@@ -96,8 +103,25 @@ class Adapter:
         """The tensors that are updated, by their canonical names."""
         return list(self._factors)
 
+    def leave_out(self, prefix: str) -> None:
+        """The tensors whose canonical names begin like this."""
+        self._factors = {name: parts for name, parts in self._factors.items() if not name.startswith(prefix)}
+        self.whole = {name: stored for name, stored in self.whole.items() if not name.startswith(prefix)}
+
+    def require_updates_alone(self) -> None:
+        """UnsupportedError, naming a tensor, where there is more than updates, which only merging can do."""
+        magnitudes = [parts["magnitude"] for parts in self._factors.values() if "magnitude" in parts]
+        for kind, found in (("a magnitude (DoRA)", magnitudes), ("a whole tensor", [*self.whole.values()])):
+            if found:
+                raise UnsupportedError(f"{_place(found[0])}: expected lora_A or _B, found {kind}, {MERGE}")
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether a head that is tied to the embeddings changes as they do."""
+        return self._config.get("ensure_weight_tying") is True
+
     def summary(self) -> str:
-        ranks = sorted({self._rank(target) for target in self._factors})
+        ranks = sorted({self.rank(target) for target in self._factors})
         rank = "-".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1]))) if ranks else "none"
         whole = f", {len(self.whole)} tensors replaced" if self.whole else ""
         return f"{printable(self.folder.name)}: merged into {len(self._factors)} matrices, rank {rank}{whole}"
@@ -113,8 +137,8 @@ class Adapter:
             shape = shapes.get(target)
             a, b = factors["A"], factors["B"]
             if shape is None or len(shape) < 2:
-                raise FormatError(f"{b.file}: tensor '{b.name}': the base has no matrix {target}")
-            rank = self._rank(target)
+                raise FormatError(f"{_place(b)}: the base has no matrix {target}")
+            rank = self.rank(target)
             transposed = a.name.endswith("lora_embedding_A")
             rows, columns = (shape[1], shape[0]) if transposed else (shape[0], math.prod(shape[1:]))
             expected = {"A": (a, (rank, columns)), "B": (b, (rows, rank))}
@@ -124,18 +148,14 @@ class Adapter:
                 found = (stored.shape[0], math.prod(stored.shape[1:])) if stored.shape else ()
                 if found != (first, second):
                     raise FormatError(
-                        f"{stored.file}: tensor '{stored.name}': expected [{first}, {second}], "
-                        f"found {list(stored.shape)}"
+                        f"{_place(stored)}: expected [{first}, {second}], found {list(stored.shape)}"
                     )
             if "magnitude" in factors and (len(shape) != 2 or transposed):
-                raise UnsupportedError(f"{b.file}: tensor '{b.name}': DoRA is read for linear layers alone")
+                raise UnsupportedError(f"{_place(b)}: DoRA is read for linear layers alone")
         for target, stored in self.whole.items():
             if shapes.get(target) != stored.shape:
                 expected_shape = list(shapes[target]) if target in shapes else "no such tensor in the base"
-                raise FormatError(
-                    f"{stored.file}: tensor '{stored.name}': expected {expected_shape}, "
-                    f"found {list(stored.shape)}"
-                )
+                raise FormatError(f"{_place(stored)}: expected {expected_shape}, found {list(stored.shape)}")
 
     def check_tied(self) -> None:
         """For a base whose head is its embeddings. UnsupportedError where the two would differ afterwards."""
@@ -146,11 +166,15 @@ class Adapter:
             )
             if np.array_equal(first, second):
                 del self.whole[head]
-        alone = embeddings in self._factors and self._config.get("ensure_weight_tying") is not True
+        alone = embeddings in self._factors and not self.ties_head
         if alone or head in self._factors or head in self.whole:
             raise UnsupportedError(
                 f"{self.folder}: the base ties its head to the embeddings, the adapter changes one alone"
             )
+
+    def place(self, target: str) -> str:
+        """The file and tensor of an update, for messages."""
+        return _place(self._factors[target]["B"])
 
     def update(self, target: str) -> Update:
         """FormatError where a factor is not finite."""
@@ -172,7 +196,7 @@ class Adapter:
             return None
         values = self._tensors.read(self._canonical(stored), 0, stored.shape[0]).reshape(stored.shape[0], -1)
         if not np.isfinite(values).all():
-            raise FormatError(f"{stored.file}: tensor '{stored.name}' holds values that are not finite")
+            raise FormatError(f"{_place(stored)} holds values that are not finite")
         return values
 
     @staticmethod
@@ -184,7 +208,7 @@ class Adapter:
         factors: dict[str, dict[str, StoredTensor]] = {}
         whole: dict[str, StoredTensor] = {}
         for name, stored in self._tensors.tensors.items():
-            place = f"{stored.file}: tensor '{stored.name}'"
+            place = _place(stored)
             if stored.dtype not in FLOATS:
                 raise FormatError(f"{place}: expected {', '.join(FLOATS)}, found {stored.dtype}")
             suffix = next((s for s in _FACTORS if name.endswith(s)), None)
@@ -199,7 +223,7 @@ class Adapter:
             missing = {"A", "B"} - parts.keys()
             if missing:
                 stored = next(iter(parts.values()))
-                place = f"{stored.file}: tensor '{stored.name}'"
+                place = _place(stored)
                 raise FormatError(f"{place}: expected lora_{min(missing)} beside it, found none")
         if not factors and not whole:
             raise FormatError(f"{self.folder}: the adapter is empty")
@@ -247,7 +271,7 @@ class Adapter:
                 return value
         return self._config.get(key)
 
-    def _rank(self, target: str) -> int:
+    def rank(self, target: str) -> int:
         rank = self._setting(target, "r", "rank_pattern")
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= _MAX_RANK:
             raise self._error("r", f"from 1 to {_MAX_RANK}", rank)
@@ -257,7 +281,7 @@ class Adapter:
         alpha = as_float32(self._setting(target, "lora_alpha", "alpha_pattern"))
         if alpha is None or not math.isfinite(alpha):
             raise self._error("lora_alpha", "a number", self._config.get("lora_alpha"))
-        rank = self._rank(target)
+        rank = self.rank(target)
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _error(self, key: str, expected: str, found: object) -> FormatError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from qwen2vl_q.convert.config import MAX_SIZE, CheckpointConfig, VisionConfig
+from qwen2vl_q.checkpoint.shapes import MAX_SIZE, ModelShape, VisionConfig
 
 
 class Role(Enum):
@@ -44,7 +44,7 @@ class MappedTensor:
 
 
 class _Rule(NamedTuple):
-    """A module's names in the checkpoint (the hub's style, see checkpoint.canonical_name) and in the file.
+    """A module's names in the checkpoint (the hub's style, see tensors.canonical_name) and in the file.
 
     {} stands for the block's number. `shape` is the weight's, in the names of _sizes(); a bias has its first.
     """
@@ -104,8 +104,8 @@ _ROLES = dict.fromkeys(_PATCHES, Role.PATCH) | {
 }
 
 
-def map_tensors(config: CheckpointConfig) -> list[MappedTensor]:
-    """Every tensor that a checkpoint of this configuration has, in the order of the file."""
+def map_tensors(config: ModelShape) -> list[MappedTensor]:
+    """Every tensor that a checkpoint of this shape has, in the order of the file."""
     sizes = _sizes(config)
 
     def apply(rule: _Rule, block: int = 0) -> list[MappedTensor]:
@@ -126,6 +126,8 @@ def map_tensors(config: CheckpointConfig) -> list[MappedTensor]:
     mapped += apply(_NORM)
     if not config.tie_word_embeddings:
         mapped += apply(_HEAD)
+    if config.vision is None:
+        return mapped
     mapped.append(_patch_embedding(config.vision))
     for block in range(config.vision.depth):
         mapped += [tensor for rule in _VISION_BLOCK for tensor in apply(rule, block)]
@@ -137,7 +139,15 @@ def role_of(name: str) -> Role | None:
     return _ROLES.get(re.sub(r"^((?:v\.)?blk\.)\d+(?=\.)", r"\1{}", name))
 
 
-def map_heads(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[MappedTensor]:
+def name_in_model(name: str, swapped: bool) -> str:
+    """Of a tensor that a file calls `name`; `swapped` as of `_native.has_swapped_feed_forward`."""
+    if not swapped or not name.startswith("v.blk."):
+        return name
+    other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    return ".".join(other.get(part, part) for part in name.split("."))
+
+
+def map_heads(config: ModelShape, shapes: Mapping[str, tuple[int, ...]]) -> list[MappedTensor]:
     """Linear maps of the hidden states that a fine-tune has beside the model (custom_text_proj, score, ...):
     modules of the top level with a weight [any, hidden] and perhaps a bias. In the file NAME is head.NAME."""
     mapped = []
@@ -184,13 +194,17 @@ def _patch_embedding(c: VisionConfig) -> MappedTensor:
     )
 
 
-def _sizes(config: CheckpointConfig) -> dict[str, int]:
+def _sizes(config: ModelShape) -> dict[str, int]:
     text, vision = config.text, config.vision
-    return {
+    sizes = {
         "vocab": text.vocab_size,
         "hidden": text.hidden_size,
         "kv": text.num_key_value_heads * text.head_dim,
         "ffn": text.intermediate_size,
+    }
+    if vision is None:
+        return sizes
+    return sizes | {
         "v_dim": vision.embed_dim,
         "v_qkv": 3 * vision.embed_dim,
         "v_ffn": vision.intermediate_size,

@@ -1,0 +1,1 @@
+"""A checkpoint's files: tensors, their names here and there, adapters."""
