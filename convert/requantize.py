@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qwen2vl_q import _native
 from qwen2vl_q.base.errors import UnsupportedError
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, role_of
+from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, name_in_model, role_of
 from qwen2vl_q.convert.convert import Progress, require_range
 from qwen2vl_q.convert.entries import AnyEntry, Entry
 from qwen2vl_q.convert.gguf_source import GgufSource, StoredTensor
@@ -90,10 +90,7 @@ def convert_gguf(
 
 def _plan(stored: StoredTensor, recipe: Recipe, text: TextShape, swapped: bool) -> RequantizedTensor | None:
     """None for what the model does not read. `swapped`: fc1 and fc2 stand under each other's name."""
-    name, shape = stored.output.name, stored.output.shape
-    if swapped and name.startswith("v.blk."):
-        other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-        name = ".".join(other.get(part, part) for part in name.split("."))
+    name, shape = name_in_model(stored.output.name, swapped), stored.output.shape
     role = role_of(name)
     if role is None:
         return None

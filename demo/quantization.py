@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from demo import cases, evaluate
 from demo.cases import Case
 from demo.evaluate import Accuracy
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.convert import FILE_TYPES, Recipe, Report, convert_checkpoint
+from qwen2vl_q.measure.divergence import Floats, log_softmax
 
 FIRST_SEED = 2_000_000  # training, the tests and demo/README.md use others
-Floats = npt.NDArray[np.float64]
 Precision = Literal["fast", "exact"]
 
 
@@ -73,13 +72,6 @@ class Row:
     @property
     def standard_error(self) -> float:
         return math.hypot(*(a.standard_error for a in self.accuracy.values())) / len(self.accuracy)
-
-
-def log_softmax(logits: npt.NDArray[np.float32]) -> Floats:
-    """Of each row."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    out: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return out
 
 
 def compare(reference: Iterable[Floats], other: Iterable[Floats]) -> Distributions:

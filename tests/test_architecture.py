@@ -28,7 +28,7 @@ ROOM_USES = {
     "engine": {"base", "checkpoint", "vision", "text", "chat"},
     "hub": {"base", "convert"},
     "model": {"base", "vision", "text", "chat", "engine", "hub"},
-    "measure": {"base", "vision", "engine", "model"},
+    "measure": {"base", "checkpoint", "vision", "chat", "engine", "model", "demo"},
     "demo": set(),
     "convert": {"base", "checkpoint", "vision", "text", "chat", "engine"},
     "cli": {"base", "vision", "text", "chat", "engine", "hub", "model", "measure", "demo"},
@@ -41,6 +41,8 @@ COMMANDS_THAT_WRITE = {
     "cli/split.py",
     "cli/merge.py",
 }
+# Verification reads checkpoints through it, and benchmarks make files.
+MEASURES_OF_CHECKPOINTS = {"measure/model_source.py", "measure/comparable.py"}
 # Beside the rooms: the names that users import, the command, the native module.
 PORCH = {"__init__", "__main__"}
 
@@ -140,7 +142,7 @@ def test_only_its_commands_and_the_hub_import_the_converter() -> None:
         for file in (ROOT / "python").rglob("*.py")
         if any(module.startswith("qwen2vl_q.convert") for module in imported_modules(file))
     }
-    assert importers == COMMANDS_THAT_WRITE | {"hub/conversion.py"}
+    assert importers == COMMANDS_THAT_WRITE | MEASURES_OF_CHECKPOINTS | {"hub/conversion.py"}
 
 
 def room_of(parts: tuple[str, ...]) -> str:
@@ -169,8 +171,10 @@ def test_python_rooms_import_only_those_below() -> None:
         if room not in PORCH
         and target != room
         and target not in ROOM_USES[room]
-        # the command and the benchmarks of several types make files
-        and not (target == "convert" and str(file).removeprefix("python/qwen2vl_q/") in COMMANDS_THAT_WRITE)
+        and not (
+            target == "convert"
+            and str(file).removeprefix("python/qwen2vl_q/") in COMMANDS_THAT_WRITE | MEASURES_OF_CHECKPOINTS
+        )
     ]
     assert wrong == []
 
@@ -183,3 +187,20 @@ def test_the_rooms_are_all_there_is() -> None:
         if entry.suffix == ".py" or (entry.is_dir() and list(entry.glob("*.py")))
     }
     assert entries == (ROOM_USES.keys() | PORCH) - {"convert"}
+
+
+def test_rooms_of_the_command_line_do_not_import_each_other_in_a_circle() -> None:
+    uses = {
+        file.stem: {m.split(".")[2] for m in imported_modules(file) if m.startswith("qwen2vl_q.cli.")}
+        for file in (ROOT / "python/qwen2vl_q/cli").glob("*.py")
+    }
+    reached: dict[str, set[str]] = {}
+
+    def reach(name: str, path: tuple[str, ...]) -> set[str]:
+        assert name not in path, f"a circle: {' -> '.join((*path, name))}"
+        if name not in reached:
+            reached[name] = {name}.union(*(reach(n, (*path, name)) for n in uses.get(name, ())))
+        return reached[name]
+
+    for name in uses:
+        reach(name, ())

@@ -139,6 +139,14 @@ def role_of(name: str) -> Role | None:
     return _ROLES.get(re.sub(r"^((?:v\.)?blk\.)\d+(?=\.)", r"\1{}", name))
 
 
+def name_in_model(name: str, swapped: bool) -> str:
+    """Of a tensor that a file calls `name`; `swapped` as of `_native.has_swapped_feed_forward`."""
+    if not swapped or not name.startswith("v.blk."):
+        return name
+    other = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    return ".".join(other.get(part, part) for part in name.split("."))
+
+
 def map_heads(config: ModelShape, shapes: Mapping[str, tuple[int, ...]]) -> list[MappedTensor]:
     """Linear maps of the hidden states that a fine-tune has beside the model (custom_text_proj, score, ...):
     modules of the top level with a weight [any, hidden] and perhaps a bias. In the file NAME is head.NAME."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,12 @@ from qwen2vl_q.cli.bench_tables import (
     profile_table,
     summary_table,
 )
+from qwen2vl_q.cli.bench_types import bench_types
 from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.errors import complain, describe
-from qwen2vl_q.cli.model_file import model_file
+from qwen2vl_q.cli.model_file import model_file, model_or_checkpoint
 from qwen2vl_q.cli.options import lora_option
+from qwen2vl_q.cli.type_tables import Csv, Json, Table
 
 if TYPE_CHECKING:
     from qwen2vl_q.measure.benchmark import Settings
@@ -56,14 +59,43 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[tupl
     return tuple(sizes)
 
 
+def _types(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """An option's callback: names of types with commas between, "q4_0,q8_0"."""
+    from qwen2vl_q.measure.model_source import TYPES
+
+    types = tuple(dict.fromkeys(value.lower().split(","))) if value is not None else ()
+    for type in types:
+        if type not in TYPES:
+            raise click.BadParameter(f"expected some of {', '.join(TYPES)}, found {printable(type)}")
+    return types
+
+
 @click.command(short_help="Measure image encoding, prefill and decoding.")
+@click.argument("source", metavar="[SOURCE]", required=False, type=model_or_checkpoint)
+@click.option(
+    "--types",
+    callback=_types,
+    metavar="TYPE,...",
+    help="Make SOURCE's file in each of these types, as convert does, and compare them.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Of --types' files, which stay there and are found again.  [default: a temporary one]",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.svg",
+    help="Plot --types' rows, too (needs matplotlib).",
+)
 @click.option(
     "-m",
     "--model",
     "models",
     type=model_file,
     multiple=True,
-    required=True,
     metavar="M",
     help="A GGUF file, a name of the Hugging Face hub, or demo: the packaged model. May be repeated, for a "
     "table that compares.",
@@ -114,7 +146,17 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[tupl
 @click.option("--profile", is_flag=True, help="The stages of each forward pass too (tables, JSON).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, a list with an object for each model.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a row for each figure of each model.")
-def bench(models: Sequence[str], as_json: bool, as_csv: bool, profile: bool, **settings: Any) -> None:
+def bench(
+    source: str | None,
+    types: Sequence[str],
+    folder: Path | None,
+    plot: Path | None,
+    models: Sequence[str],
+    as_json: bool,
+    as_csv: bool,
+    profile: bool,
+    **settings: Any,
+) -> None:
     """Measure image encoding, questions about a photo, prefill and decoding: medians, and the least and most.
 
     Of several models, one table compares them: type, size, bits a weight, medians, memory. Decoding is
@@ -128,6 +170,10 @@ def bench(models: Sequence[str], as_json: bool, as_csv: bool, profile: bool, **s
     measured is named on stderr, the others are measured all the same; the exit code is then 1. Machines
     drift: compare models within one run.
 
+    --types compares a model with itself: of SOURCE, a checkpoint's folder or a GGUF file, it makes a file of
+    each type and prints a row as soon as it is measured, images, prefill and decoding where --only does not
+    say others, and how far its next tokens are from SOURCE's in exact precision (see verify).
+
     \b
     Examples:
       qwen2vl-q bench -m m.gguf
@@ -137,11 +183,25 @@ def bench(models: Sequence[str], as_json: bool, as_csv: bool, profile: bool, **s
       qwen2vl-q bench -m q4.gguf -m q8.gguf --csv > figures.csv   # or --json
       qwen2vl-q bench -m Qwen/Qwen2-VL-2B-Instruct -m Qwen/Qwen2-VL-2B-Instruct:q8_0
       qwen2vl-q bench -m demo --image-size 336x224
+      qwen2vl-q bench --types q4_0,q8_0,f16 ./Qwen2-VL-2B-Instruct --plot types.svg
     """
     from qwen2vl_q.measure.benchmark import Settings
 
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
+    if types:
+        if source is None or models:
+            raise click.UsageError("--types measures files that it makes: give SOURCE instead of -m")
+        if settings["lora"]:
+            raise click.UsageError("--lora does not go with --types: merge it first (convert --lora)")
+        printer = partial(Json, profile=profile) if as_json else Csv if as_csv else Table
+        if bench_types(source, types, Settings(source, **settings), folder, plot, printer) < len(types):
+            raise click.exceptions.Exit(1)
+        return
+    if source is not None or folder is not None or plot is not None:
+        raise click.UsageError("SOURCE, --folder and --plot belong to --types; -m names a file to measure")
+    if not models:
+        raise click.MissingParameter(param_hint="'-m' / '--model'", param_type="option")
     results = measure_all(models, Settings(models[0], **settings))
     if as_json:
         click.echo(json.dumps([as_dict(result, profile) for result in results], indent=2))

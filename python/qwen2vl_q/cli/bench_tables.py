@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,25 +109,57 @@ _COLUMNS: dict[str, tuple[str, bool]] = {
 }
 
 
+@dataclass(frozen=True)
+class Column:
+    """A timing's place in `Result.parts`."""
+
+    part: str
+    index: int
+    heading: str
+
+    def cell(self, result: Result) -> str:
+        timing = self.timing(result)
+        return "" if timing is None else _cell(result, timing, self.is_wait)
+
+    def timing(self, result: Result) -> Timing | None:
+        timings = result.parts[self.part]
+        return timings[self.index] if timings else None
+
+    @property
+    def is_wait(self) -> bool:
+        return _COLUMNS[self.part][1]
+
+
+def columns(settings: Settings, parts: Collection[str]) -> list[Column]:
+    """For everything that was asked for of these parts."""
+    wishes = _wishes(settings)
+    chosen = [part for part in _COLUMNS if part in set(parts)]
+    return [
+        Column(part, i, _COLUMNS[part][0].format(wish))
+        for part in chosen
+        for i, wish in enumerate(wishes[part])
+    ]
+
+
 def comparison_table(results: Sequence[Result]) -> str:
     """A row for each file, and a column for everything that was asked for."""
-    wishes = _wishes(results[0].settings)
-    columns = [
-        (part, i, _COLUMNS[part][0].format(wish))
-        for part in _COLUMNS
-        for i, wish in enumerate(wishes[part])
-        if any(result.parts[part] for result in results)
-    ]
-    rows = [["file", "type", "size", "bits", *(heading for _, _, heading in columns), "peak memory"]]
+    measured = {part for result in results for part, timings in result.parts.items() if timings}
+    shown = columns(results[0].settings, measured)
+    rows = [["file", "type", "size", "bits", *(column.heading for column in shown), "peak memory"]]
     for result in results:
-        file, memory = result.file, result.measured.peak_memory_bytes
-        cells = [
-            _cell(result, result.parts[part][i], _COLUMNS[part][1]) if result.parts[part] else ""
-            for part, i, _ in columns
-        ]
-        summary = [_name(result), file.type, _size(file.n_bytes), f"{file.bits_per_weight:.2f}"]
-        rows.append([*summary, *cells, "" if memory is None else _size(memory)])
+        summary = [_name(result), result.file.type, *size_cells(result)]
+        rows.append([*summary, *(column.cell(result) for column in shown), memory_cell(result)])
     return table(rows)
+
+
+def size_cells(result: Result) -> tuple[str, str]:
+    """The file's size, and bits a weight."""
+    return _size(result.file.n_bytes), f"{result.file.bits_per_weight:.2f}"
+
+
+def memory_cell(result: Result) -> str:
+    memory = result.measured.peak_memory_bytes
+    return "" if memory is None else _size(memory)
 
 
 def _wishes(settings: Settings) -> dict[str, Sequence[object]]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from qwen2vl_q._native import GgufFile, TensorInfo
 from qwen2vl_q.cli.model_file import model_file
 from qwen2vl_q.cli.tables import bits_per_weight, by_type, main_type, size_table, stdout_console
+from qwen2vl_q.engine.file_notes import lacks, slow
 
 _TOKEN_TYPES = {1: "normal", 2: "unknown", 3: "control", 4: "user defined", 5: "unused", 6: "byte"}
 _SHOWN_ITEMS = 8  # of a long list
@@ -28,7 +29,8 @@ _SHOWN_CHARACTERS = 100  # of a long string
 @click.option("--template", "whole_template", is_flag=True, help="Print the chat template, and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(model: str, list_tensors: bool, whole_template: bool, as_json: bool) -> None:
-    """Show what a GGUF file holds: architecture, sizes, types, tokenizer, template, limits and defaults.
+    """Show what a GGUF file holds: architecture, sizes, types, tokenizer, template, limits and defaults; what
+    it lacks, with what counts instead; and what of it will be slow on this machine.
 
     Any GGUF file will do: a whole model, a language model or a vision tower alone, a vocabulary. M may be a
     name of the Hugging Face hub, too; "demo" names the packaged model.
@@ -74,6 +76,8 @@ def _everything(model: str, file: GgufFile, metadata: Mapping[str, Any]) -> dict
             }
             for type, totals in by_type(tensors).items()
         ],
+        "lacks": lacks(model, file, metadata),
+        "slow": slow(tensors),
         "metadata": dict(metadata),
         "tensors": [
             {"name": t.name, "type": t.type, "shape": list(t.shape), "offset": t.offset, "bytes": t.n_bytes}
@@ -95,6 +99,11 @@ def _print(console: Console, model: str, file: GgufFile, metadata: Mapping[str, 
     if tensors:
         console.print("\n[bold]Weights[/bold]")
         console.print(size_table(("type",), {(type,): t for type, t in by_type(tensors).items()}))
+    for title, notes in (("Lacks", lacks(model, file, metadata)), ("Slow here", slow(tensors))):
+        if notes:
+            console.print(f"\n[bold]{title}[/bold]")
+            for note in notes:
+                console.print(f" {escape(note)}", highlight=False)
 
 
 def _sections(metadata: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

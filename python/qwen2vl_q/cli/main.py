@@ -21,6 +21,7 @@ COMMANDS = {
     "quantize": ("qwen2vl_q.cli.quantize", "Make a file of smaller types of a model."),
     "split": ("qwen2vl_q.cli.split", "Split a model into the pair of files that llama.cpp loads."),
     "merge": ("qwen2vl_q.cli.merge", "Merge a pair of files, as llama.cpp has them, into one."),
+    "verify": ("qwen2vl_q.cli.verify", "Compare a file with another one, or with a checkpoint."),
     "inspect": ("qwen2vl_q.cli.inspect", "Show what a GGUF file holds."),
     "pull": ("qwen2vl_q.cli.pull", "Fetch a model of the Hugging Face hub, or a newer version of it."),
     "list": ("qwen2vl_q.cli.list", "List the models that have been fetched or converted by name."),

@@ -89,5 +89,16 @@ def _from_hub(name: Any) -> ModelPath:
     return ModelPath.of(entry.model, entry.mmproj)
 
 
+class _ModelOrCheckpoint(_ModelFile):
+    """A folder with a checkpoint will do, too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ModelPath:
+        path = typed_path(value)
+        if (path / "config.json").is_file():
+            return ModelPath(path)
+        return super().convert(value, param, ctx)
+
+
 model_file = _ModelFile(hub=True)
+model_or_checkpoint = _ModelOrCheckpoint(hub=True)
 tower_file = _ModelFile(hub=False)

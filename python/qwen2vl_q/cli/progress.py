@@ -17,6 +17,8 @@ _LABELS = {
     "load": "Loading",
     "image": "Looking at the image",
     "prefill": "Reading the prompt",
+    "weights": "Comparing weights",
+    "answers": "Comparing answers",
 }
 _PATIENCE = 0.3  # seconds before a bar appears: what is quick needs none
 _LONG = 10.0  # seconds that are worth a line where no bar can be
