@@ -107,18 +107,24 @@ def verify(
     sources = source_of(model, mmproj), source_of(reference, reference_mmproj)
     notes = require_comparable(*sources)
     with opened(sources[1], staged("convert")) as expected, opened(sources[0], staged("convert")) as found:
-        pairs = paired(stored_tensors(found), stored_tensors(expected))
+        errors = compare_weights(found, expected, staged("weights"))
         with loaded(expected, "exact", n_threads, progress) as exact:
             if conversations is None:
                 conversations = built_in(exact.config.vision_config is not None)
             prompts = [prompt_of(exact, each, max_new_tokens) for each in conversations]
-            errors = tensor_errors(pairs, staged("weights"))
             with loaded(found, precision, n_threads, progress, device) as other:
                 outputs = ((prompt, Output.of(exact, prompt)) for prompt in prompts)
                 pictures, divergence = compare_outputs(outputs, other, staged("answers"), len(prompts))
                 return Verification(
                     found, os.fspath(reference), precision, other.isa, errors, pictures, divergence, notes
                 )
+
+
+def compare_weights(
+    file: ModelFile, reference: ModelFile, progress: Callable[[int, int], None] | None = None
+) -> list[TensorError]:
+    """Errors as of `stored_tensors` and `paired`."""
+    return tensor_errors(paired(stored_tensors(file), stored_tensors(reference)), progress)
 
 
 def loaded(
