@@ -72,6 +72,19 @@ def test_what_has_the_type_already_keeps_its_bytes(folder: Path, tmp_path: Path)
     assert 0 < np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
 
 
+def test_heads_of_fine_tunes_are_kept(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    heads = {
+        "head.score.weight": rng.standard_normal((2, 256), np.float32),
+        "head.score.bias": rng.standard_normal(2, np.float32),
+    }
+    rewritten(folder / "f32.gguf", tmp_path / "with.gguf", added=heads)
+    report = convert_gguf(tmp_path / "with.gguf", None, tmp_path / "q4.gguf", Recipe("q4_0"))
+    assert report.notes == []
+    before, after = stored_bytes(tmp_path / "with.gguf"), stored_bytes(tmp_path / "q4.gguf")
+    assert {name: after[name] for name in heads} == {name: before[name] for name in heads}
+
+
 def test_keys_are_kept(folder: Path, tmp_path: Path) -> None:
     """Also those that nobody here reads, in their own types."""
     own: dict[str, Value] = {

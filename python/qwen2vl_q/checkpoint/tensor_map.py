@@ -135,7 +135,9 @@ def map_tensors(config: ModelShape) -> list[MappedTensor]:
 
 
 def role_of(name: str) -> Role | None:
-    """Of a tensor by its name in the file; None for one that the model does not read."""
+    """Of a tensor by its name in the file, a fine-tune's heads too; None for one that nothing reads."""
+    if head := re.fullmatch(r"head\.[A-Za-z0-9_]{1,40}\.(weight|bias)", name):
+        return Role.HEAD if head[1] == "weight" else Role.VECTOR
     return _ROLES.get(re.sub(r"^((?:v\.)?blk\.)\d+(?=\.)", r"\1{}", name))
 
 

@@ -75,7 +75,7 @@ def stored_tensors(model: ModelFile) -> dict[str, StoredTensor]:
         swapped = _native.has_vision_tower(file) and _native.has_swapped_feed_forward(file)
         for info in file.tensors:
             name = name_in_model(info.name, swapped)
-            role = Role.HEAD if name.startswith("head.") else role_of(name)
+            role = role_of(name)
             if role is None:
                 continue
             try:
