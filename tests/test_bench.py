@@ -117,7 +117,7 @@ def test_bench(run: Run, tiny_gguf: Path) -> None:
     assert first["model"] == second["model"] == str(tiny_gguf)
     assert set(first) == {
         *("model", "type", "file_bytes", "bits_per_weight", "device", "isa", "n_threads", "precision"),
-        *("load_seconds", "start_seconds", "vision_load_seconds"),
+        *("load_seconds", "start_seconds", "vision_load_seconds", "lora"),
         *("image", "question", "prefill", "decode", "sampled", "streams"),
         *("peak_memory_bytes", "limits_before", "limits_after"),
     }
