@@ -26,6 +26,9 @@ enum class DType : uint32_t {
   BF16 = 30,
 };
 
+/// IQ4's values, denser around 0.
+inline constexpr int8_t kIq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
 /// What a quantized value is: x = scale * value(q) - minimum, with integers q of low_bits + high_bits.
 struct QuantFormat {
   int low_bits = 0;   ///< 2 or 4: unsigned; 8: signed; 0: the type is not quantized
@@ -34,14 +37,14 @@ struct QuantFormat {
   int part = 32;        ///< values that share a scale (and a minimum): 32 or 16
   int scale_bits = 16;  ///< of a part's scale. 16: an f16; 8: an integer, multiplied by the block's f16; 4:
                         ///< the same, unsigned, the minimum's above it in its byte
-  bool has_minimum = false;       ///< stored as scales are; the offset is 0
-  const int8_t* table = nullptr;  ///< of 4 bits: the 16 values that q stands for
+  bool has_minimum = false;  ///< stored as scales are; the offset is 0
+  bool has_table = false;    ///< of 4 bits: q stands for kIq4[q]
 
   constexpr int bits() const { return low_bits + high_bits; }
   /// What is multiplied are signed bytes; else unsigned ones, less the offset.
-  constexpr bool is_signed() const { return bits() == 8 || table != nullptr; }
+  constexpr bool is_signed() const { return bits() == 8 || has_table; }
   constexpr int value(int q) const {
-    return table != nullptr ? table[q] : bits() == 8 ? static_cast<int8_t>(q) : q - offset;
+    return has_table ? kIq4[q] : bits() == 8 ? static_cast<int8_t>(q) : q - offset;
   }
 };
 
@@ -169,9 +172,6 @@ struct Block<DType::Q6_K> {
   int8_t scales[kBlock256 / 16];
   uint16_t d;
 };
-
-/// IQ4's values, denser around 0.
-inline constexpr int8_t kIq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 /// x[i] = d * kIq4[q[i]], q as Q4_0's.
 template <>

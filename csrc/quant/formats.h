@@ -25,8 +25,8 @@ inline constexpr DTypeTraits kDTypes[] = {
     {DType::Q4_K, "Q4_K", kBlock256, sizeof(Block<DType::Q4_K>), {4, 0, 0, 32, 8, true}},
     {DType::Q5_K, "Q5_K", kBlock256, sizeof(Block<DType::Q5_K>), {4, 1, 0, 32, 8, true}},
     {DType::Q6_K, "Q6_K", kBlock256, sizeof(Block<DType::Q6_K>), {4, 2, 32, 16, 8, false}},
-    {DType::IQ4_NL, "IQ4_NL", kBlock32, sizeof(Block<DType::IQ4_NL>), {4, 0, 0, 32, 16, false, kIq4}},
-    {DType::IQ4_XS, "IQ4_XS", kBlock256, sizeof(Block<DType::IQ4_XS>), {4, 0, 0, 32, 8, false, kIq4}},
+    {DType::IQ4_NL, "IQ4_NL", kBlock32, sizeof(Block<DType::IQ4_NL>), {4, 0, 0, 32, 16, false, true}},
+    {DType::IQ4_XS, "IQ4_XS", kBlock256, sizeof(Block<DType::IQ4_XS>), {4, 0, 0, 32, 8, false, true}},
 };
 
 consteval DTypeTraits traits_of(DType type) {

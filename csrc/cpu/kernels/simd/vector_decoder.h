@@ -67,8 +67,8 @@ struct VectorDecoder {
       const IntVec bits = load_int(high + offset(v, 4) + (b * n + g % n) * kGroupBytes);
       return merge_bits(low_ones, mask, shifted(bits, m + kShift - g / n * n),
                         set1_bytes(((1 << n) - 1) << (m + kShift)));
-    } else if constexpr (kFormat.table != nullptr) {
-      return look_up(load_table(kFormat.table), bit_and(low_ones, mask));
+    } else if constexpr (kFormat.has_table) {
+      return look_up(load_table(kIq4), bit_and(low_ones, mask));
     } else {
       return bit_and(low_ones, mask);
     }
