@@ -178,7 +178,7 @@ class RandomModel:
             outputs,
             lambda output: random_rows(self.tensors[output.name][0], output),
             True,
-            lambda _: None,
+            None,
             architecture,
         )
 

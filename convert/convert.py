@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +24,11 @@ from qwen2vl_q.convert.metadata import metadata
 from qwen2vl_q.convert.recipe import FileType, Recipe, TextShape, type_for_row
 from qwen2vl_q.convert.tokenizer_files import read_tokenizer
 from qwen2vl_q.convert.weights import Weights
-from qwen2vl_q.convert.writer import OutputTensor, write_gguf
+from qwen2vl_q.convert.writer import OutputTensor, Progress, write_gguf
 from qwen2vl_q.engine.model_parts import check_model_file
 
 _CHUNK_VALUES = 1 << 22  # values in memory at a time (16 MiB as float32), however large the tensor
 _F16_MAX = 65504.0  # F16 values, and the F16 scales of the block types, end here
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True)
@@ -117,15 +115,6 @@ def convert_checkpoint(
     entries = metadata(text, config, _file_type(tensors, recipe), tokenizer, n_parameters, head_names)
     by_name = {tensor.output.name: tensor for tensor in tensors}
     differences = {tensor.output.name: Difference() for tensor in tensors if tensor.origin}
-    total = sum(tensor.output.n_bytes for tensor in tensors)
-    done = 0
-
-    def advance(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if progress is not None:
-            progress(done, total)
-
     size = write_gguf(
         out,
         entries,
@@ -134,7 +123,7 @@ def convert_checkpoint(
             weights, by_name[output.name], differences.get(output.name), recipe, n_threads
         ),
         overwrite,
-        advance,
+        progress,
         check=lambda part: _check(part, config.path),
     )
     notes += [

@@ -13,10 +13,8 @@ from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert.entries import AnyEntry, Entry
 from qwen2vl_q.convert.gguf_source import GgufSource, StoredTensor
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS
-from qwen2vl_q.convert.writer import Contents, write_files
+from qwen2vl_q.convert.writer import Contents, Progress, write_files
 from qwen2vl_q.engine.model_parts import check_model_file
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 # llama.cpp's language models refuse tensors that they do not know; towers let them be.
 _LANGUAGE = ("token_embd.", "blk.", "output_norm.", "output.")
@@ -78,16 +76,7 @@ def _write(
         if out.exists() and any(out.samefile(given) for given in inputs):
             raise ValueError(f"{printable(str(out), 1000)}: the file that is read would be overwritten")
     tensors = source.by_name()
-    total = sum(tensor.output.n_bytes for tensor in source.tensors)
-    done = 0
-
-    def advance(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if progress is not None:
-            progress(done, total)
-
-    write_files(files, lambda output: tensors[output.name].chunks(), overwrite, advance, check)
+    write_files(files, lambda output: tensors[output.name].chunks(), overwrite, progress, check)
     return [(out, contents.n_bytes) for out, contents in files.items()]
 
 

@@ -16,11 +16,11 @@ from qwen2vl_q import _native
 from qwen2vl_q.base.errors import UnsupportedError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.checkpoint.tensor_map import MappedTensor, Role, name_in_model, role_of
-from qwen2vl_q.convert.convert import Progress, require_range
+from qwen2vl_q.convert.convert import require_range
 from qwen2vl_q.convert.entries import AnyEntry, Entry
 from qwen2vl_q.convert.gguf_source import GgufSource, StoredTensor
 from qwen2vl_q.convert.recipe import FILE_TYPE_NUMBERS, Recipe, TextShape, type_for_row
-from qwen2vl_q.convert.writer import OutputTensor, write_gguf
+from qwen2vl_q.convert.writer import OutputTensor, Progress, write_gguf
 from qwen2vl_q.engine.model_parts import check_model_file
 
 _CHUNK_VALUES = 1 << 22  # in memory at a time
@@ -66,22 +66,13 @@ def convert_gguf(
     left_out = [stored.output.name for stored, tensor in planned if tensor is None]
     recipe.check([tensor.output for tensor in tensors])
     by_name = {tensor.output.name: tensor for tensor in tensors}
-    total = sum(tensor.output.n_bytes for tensor in tensors)
-    done = 0
-
-    def advance(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
-        if progress is not None:
-            progress(done, total)
-
     size = write_gguf(
         out,
         _entries(source, tensors, recipe, name),
         [tensor.output for tensor in tensors],
         lambda output: _chunks(by_name[output.name], recipe, n_threads),
         overwrite,
-        advance,
+        progress,
         check=lambda part: check_model_file(str(part)),
     )
     notes = _notes(tensors, left_out) + recipe.notes([tensor.output for tensor in tensors])

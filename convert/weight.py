@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from qwen2vl_q.checkpoint.tensors import Checkpoint
 
 
-class Weight:
+class Weight(ABC):
     """What the writer asks of a tensor."""
 
     @property
@@ -28,13 +29,13 @@ class Weight:
         """Why no type holds them, where one was quantized."""
         return ""
 
+    @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop of the first axis."""
-        raise NotImplementedError
 
     def blocks(self, start: int, stop: int, type: str) -> NDArray[np.uint8]:
         """The same rows as bytes of a type of `kept`: [stop - start, row_bytes]."""
-        raise NotImplementedError
+        raise ValueError(f"no type keeps its integers, {type} neither")
 
 
 class StoredWeight(Weight):

@@ -39,6 +39,7 @@ class OutputTensor:
 
 
 Chunks = Callable[[OutputTensor], Iterator[NDArray[np.uint8]]]
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def write_gguf(
     tensors: Sequence[OutputTensor],
     chunks: Chunks,
     overwrite: bool,
-    progress: Callable[[int], None],
+    progress: Progress | None = None,
     architecture: str = ARCHITECTURE,
     check: Callable[[Path], None] | None = None,
 ) -> int:
@@ -90,12 +91,12 @@ def write_files(
     files: Mapping[Path, Contents],
     chunks: Chunks,
     overwrite: bool,
-    progress: Callable[[int], None],
+    progress: Progress | None = None,
     check: Callable[..., None] | None = None,
 ) -> None:
     """Writes files (of one folder) whole or not at all.
 
-    `chunks` yields a tensor's bytes in order; `progress` is told how many were written after each. `check` is
+    `chunks` yields a tensor's bytes in order; `progress` is told after each how far all are. `check` is
     called before the first, with the paths of files that have all but the tensors' values. Raises
     FileExistsError where one exists and `overwrite` is false, OSError where the disk does not take them.
     """
@@ -111,9 +112,13 @@ def write_files(
                 os.truncate(parts[out], contents.n_bytes)
         if check is not None:
             check(*parts.values())
+        total, done = sum(t.n_bytes for file in files.values() for t in file.tensors), 0
         for out, contents in files.items():
             with _named(out):
-                _write_data(parts[out], len(contents.head), contents.tensors, chunks, progress)
+                for n_bytes in _written(parts[out], len(contents.head), contents.tensors, chunks):
+                    done += n_bytes
+                    if progress is not None:
+                        progress(done, total)
 
 
 @contextmanager
@@ -127,19 +132,14 @@ def _named(out: Path) -> Iterator[None]:
         raise
 
 
-def _write_data(
-    part: Path,
-    start: int,
-    tensors: Sequence[OutputTensor],
-    chunks: Chunks,
-    progress: Callable[[int], None],
-) -> None:
+def _written(part: Path, start: int, tensors: Sequence[OutputTensor], chunks: Chunks) -> Iterator[int]:
+    """Writes the tensors' bytes; after each chunk, its size."""
     with part.open("r+b") as stream:
         for tensor in tensors:
             stream.seek(start)
             for chunk in chunks(tensor):
                 stream.write(chunk.data)
-                progress(chunk.nbytes)
+                yield chunk.nbytes
             if stream.tell() - start != tensor.n_bytes:
                 raise ValueError(f"{tensor.name}: {stream.tell() - start} bytes for {tensor.n_bytes}")
             start += _padded(tensor.n_bytes)

@@ -60,8 +60,9 @@ def convert(
     holds the language model, the vision tower, the tokenizer, the chat template, and the limits and defaults
     of both.
 
-    Norms and biases stay F32. In q4_0 files the embeddings and the head are Q6_K, the vision tower Q8_0. A
-    matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says which.
+    Norms and biases stay F32. In q4_0 files the head is Q6_K (embeddings that are the head, too), the vision
+    tower Q8_0. A matrix whose rows a type's blocks do not divide gets a wider type; the table at the end says
+    which.
 
     Of GPTQ and AWQ checkpoints the integers are kept as they are, in Q4_0, Q5_0 or Q8_0, unless --type asks
     for another type; where they cannot be (act-order, bitsandbytes in 4 bits), matrices become Q8_0. Notes at

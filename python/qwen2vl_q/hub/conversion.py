@@ -11,7 +11,7 @@ from qwen2vl_q.base.json_files import quoted, read_json
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint, default_recipe
 from qwen2vl_q.convert.config import read_config
-from qwen2vl_q.convert.convert import Progress
+from qwen2vl_q.convert.writer import Progress
 
 TYPES: Sequence[str] = [type.upper() for type in FILE_TYPES]
 
