@@ -38,11 +38,11 @@ void pack(const Levels32& q, B* out) {
 /// The nearest float16; what is too large is cut.
 uint16_t to_f16(float value) { return f32_to_f16(std::min(std::max(value, -kMaxF16), kMaxF16)); }
 
-/// Levels -kOffset to kOffset - 1, written with kOffset added.
-template <int kOffset, typename B>
-void quantize_scaled(const BlockGroup& group, const Targets& targets, B* out) {
-  using Levels = Integers<-kOffset, kOffset - 1>;
-  const Blocks blocks = load(group, kMaxF16 * kOffset);
+/// Levels without a minimum, `largest` of them in magnitude, written as index(level).
+template <typename Levels, typename Index, typename B>
+void quantize_scaled(const BlockGroup& group, float largest, const Targets& targets, const Index& index,
+                     B* out) {
+  const Blocks blocks = load(group, kMaxF16 * largest);
   Quad scale = search_scales<Levels>(blocks, targets);
   for (int k = 0; k < kLanes; ++k) {
     out[k].d = to_f16(scale[k]);
@@ -50,8 +50,15 @@ void quantize_scaled(const BlockGroup& group, const Targets& targets, B* out) {
   }
   Levels32 q;
   choose_levels<Levels>(blocks, inverse(scale), all(0), q);
-  for (Quad& level : q) level += all(kOffset);
+  for (Quad& level : q) level = index(level);
   pack(q, out);
+}
+
+/// Levels -kOffset to kOffset - 1, written with kOffset added.
+template <int kOffset, typename B>
+void quantize_integers(const BlockGroup& group, const Targets& targets, B* out) {
+  quantize_scaled<Integers<-kOffset, kOffset - 1>>(
+      group, kOffset, targets, [](Quad level) { return level + all(kOffset); }, out);
 }
 
 /// Levels 0 to kHigh, and a minimum.
@@ -75,29 +82,23 @@ void quantize_lines(const BlockGroup& group, B* out) {
 }  // namespace
 
 void quantize_blocks(const BlockGroup& group, Block<DType::Q4_0>* out) {
-  quantize_scaled<8>(group, {-9.0f, -6.0f, 0.25f, 2}, out);
+  quantize_integers<8>(group, {-9.0f, -6.0f, 0.25f, 2}, out);
 }
 
 void quantize_blocks(const BlockGroup& group, Block<DType::Q4_1>* out) { quantize_lines<15>(group, out); }
 
 void quantize_blocks(const BlockGroup& group, Block<DType::Q5_0>* out) {
-  quantize_scaled<16>(group, {-17.0f, -13.0f, 0.25f, 2}, out);
+  quantize_integers<16>(group, {-17.0f, -13.0f, 0.25f, 2}, out);
 }
 
 void quantize_blocks(const BlockGroup& group, Block<DType::Q5_1>* out) { quantize_lines<31>(group, out); }
 
 void quantize_blocks(const BlockGroup& group, Block<DType::IQ4_NL>* out) {
-  const Blocks blocks = load(group, kMaxF16 * -Iq4Levels::kFirst);
-  Quad scale = search_scales<Iq4Levels>(blocks, kIq4Targets);
-  for (int k = 0; k < kLanes; ++k) {
-    out[k].d = to_f16(scale[k]);
-    scale[k] = f16_to_f32(out[k].d);
-  }
-  Levels32 q;
-  choose_levels<Iq4Levels>(blocks, inverse(scale), all(0), q);
-  for (Quad& level : q)
+  const auto index = [](Quad level) {
     for (int k = 0; k < kLanes; ++k) level[k] = static_cast<float>(Iq4Levels::index(level[k]));
-  pack(q, out);
+    return level;
+  };
+  quantize_scaled<Iq4Levels>(group, -Iq4Levels::kFirst, kIq4Targets, index, out);
 }
 
 }  // namespace qwen2vl

@@ -1,5 +1,6 @@
 #include "cpu/kernels/avx2/simd.h"
 #include "cpu/kernels/isa_kernels.h"
+#include "cpu/kernels/simd/store_quants.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -9,15 +10,7 @@ inline void store_block(const __m256i (&q)[4], const QuantizedRows& out, int64_t
   // Packing works within 128-bit halves: the permutation puts the groups of four bytes back in order.
   const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
   const __m256i quants = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.values + block * kBlock32), quants);
-  // Four sums of 8 bytes, each too large by 8 * 128.
-  const __m256i plus_128 = _mm256_xor_si256(quants, _mm256_set1_epi8(-128));
-  const __m256i sums = _mm256_sad_epu8(plus_128, _mm256_setzero_si256());
-  const __m256i pairs = _mm256_add_epi64(sums, _mm256_shuffle_epi32(sums, 0x4e));
-  const int first = 2048 - _mm256_extract_epi32(pairs, 0), second = 2048 - _mm256_extract_epi32(pairs, 4);
-  out.corrections16[2 * block] = 128 * first;
-  out.corrections16[2 * block + 1] = 128 * second;
-  out.corrections32[block] = 128 * (first + second);
+  store_quants(quants, out, block);
 }
 
 /// The rounding, and what becomes of tiny or non-finite blocks: generic/quantize_rows.cpp.

@@ -1,5 +1,6 @@
 #include "cpu/kernels/avx512/simd.h"
 #include "cpu/kernels/isa_kernels.h"
+#include "cpu/kernels/simd/store_quants.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -7,15 +8,7 @@ namespace {
 /// A block's integers and their corrections.
 inline void store_block(__m512i low, __m512i high, const QuantizedRows& out, int64_t block) {
   const __m256i quants = _mm256_set_m128i(_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(low));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.values + block * kBlock32), quants);
-  // Four sums of 8 bytes, each too large by 8 * 128.
-  const __m256i plus_128 = _mm256_xor_si256(quants, _mm256_set1_epi8(-128));
-  const __m256i sums = _mm256_sad_epu8(plus_128, _mm256_setzero_si256());
-  const __m256i pairs = _mm256_add_epi64(sums, _mm256_shuffle_epi32(sums, 0x4e));
-  const int first = 2048 - _mm256_extract_epi32(pairs, 0), second = 2048 - _mm256_extract_epi32(pairs, 4);
-  out.corrections16[2 * block] = 128 * first;
-  out.corrections16[2 * block + 1] = 128 * second;
-  out.corrections32[block] = 128 * (first + second);
+  store_quants(quants, out, block);
 }
 
 /// What `quants` have left of x, in 256ths of the scale.
