@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from qwen2vl_q import _native
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.checkpoint.tensors import Checkpoint
 from qwen2vl_q.convert import FILE_TYPES, FileType, Recipe, convert_checkpoint, convert_gguf
+from qwen2vl_q.convert.writer import Progress
 from qwen2vl_q.engine.tower_file import TowerFile
 
 TYPES: Sequence[str] = FILE_TYPES  # that a file can be written in
@@ -59,9 +60,6 @@ def source_of(path: str | os.PathLike[str], mmproj: str | os.PathLike[str] | Non
             f"{printable(os.fspath(path), 1000)}: a checkpoint has its vision tower, found an mmproj"
         )
     return CheckpointFolder(os.fspath(path))
-
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def write_as(source: Source, type: str, out: Path, progress: Progress | None = None) -> None:

@@ -27,7 +27,7 @@ Precision = Literal["fast", "exact"]
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a file must keep to. The defaults admit good types of 3 and more bits of real models."""
+    """What a file must keep to. The defaults are chosen, not calibrated: no released model was measured."""
 
     tensor_error: float = 0.1  # of the worst tensor, `TensorError.relative`, at most
     cosine: float = 0.99  # of the worst picture, at least
