@@ -26,7 +26,7 @@ ROOM_USES = {
     "text": {"base"},
     "chat": {"base", "vision", "text"},
     "engine": {"base", "checkpoint", "vision", "text", "chat"},
-    "hub": {"base", "convert"},
+    "hub": {"base", "engine", "convert"},
     "model": {"base", "vision", "text", "chat", "engine", "hub"},
     "measure": {"base", "checkpoint", "vision", "chat", "engine", "model", "demo"},
     "demo": set(),

@@ -120,7 +120,8 @@ def verify(
     in TMPDIR.
 
     The exit code is 0 where A keeps to all thresholds, 1 where it does not or cannot be compared. The
-    defaults are for real models in 3 and more bits; with random weights likeliest tokens mean little.
+    defaults are meant for released models in 3 and more bits, of which none was measured; with random weights
+    likeliest tokens mean little.
 
     \b
     Examples:

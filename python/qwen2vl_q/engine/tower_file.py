@@ -16,12 +16,12 @@ from qwen2vl_q.base.printable import printable
 TowerPath = str | os.PathLike[str] | Literal[False] | None
 
 # mmproj-NAME-f16.gguf, NAME-mmproj.gguf, mmproj.gguf, NAME-vision.gguf, qwen2vl-vision.gguf ...
-_USUAL = re.compile(r"mmproj|(?<![a-z0-9])vision(?![a-z0-9])")
+VISION_WORD = re.compile(r"(?<![a-z0-9])vision(?![a-z0-9])")
 # What a name says beside the model's: types of weights, parts, and what file it is.
 _PART = re.compile(r"-(\d{5})-of-\d{5}$")
 _TYPE = re.compile(r"(?<![a-z0-9])(i?q\d\w*|bf16|fp?16|fp?32)(?![a-z0-9])")
 _WORDS = re.compile(r"mmproj|(?<![a-z0-9])(vision|model|gguf|ud|i1|imat|imatrix)(?![a-z0-9])|[^a-z0-9]")
-_TYPES = ("F16", "BF16", "F32", "Q8_0")  # the ones to take first
+TOWER_TYPES = ("F16", "BF16", "F32", "Q8_0")  # the ones to take first
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,15 @@ def _candidates(model: Path) -> Iterator[list[Path]]:
     groups: tuple[list[Path], ...] = ([], [], [])
     for path in sorted(model.parent.glob("*.[gG][gG][uU][fF]")):
         part = _PART.search(path.stem)
-        if path.name == model.name or (part and int(part[1]) != 1) or not _USUAL.search(path.stem.lower()):
+        if path.name == model.name or (part and int(part[1]) != 1) or not _is_usual(path.stem.lower()):
             continue
         found = _model_name(path)
         groups[0 if found == name else 1 if name.startswith(found) else 2].append(path)
     return iter(groups)
+
+
+def _is_usual(stem: str) -> bool:
+    return "mmproj" in stem or VISION_WORD.search(stem) is not None
 
 
 def _model_name(path: Path) -> str:
@@ -92,7 +96,7 @@ def _preference(path: Path, width: int) -> int:
         )
     types = {t.name: t.type for t in file.tensors}
     type = types["mm.2.weight"]
-    return _TYPES.index(type) if type in _TYPES else len(_TYPES)
+    return TOWER_TYPES.index(type) if type in TOWER_TYPES else len(TOWER_TYPES)
 
 
 def _only(fitting: Sequence[tuple[int, Path]], model: str) -> Path:

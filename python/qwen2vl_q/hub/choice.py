@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.engine.tower_file import TOWER_TYPES, VISION_WORD
 from qwen2vl_q.hub.disk import size_text
 from qwen2vl_q.hub.listing import Listing, RemoteFile
 
@@ -17,8 +18,6 @@ _TYPE = re.compile(
 )
 _REPACKED = re.compile(r"Q4_0_\d_\d")  # for one processor each; llama.cpp has dropped them
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
-_VISION = re.compile(r"(?<![a-z0-9])vision(?![a-z0-9])")
-_TOWER_TYPES = ("F16", "BF16", "F32", "Q8_0")  # the ones to take first, as beside a model on disk
 _FIRST = ("Q4_K_M", "Q4_0", "Q8_0")
 _FEW_BITS = 4
 _SHOWN = 20
@@ -42,7 +41,7 @@ def variants(listing: Listing) -> list[Variant]:
     files = [file for name, file in sorted(listing.files.items()) if name.lower().endswith(".gguf")]
     towers = [file for file in files if "mmproj" in file.base.lower()]
     if not towers:
-        towers = [file for file in files if _VISION.search(file.base.lower())]
+        towers = [file for file in files if VISION_WORD.search(file.base.lower())]
     models = [file for file in files if file not in towers]
     if not models and not any("mmproj" in file.base.lower() for file in towers):
         models, towers = towers, []  # a whole model with the word in its name
@@ -134,7 +133,7 @@ def _whole(models: Sequence[RemoteFile]) -> list[list[RemoteFile]]:
 def _tower_for(model: RemoteFile, towers: Sequence[RemoteFile]) -> RemoteFile | None:
     def rank(tower: RemoteFile) -> tuple[bool, int, str]:
         type = type_in(stem_of(tower.base))
-        place = _TOWER_TYPES.index(type) if type in _TOWER_TYPES else len(_TOWER_TYPES)
+        place = TOWER_TYPES.index(type) if type in TOWER_TYPES else len(TOWER_TYPES)
         return tower.folder != model.folder, place, tower.name
 
     return min(towers, key=rank, default=None)
