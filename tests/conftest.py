@@ -17,7 +17,7 @@ from hub_server import HubServer
 from pictures import encoded, picture
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.cli.main import main
-from qwen2vl_q.convert import Recipe, convert_checkpoint
+from qwen2vl_q.convert import Recipe, convert_checkpoint, split_model
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +81,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 def checkpoint_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), CheckpointSpec(n_shards=2), seed=5)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint and files of it: checkpoint/, f32.gguf, and the pair f32-lm.gguf, f32-lm-mmproj.gguf."""
+    folder = tmp_path_factory.mktemp("sources")
+    spec = CheckpointSpec(hidden_size=256, intermediate_size=512, mrope_section=(8, 12, 12))
+    write_checkpoint(folder / "checkpoint", spec, seed=4)
+    convert_checkpoint(folder / "checkpoint", folder / "f32.gguf", Recipe("f32"))
+    split_model(folder / "f32.gguf", folder / "f32-lm")
+    return folder

@@ -21,37 +21,25 @@ from qwen2vl_q.convert import (
     convert_checkpoint,
     convert_gguf,
     pair_paths,
-    split_model,
 )
 
 INTEROP = Path(__file__).resolve().parents[2] / "shared" / "interop"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoint/, f32.gguf, and the pair f32-lm.gguf, f32-lm-mmproj.gguf."""
-    folder = tmp_path_factory.mktemp("sources")
-    spec = CheckpointSpec(hidden_size=256, intermediate_size=512, mrope_section=(8, 12, 12))
-    write_checkpoint(folder / "checkpoint", spec, seed=4)
-    convert(folder / "checkpoint", folder / "f32.gguf")
-    split_model(folder / "f32.gguf", folder / "f32-lm")
-    return folder
-
-
 @pytest.mark.parametrize("type", FILE_TYPES)
-def test_the_file_is_the_checkpoints(type: FileType, folder: Path, tmp_path: Path) -> None:
+def test_the_file_is_the_checkpoints(type: FileType, sources: Path, tmp_path: Path) -> None:
     """Byte for byte, whichever way the weights came."""
-    convert_checkpoint(folder / "checkpoint", tmp_path / "expected.gguf", Recipe(type))
+    convert_checkpoint(sources / "checkpoint", tmp_path / "expected.gguf", Recipe(type))
     expected = (tmp_path / "expected.gguf").read_bytes()
-    language, tower = pair_paths(folder / "f32-lm")
-    for model, mmproj in ((folder / "f32.gguf", None), (language, tower)):
+    language, tower = pair_paths(sources / "f32-lm")
+    for model, mmproj in ((sources / "f32.gguf", None), (language, tower)):
         report = convert_gguf(model, mmproj, tmp_path / "m.gguf", Recipe(type), overwrite=True)
         assert (tmp_path / "m.gguf").read_bytes() == expected
         assert report.n_bytes == len(expected) and report.notes == []
 
 
-def test_what_has_the_type_already_keeps_its_bytes(folder: Path, tmp_path: Path) -> None:
-    convert(folder / "checkpoint", tmp_path / "q4.gguf", "q4_0")
+def test_what_has_the_type_already_keeps_its_bytes(sources: Path, tmp_path: Path) -> None:
+    convert(sources / "checkpoint", tmp_path / "q4.gguf", "q4_0")
     convert_gguf(tmp_path / "q4.gguf", None, tmp_path / "again.gguf", Recipe("q4_0"))
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "q4.gguf").read_bytes()
     report = convert_gguf(tmp_path / "q4.gguf", None, tmp_path / "q8.gguf", Recipe("q8_0", "f16"), "New")
@@ -72,20 +60,20 @@ def test_what_has_the_type_already_keeps_its_bytes(folder: Path, tmp_path: Path)
     assert 0 < np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
 
 
-def test_heads_of_fine_tunes_are_kept(folder: Path, tmp_path: Path) -> None:
+def test_heads_of_fine_tunes_are_kept(sources: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     heads = {
         "head.score.weight": rng.standard_normal((2, 256), np.float32),
         "head.score.bias": rng.standard_normal(2, np.float32),
     }
-    rewritten(folder / "f32.gguf", tmp_path / "with.gguf", added=heads)
+    rewritten(sources / "f32.gguf", tmp_path / "with.gguf", added=heads)
     report = convert_gguf(tmp_path / "with.gguf", None, tmp_path / "q4.gguf", Recipe("q4_0"))
     assert report.notes == []
     before, after = stored_bytes(tmp_path / "with.gguf"), stored_bytes(tmp_path / "q4.gguf")
     assert {name: after[name] for name in heads} == {name: before[name] for name in heads}
 
 
-def test_keys_are_kept(folder: Path, tmp_path: Path) -> None:
+def test_keys_are_kept(sources: Path, tmp_path: Path) -> None:
     """Also those that nobody here reads, in their own types."""
     own: dict[str, Value] = {
         "tokenizer.chat_template": text("{{ messages[0]['content'] }}"),
@@ -93,7 +81,7 @@ def test_keys_are_kept(folder: Path, tmp_path: Path) -> None:
         "somebody.factor": f32(0.25),
         "general.sampling.temp": f32(0.5),
     }
-    source = rewritten(folder / "f32.gguf", tmp_path / "m.gguf", own)
+    source = rewritten(sources / "f32.gguf", tmp_path / "m.gguf", own)
     convert_gguf(source, None, tmp_path / "q8.gguf", Recipe("q8_0"))
     before, after = _native.GgufFile(source).entries, _native.GgufFile(tmp_path / "q8.gguf").entries
     changed = {key for (key, a), (_, b) in zip(before, after, strict=True) if a != b}
@@ -101,11 +89,11 @@ def test_keys_are_kept(folder: Path, tmp_path: Path) -> None:
     assert own.keys() < {key for key, _ in after}
 
 
-def test_a_tower_of_2024_becomes_a_new_one(folder: Path, tmp_path: Path) -> None:
-    language, tower = pair_paths(folder / "f32-lm")
+def test_a_tower_of_2024_becomes_a_new_one(sources: Path, tmp_path: Path) -> None:
+    language, tower = pair_paths(sources / "f32-lm")
     old = tower_of_2024(tower, tmp_path / "old.gguf")
     report = convert_gguf(language, old, tmp_path / "m.gguf", Recipe("f32"))
-    assert stored_bytes(tmp_path / "m.gguf") == stored_bytes(folder / "f32.gguf")
+    assert stored_bytes(tmp_path / "m.gguf") == stored_bytes(sources / "f32.gguf")
     assert report.notes == ["1 tensors that the model does not read are left out: v.position_embd.weight"]
     assert keys_of(tmp_path / "m.gguf")["clip.vision.feed_forward_length"] == 256
 
@@ -122,11 +110,11 @@ def test_llama_cpps_pair_becomes_one_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole.encode_image(picture(56, 84)), pair.encode_image(picture(56, 84)))
 
 
-def test_what_cannot_be_converted(folder: Path, tmp_path: Path) -> None:
-    language, tower = pair_paths(folder / "f32-lm")
+def test_what_cannot_be_converted(sources: Path, tmp_path: Path) -> None:
+    language, tower = pair_paths(sources / "f32-lm")
     for model, mmproj, message in (
         (language, None, "f32-lm.gguf: it has no vision tower, and none was given"),
-        (folder / "f32.gguf", tower, r"f32\.gguf: it has a vision tower of its own"),
+        (sources / "f32.gguf", tower, r"f32\.gguf: it has a vision tower of its own"),
     ):
         with pytest.raises(FormatError, match=message):
             convert_gguf(model, mmproj, tmp_path / "m.gguf", Recipe("q8_0"))
@@ -145,8 +133,8 @@ def test_what_cannot_be_converted(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_the_command(folder: Path, tmp_path: Path, run: Run) -> None:
-    language, tower = pair_paths(folder / "f32-lm")
+def test_the_command(sources: Path, tmp_path: Path, run: Run) -> None:
+    language, tower = pair_paths(sources / "f32-lm")
     out = tmp_path / "m.gguf"
     code, printed, err = run("convert", language, out, "--type", "q8_0")
     assert (code, err) == (0, f"vision tower: {tower}\n")
@@ -154,7 +142,7 @@ def test_the_command(folder: Path, tmp_path: Path, run: Run) -> None:
     assert run("convert", language, out, "--type", "q8_0", "--mmproj", tower, "--force") == (0, printed, "")
     assert run("convert", out, tmp_path / "again.gguf", "--type", "q8_0")[0] == 0
     assert (tmp_path / "again.gguf").read_bytes() == out.read_bytes()
-    code, _, err = run("convert", folder / "checkpoint", out, "--mmproj", tower, "--force")
+    code, _, err = run("convert", sources / "checkpoint", out, "--mmproj", tower, "--force")
     assert code == 2 and "--mmproj belongs to a GGUF file" in err
     code, _, err = run("convert", tmp_path / "none.gguf", out, "--force")
     assert code == 1 and "none.gguf: No such file" in err

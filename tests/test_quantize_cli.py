@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from checkpoints import CheckpointSpec, write_checkpoint
 from conversion import convert, keys_of, stored_bytes
 from qwen2vl_q import Qwen2VL, _native
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.cli.quantize import quantize
-from qwen2vl_q.convert import FileType, pair_paths, split_model
+from qwen2vl_q.convert import FileType, pair_paths
 from test_imatrix import older
 
 MIXES: tuple[FileType, ...] = (
@@ -31,26 +30,15 @@ MIXES: tuple[FileType, ...] = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoint/, f32.gguf, and the pair f32-lm.gguf, f32-lm-mmproj.gguf."""
-    folder = tmp_path_factory.mktemp("sources")
-    spec = CheckpointSpec(hidden_size=256, intermediate_size=512, mrope_section=(8, 12, 12))
-    write_checkpoint(folder / "checkpoint", spec, seed=4)
-    convert(folder / "checkpoint", folder / "f32.gguf")
-    split_model(folder / "f32.gguf", folder / "f32-lm")
-    return folder
-
-
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(quantize, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize("type", MIXES)
-def test_every_source_gives_the_same_file_which_runs(type: FileType, folder: Path, tmp_path: Path) -> None:
-    language, _ = pair_paths(folder / "f32-lm")
+def test_every_source_gives_the_same_file_which_runs(type: FileType, sources: Path, tmp_path: Path) -> None:
+    language, _ = pair_paths(sources / "f32-lm")
     files = []
-    for i, source in enumerate((folder / "f32.gguf", language, folder / "checkpoint")):
+    for i, source in enumerate((sources / "f32.gguf", language, sources / "checkpoint")):
         out = tmp_path / f"{i}.gguf"
         result = run(source, out, "--type", type, "--threads", i)
         assert result.exit_code == 0, result.output
@@ -58,15 +46,15 @@ def test_every_source_gives_the_same_file_which_runs(type: FileType, folder: Pat
     assert files[0] == files[1] == files[2]
     tokens = [1, 2, 3, 4, 5]
     found = Qwen2VL.from_gguf(tmp_path / "0.gguf").logits(tokens)
-    expected = Qwen2VL.from_gguf(folder / "f32.gguf").logits(tokens)
+    expected = Qwen2VL.from_gguf(sources / "f32.gguf").logits(tokens)
     cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
     assert cosine > 0.9
 
 
-def test_single_tensors_and_the_vision_tower(folder: Path, tmp_path: Path) -> None:
+def test_single_tensors_and_the_vision_tower(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
     options = ("--tensor", r"blk\.1\.ffn=q5_1", "--tensor", "attn_k=Q8_0", "--vision-type", "bf16")
-    result = run(folder / "f32.gguf", out, "--type", "Q4_K_M", *options)
+    result = run(sources / "f32.gguf", out, "--type", "Q4_K_M", *options)
     assert result.exit_code == 0, result.output
     types = {name: type for name, (type, _) in stored_bytes(out).items()}
     assert types["blk.1.ffn_down.weight"] == types["blk.1.ffn_up.weight"] == "Q5_1"
@@ -77,7 +65,7 @@ def test_single_tensors_and_the_vision_tower(folder: Path, tmp_path: Path) -> No
     assert keys_of(out)["general.file_type"] == 15
 
 
-def test_weights_of_an_importance_matrix(folder: Path, tmp_path: Path) -> None:
+def test_weights_of_an_importance_matrix(sources: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     name = "blk.0.attn_q.weight"
     columns = rng.lognormal(0, 2, 256).astype(np.float32)
@@ -85,36 +73,36 @@ def test_weights_of_an_importance_matrix(folder: Path, tmp_path: Path) -> None:
     path.write_bytes(older({name: columns}, calls=1))
     errors = []
     for out, options in ((tmp_path / "a.gguf", ()), (tmp_path / "b.gguf", ("--imatrix", path))):
-        result = run(folder / "f32.gguf", out, "--type", "q4_k_s", *options)
+        result = run(sources / "f32.gguf", out, "--type", "q4_k_s", *options)
         assert result.exit_code == 0, result.output
         assert ("note: 13 matrices of layers are not in" in result.stdout) == bool(options)
-        values = _native.GgufFile(folder / "f32.gguf").read(name)
+        values = _native.GgufFile(sources / "f32.gguf").read(name)
         errors.append((np.square(_native.GgufFile(out).read(name) - values) * columns).sum())
     assert errors[1] < 0.8 * errors[0]
     plain, weighted = stored_bytes(tmp_path / "a.gguf"), stored_bytes(tmp_path / "b.gguf")
     assert {n for n in plain if plain[n] != weighted[n]} == {name}
 
 
-def test_an_importance_matrix_of_another_model(folder: Path, tmp_path: Path) -> None:
+def test_an_importance_matrix_of_another_model(sources: Path, tmp_path: Path) -> None:
     path, out = tmp_path / "imatrix.dat", tmp_path / "m.gguf"
     for sums, message in (
         ({"blk.90.attn_q.weight": np.ones(256, np.float32)}, "it knows none of the model's tensors"),
         ({"blk.0.attn_q.weight": np.ones(128, np.float32)}, "expected 256 columns, found 128"),
     ):
         path.write_bytes(older(sums))
-        result = run(folder / "f32.gguf", out, "--type", "q4_k_s", "--imatrix", path)
+        result = run(sources / "f32.gguf", out, "--type", "q4_k_s", "--imatrix", path)
         assert isinstance(result.exception, FormatError) and message in str(result.exception)
         assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_was_quantized_before_is_told_of(folder: Path, tmp_path: Path) -> None:
-    convert(folder / "checkpoint", tmp_path / "q8.gguf", "q8_0")
+def test_what_was_quantized_before_is_told_of(sources: Path, tmp_path: Path) -> None:
+    convert(sources / "checkpoint", tmp_path / "q8.gguf", "q8_0")
     result = run(tmp_path / "q8.gguf", tmp_path / "m.gguf", "--type", "q4_1")
     assert "note: 14 tensors were Q8_0 and are Q4_1 now: what Q8_0 has lost stays lost" in result.stdout
 
 
-def test_usage_errors(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = folder / "f32.gguf", tmp_path / "m.gguf"
+def test_usage_errors(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = sources / "f32.gguf", tmp_path / "m.gguf"
     for arguments, message in (
         ((source, out), "Missing option '--type'"),
         ((source, out, "--type", "q4_k"), "'q4_k_m'"),  # lists what there is

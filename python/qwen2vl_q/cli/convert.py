@@ -7,11 +7,10 @@ from pathlib import Path
 import click
 
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.cli.converting import convert_model
-from qwen2vl_q.cli.model_file import tower_file
+from qwen2vl_q.cli.converting import convert_model, force_option, mmproj_option, out_argument
 from qwen2vl_q.cli.options import lora_option
 from qwen2vl_q.cli.output import say
-from qwen2vl_q.cli.writing import gguf_path, require_new
+from qwen2vl_q.cli.writing import require_new
 from qwen2vl_q.convert import FILE_TYPES, Adapter, FileType, Recipe, default_recipe
 from qwen2vl_q.hub.models import Models
 from qwen2vl_q.hub.names import HubName
@@ -19,9 +18,7 @@ from qwen2vl_q.hub.names import HubName
 
 @click.command(short_help="Convert a checkpoint, or GGUF files of other types, to one file.")
 @click.argument("source", metavar="SRC")
-@click.argument(
-    "out", metavar="OUT.gguf", type=click.Path(dir_okay=False, path_type=Path), callback=gguf_path
-)
+@out_argument
 @click.option(
     "--type",
     "type_",
@@ -34,14 +31,9 @@ from qwen2vl_q.hub.names import HubName
     help="Of the vision tower's weights.  [default: q8_0 in q4_0 files, else as --type]",
 )
 @lora_option("to merge")
-@click.option(
-    "--mmproj",
-    type=tower_file,
-    metavar="FILE",
-    help="The vision tower of SRC.gguf, where it has none.  [default: the one beside it]",
-)
+@mmproj_option("SRC.gguf")
 @click.option("--name", help="The model's name in the file.  [default: from SRC]")
-@click.option("--force", is_flag=True, help="Overwrite OUT.gguf where it exists.")
+@force_option
 def convert(
     source: str,
     out: Path,

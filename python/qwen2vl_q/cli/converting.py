@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.cli.model_file import tower_file
 from qwen2vl_q.cli.tables import Totals, size_table, stdout_console
-from qwen2vl_q.cli.writing import notes_console, writing
+from qwen2vl_q.cli.writing import gguf_path, notes_console, writing
 from qwen2vl_q.convert import Adapter, GgufReport, Recipe, Report, convert_checkpoint, convert_gguf
 from qwen2vl_q.engine.tower_file import TowerFile
+
+out_argument = click.argument(
+    "out", metavar="OUT.gguf", type=click.Path(dir_okay=False, path_type=Path), callback=gguf_path
+)
+force_option = click.option("--force", is_flag=True, help="Overwrite OUT.gguf where it exists.")
+
+
+def mmproj_option(source: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--mmproj",
+        type=tower_file,
+        metavar="FILE",
+        help=f"The vision tower of {source}, where it has none.  [default: the one beside it]",
+    )
 
 
 def convert_model(

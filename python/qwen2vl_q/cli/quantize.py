@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from qwen2vl_q.cli.converting import convert_model
-from qwen2vl_q.cli.model_file import tower_file
-from qwen2vl_q.cli.writing import gguf_path, require_new
+from qwen2vl_q.cli.converting import convert_model, force_option, mmproj_option, out_argument
+from qwen2vl_q.cli.writing import require_new
 from qwen2vl_q.convert import FILE_TYPES, FileType, Override, Recipe, read_imatrix
 
 
@@ -23,9 +22,7 @@ def _overrides(
 
 @click.command(short_help="Make a file of smaller types of a model.")
 @click.argument("source", metavar="IN")
-@click.argument(
-    "out", metavar="OUT.gguf", type=click.Path(dir_okay=False, path_type=Path), callback=gguf_path
-)
+@out_argument
 @click.option(
     "--type",
     "type_",
@@ -52,14 +49,9 @@ def _overrides(
     metavar="FILE",
     help="llama.cpp's importance matrix: what the columns weigh.",
 )
-@click.option(
-    "--mmproj",
-    type=tower_file,
-    metavar="FILE",
-    help="The vision tower of IN, where it has none.  [default: the one beside it]",
-)
+@mmproj_option("IN")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="[default: one for each core]")
-@click.option("--force", is_flag=True, help="Overwrite OUT.gguf where it exists.")
+@force_option
 def quantize(
     source: str,
     out: Path,
