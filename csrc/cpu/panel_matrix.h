@@ -32,10 +32,9 @@ struct PanelLayout {
 /// [cols][16 rows]; those of a quantized type have the parts that its QuantFormat asks for (each starts where
 /// the one before ends; panel_bytes is rounded up to 64):
 ///
-///   low bits, high bits   n bits a value: a block of 32 of a row is 4 n bytes, and value k of it the n bits
-///   from
-///                   bit n (k / 4n) on of byte k % 4n; [cols / 32][4n / run][16 rows][run bytes], where
-///                   run = layout.run_of(n)
+///   low, high bits  [cols / 32][4n / run][16 rows][run bytes], n bits a value, run = layout.run_of(n): 32
+///                   values of a row are 4n bytes, and value k is the n bits from bit n (k / 4n) on of byte
+///                   k % 4n
 ///   scales          16 bits: f16 [cols / 32][16 rows]; 8 bits: int8 [cols / part][16 rows]; 4 bits: the
 ///                   same, a minimum above each
 ///   block scales    of fewer bits than 16: f16 [cols / 256][16 rows]

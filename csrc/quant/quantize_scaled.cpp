@@ -93,8 +93,7 @@ class ScaledBlock {
 };
 
 // The value of largest magnitude goes near -32, the longer side of the range, hence the sign. On Gaussian
-// values these leave 8 % less error than -32.9 to -31.1 in tenths, and halving the step again gains under 1
-// %.
+// values these leave 8 % less error than -32.9 to -31.1 in tenths; half the step gains under 1 % more.
 constexpr Targets kTargets3 = {-5.0f, -2.5f, 0.25f, 2};
 constexpr Targets kTargets6 = {-33.0f, -28.0f, 0.5f, 0};
 
