@@ -15,7 +15,7 @@ from checkpoints import CheckpointSpec, write_checkpoint
 from command_line import Run
 from hub_server import HubServer
 from pictures import encoded, picture
-from qwen2vl_q import Qwen2VL
+from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.convert import Recipe, convert_checkpoint, split_model
 
@@ -92,3 +92,25 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert_checkpoint(folder / "checkpoint", folder / "f32.gguf", Recipe("f32"))
     split_model(folder / "f32.gguf", folder / "f32-lm")
     return folder
+
+
+@pytest.fixture
+def demo() -> Qwen2VL:
+    return Qwen2VL.from_gguf(DEMO_MODEL, n_threads=2)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of every step that is taken from here on."""
+    taken: list[list[int]] = []
+    step = _native.step
+
+    def counting(states: Any, rows: Any, progress: Any = None) -> None:
+        try:
+            step(states, rows, progress)
+        finally:
+            del states  # an error's traceback would keep them
+        taken.append(list(rows))
+
+    monkeypatch.setattr(_native, "step", counting)
+    return taken

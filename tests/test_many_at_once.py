@@ -3,97 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
-from threading import Barrier, Event, Thread
 from time import sleep
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from at_once import (
+    IDS,
+    PAGE,
+    SEED,
+    Messages,
+    assert_all_given_back,
+    conversation,
+    in_threads,
+    raises,
+)
 from demo import cases
 from qwen2vl_q import DEMO_MODEL, CacheFullError, Qwen2VL, Qwen2VLError, _native
 from qwen2vl_q.engine import scheduler
-from qwen2vl_q.engine.pictures import Encoding
-from qwen2vl_q.engine.request import Request
 from qwen2vl_q.engine.scheduler import Scheduler
-from qwen2vl_q.text.text_stream import TextStream
-
-SEED = 700_000
-TASKS = ("what", "read", "count", "box", "chat")
-PAGE = 64  # cells
-IDS = list(range(3, 100))
-
-Messages = list[dict[str, Any]]
-
-
-def conversation(seed: int) -> Messages:
-    case = cases.case(TASKS[seed % len(TASKS)], SEED + seed)
-    content = [
-        *({"type": "image", "image": image} for image in case.images),
-        {"type": "text", "text": case.turns[0].question},
-    ]
-    return [{"role": "user", "content": content}]
-
-
-@pytest.fixture
-def demo() -> Qwen2VL:
-    return Qwen2VL.from_gguf(DEMO_MODEL, n_threads=2)
-
-
-def assert_all_given_back(model: Qwen2VL) -> None:
-    assert not model._generation.scheduler._running and not model._generation.scheduler._waiting
-    native = model._native
-    assert native.idle_pages * PAGE * native.cell_bytes == native.cache_bytes
-
-
-@pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Of every step that is taken from here on."""
-    taken: list[list[int]] = []
-    step = _native.step
-
-    def counting(states: Any, rows: Any, progress: Any = None) -> None:
-        try:
-            step(states, rows, progress)
-        finally:
-            del states  # an error's traceback would keep them
-        taken.append(list(rows))
-
-    monkeypatch.setattr(_native, "step", counting)
-    return taken
-
-
-def in_threads(calls: list[Callable[[], None]]) -> None:
-    """All at once. The first exception comes out."""
-    errors: list[BaseException] = []
-    barrier = Barrier(len(calls))
-
-    def run(call: Callable[[], None]) -> None:
-        barrier.wait()
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [Thread(target=run, args=[call], daemon=True) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive(), "a call hangs"
-    if errors:
-        raise errors[0]
-
-
-def raises(kind: type[Exception], message: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(kind, match=message):
-        call()
-
 
 # --- answers ---
 
@@ -200,160 +131,6 @@ def test_what_prompts_share_is_computed_once(demo: Qwen2VL, rows: list[list[int]
     rows.clear()
     demo.chat(talks, max_new_tokens=1)
     assert sum(map(sum, rows)) == len(talks)  # a prompt's last token is computed again
-
-
-@pytest.fixture
-def slices(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The key of the picture of every slice from here on; slices are as small as they can be."""
-    taken: list[bytes] = []
-    advance = Encoding.advance
-
-    def counting(self: Encoding, seconds: float, report: Any) -> bool:
-        taken.append(self._image.key)
-        return advance(self, 0, report)
-
-    monkeypatch.setattr(Encoding, "advance", counting)
-    return taken
-
-
-def seeing(picture: Any, text: str = "What is it?") -> Messages:
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
-    return [{"role": "user", "content": content}]
-
-
-def test_streams_go_on_while_a_picture_is_encoded(demo: Qwen2VL, slices: list[bytes]) -> None:
-    """A token after every slice, for whoever reads; the same answers as alone."""
-    picture = cases.case("what", SEED).images[0]
-    demo.encode_image(picture)  # the tower is there now
-    demo.reset()
-    slices.clear()
-    talk = seeing(picture)
-    answer = demo.chat(talk, False, max_new_tokens=9, temperature=0)
-    n = len(slices)
-    assert n > 10
-    generation = demo._generation
-
-    def ask() -> None:
-        assert demo.chat(talk, False, max_new_tokens=9, temperature=0) == answer
-
-    for call in (ask, lambda: demo.encode_image(picture)):
-        demo.reset()
-        expected = list(demo.generate(IDS, max_new_tokens=n + 20, ignore_eos=True))
-        demo.reset()
-        slices.clear()
-        stream = generation.request(
-            generation.prepare(IDS, []), _native.Sampler(), n + 20, TextStream(demo.tokenizer), None
-        )
-        stream.ahead = stream.limit
-        generation.scheduler.submit(stream)
-        call()
-        assert len(slices) == n
-        assert stream.drawn >= n - 1
-        assert list(generation.tokens(stream)) == expected
-        assert_all_given_back(demo)
-
-
-def test_a_stream_takes_no_turns_from_a_picture(
-    demo: Qwen2VL, slices: list[bytes], rows: list[list[int]]
-) -> None:
-    """One step between two slices, though another thread reads without a pause."""
-    picture = cases.case("what", SEED).images[0]
-    demo.encode_image(picture)
-    demo.reset()
-    stream = demo.generate(IDS, max_new_tokens=3000, ignore_eos=True)
-    next(stream)
-    encoded = Event()
-    reader = Thread(target=lambda: [next(stream) for _ in iter(encoded.is_set, True)])
-    reader.start()
-    slices.clear()
-    rows.clear()
-    demo.encode_image(picture)
-    steps = len(rows)
-    encoded.set()
-    reader.join()
-    assert len(slices) > 10
-    assert steps <= 2 * len(slices)
-
-
-def test_two_who_want_one_picture_encode_it_once(
-    demo: Qwen2VL, slices: list[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At once; and where the first goes away in the middle: with an error of its callback, closed, or with
-    Ctrl-C. Without others its work is dropped."""
-    picture = cases.case("what", SEED).images[0]
-    talks = [seeing(picture), [{"role": "system", "content": "Other."}, *seeing(picture, "How many?")]]
-    demo.encode_image(picture)  # the tower is there now
-    demo.reset()
-    slices.clear()
-    expected = [demo.chat(talk, False, max_new_tokens=9, temperature=0) for talk in talks]
-    pieces = len(slices)
-    demo.reset()
-    slices.clear()
-    assert demo.chat(talks, max_new_tokens=9, temperature=0) == expected
-    assert len(slices) == pieces
-    steps = demo._generation.scheduler
-
-    def request(talk: Messages) -> Request:
-        return demo._chat_request(talk, {"max_new_tokens": 9, "temperature": 0})
-
-    def run_for(request: Request, n: int) -> None:
-        slices.clear()
-        while len(slices) < n:
-            with steps.turn():
-                steps._step()
-
-    def interrupt(first: Request) -> None:
-        def raising(*arguments: Any) -> bool:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Encoding, "advance", raising)
-            with pytest.raises(KeyboardInterrupt):
-                steps.next(first)
-
-    def fail(first: Request) -> None:
-        def progress(*arguments: Any) -> None:
-            raise InterruptedError
-
-        first.progress = progress
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                Encoding,
-                "advance",
-                lambda self, seconds, report: report(0, 2),  # as a slow slice does
-            )
-            with pytest.raises(InterruptedError):
-                steps.next(first)
-
-    for leave in (interrupt, fail, steps.close):
-        demo.reset()
-        first, second = map(request, talks)
-        for r in (first, second):
-            steps.submit(r)
-        run_for(first, pieces // 2)
-        leave(first)
-        steps.close(first)
-        assert "".join(demo._generation.texts(second)) == expected[1]
-        assert len(slices) == pieces
-        assert second.image_tokens and not first.image_tokens
-        demo.reset()
-        alone = request(talks[0])
-        steps.submit(alone)
-        run_for(alone, pieces // 2)
-        leave(alone)
-        steps.close(alone)
-        alone.error = None  # its traceback
-        gc.collect()
-        assert not steps._pictures._under_way
-        assert_all_given_back(demo)
-    demo.reset()
-    slices.clear()
-    begun = request(talks[0])
-    steps.submit(begun)
-    run_for(begun, 3)
-    demo.close()
-    with pytest.raises(Qwen2VLError, match="closed"):
-        steps.next(begun)
 
 
 def test_short_prompts_do_not_wait_for_long_ones(tiny: Qwen2VL, rows: list[list[int]]) -> None:
@@ -475,97 +252,6 @@ def test_a_call_that_waits_for_room_begins_when_another_ends(
     in_threads([partial(read, i) for i in range(3)])
     assert together == alone
     assert_all_given_back(model)
-
-
-# --- constraints ---
-
-
-def beside(*calls: Callable[[], Any]) -> list[Any]:
-    """What calls give that are made at once."""
-    found: list[Any] = [None] * len(calls)
-
-    def keep(i: int) -> None:
-        found[i] = calls[i]()
-
-    in_threads([partial(keep, i) for i in range(len(calls))])
-    return found
-
-
-class Only:
-    """Some tokens; the rest of an answer is for the end once so many have been drawn."""
-
-    def __init__(self, model: Qwen2VL, tokens: list[int], n: int, dtype: type = np.uint8) -> None:
-        self.masks: NDArray[Any] = np.zeros((2, model.config.vocab_size), dtype)
-        self.masks[0, tokens] = 1
-        self.masks[1, list(model.config.eos_token_ids)] = 1
-        self.n = n
-        self.accepted: list[int] = []
-
-    def allowed(self) -> Any:
-        return self.masks[int(len(self.accepted) >= self.n)]
-
-    def accept(self, token: int) -> None:
-        self.accepted.append(token)
-
-
-def test_an_answer_of_some_tokens(demo: Qwen2VL) -> None:
-    """Those likeliest, beside calls that may say anything."""
-    talk = conversation(2)  # how many
-    ask = partial(demo.chat, talk, False, max_new_tokens=24, temperature=0)
-    free = ask()
-    digits = {token: str(d) for d in range(10) for token in demo.tokenize(str(d))}
-    for temperature in (0, 2.0):
-        for dtype in (np.uint8, np.bool_):
-            constraint = Only(demo, list(digits), 3, dtype)
-            answer, other = beside(partial(ask, constraint=constraint, temperature=temperature), ask)
-            assert other == free
-            *said, end = constraint.accepted
-            assert end in demo.config.eos_token_ids
-            assert "".join(digits[token] for token in said) == answer and len(said) == 3
-    ids, images = demo.encode_chat(talk)
-    first = demo.logits(ids, images)[-1]
-    best = max(digits, key=lambda token: float(first[token]))
-    assert next(demo.generate(ids, images, constraint=Only(demo, list(digits), 3))) == best
-
-
-def test_what_a_constraint_raises_ends_its_own_call(demo: Qwen2VL) -> None:
-    talk = conversation(1)
-    ask = partial(demo.chat, talk, False, max_new_tokens=24, temperature=0)
-    expected = ask()
-    n = demo.config.vocab_size
-
-    class Wrong(Only):
-        def __init__(self, mask: Any) -> None:
-            super().__init__(demo, [], 0)
-            self.mask = mask
-
-        def allowed(self) -> Any:
-            if isinstance(self.mask, Exception):
-                raise self.mask
-            return self.mask
-
-    class Calling(Only):
-        def accept(self, token: int) -> None:
-            demo.chat(talk, False)
-
-    for constraint, kind, message in (
-        (Wrong(LookupError("no rule")), LookupError, "no rule"),
-        (Wrong(np.zeros(n, np.uint8)), ValueError, "allowed: expected a token that may be drawn, found none"),
-        (Wrong(np.ones(n - 1, bool)), ValueError, rf"expected bool or uint8 \[{n}\], found bool \[{n - 1}\]"),
-        (Wrong(np.ones((1, n), bool)), ValueError, rf"expected bool or uint8 \[{n}\], found bool \[1, {n}\]"),
-        (Wrong(np.ones(n, np.int8)), ValueError, rf"found int8 \[{n}\]"),
-        (Calling(demo, [5], 9), Qwen2VLError, "a call of the model is under way in this thread"),
-    ):
-        fails = partial(raises, kind, message, partial(ask, constraint=constraint))
-        assert beside(fails, ask, fails)[1] == expected
-        assert_all_given_back(demo)
-    no_limit = Wrong(None)
-    assert ask(constraint=no_limit) == expected
-    assert no_limit.accepted
-    with pytest.raises(ValueError, match=r"expected an object with allowed\(\) and accept\(\), found 5"):
-        demo.generate([1], constraint=5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="constraint: expected one conversation, found a list"):
-        demo.chat([talk, talk], constraint=no_limit)
 
 
 # --- ends ---
