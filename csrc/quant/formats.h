@@ -29,7 +29,8 @@ inline constexpr DTypeTraits kDTypes[] = {
     {DType::IQ4_XS, "IQ4_XS", kBlock256, sizeof(Block<DType::IQ4_XS>), {4, 0, 0, 32, 8, false, true}},
 };
 
-consteval DTypeTraits traits_of(DType type) {
+/// Of constants alone. Not consteval: Clang 14 does not know a template lambda's constants there.
+constexpr DTypeTraits traits_of(DType type) {
   for (const DTypeTraits& traits : kDTypes)
     if (traits.type == type) return traits;
   throw "not in the list";

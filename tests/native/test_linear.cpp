@@ -121,7 +121,8 @@ TEST_CASE("a row's result does not depend on the others, whether decoded or not"
       };
       const Floats prompt = run(0, rows, 0), decoded = run(0, rows, rows);
       CHECK((prompt == decoded) == !(kernels->has_grouped_matmul && type != DType::F16));
-      for (const auto& [first, count] : {std::pair<int64_t, int64_t>{0, 1}, {7, 1}, {510, 20}, {3, 77}})
+      for (const auto& part : {std::pair<int64_t, int64_t>{0, 1}, {7, 1}, {510, 20}, {3, 77}}) {
+        const int64_t first = part.first, count = part.second;
         for (const int64_t k : {int64_t{0}, count / 2, count}) {
           CAPTURE(count);
           CAPTURE(k);
@@ -130,6 +131,7 @@ TEST_CASE("a row's result does not depend on the others, whether decoded or not"
           CHECK(std::equal(some.begin(), some.begin() + k * n, decoded.begin() + at));
           CHECK(std::equal(some.begin() + k * n, some.end(), prompt.begin() + at + k * n));
         }
+      }
     }
   }
 }

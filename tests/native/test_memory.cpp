@@ -36,8 +36,8 @@ TEST_CASE("buffers are aligned, writable to the end, and move") {
     CHECK(assigned.data()[bytes - 1] == 2);
   }
   CHECK(AlignedBuffer(0).data() == nullptr);
-  CHECK_THROWS_AS(AlignedBuffer(std::numeric_limits<size_t>::max()), std::bad_alloc);
-  CHECK_THROWS_AS(AlignedBuffer(std::numeric_limits<size_t>::max() / 2), std::bad_alloc);
+  CHECK_THROWS_AS(AlignedBuffer{std::numeric_limits<size_t>::max()}, std::bad_alloc);
+  CHECK_THROWS_AS(AlignedBuffer{std::numeric_limits<size_t>::max() / 2}, std::bad_alloc);
 }
 
 namespace {
