@@ -92,6 +92,7 @@ struct Registry {
     generic::add_gemm(generic);
     generic::add_bf16_dot(generic);
     generic::add_pair_panel(generic);
+    generic::add_integer_gemm(generic);
     generic::add_rows(generic);
     generic::add_peaks(generic);
     supported.push_back(&generic);
@@ -104,6 +105,7 @@ struct Registry {
       avx2::add_quantize_rows(avx2);
       avx2::add_matmul_q8(avx2);
       avx2::add_gemm(avx2);
+      avx2::add_integer_gemm(avx2);
       avx2::add_rows(avx2);
       avx2::add_peaks(avx2);
       supported.insert(supported.begin(), &avx2);
@@ -117,6 +119,7 @@ struct Registry {
       avx512::add_matmul_q8(avx512);
       avx512::add_grouped_matmul(avx512);
       avx512::add_gemm(avx512);
+      avx512::add_integer_gemm(avx512);
       avx512::add_rows(avx512);
       avx512::add_peaks(avx512);
       supported.insert(supported.begin(), &avx512);
