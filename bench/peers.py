@@ -16,6 +16,13 @@ llama.cpp is built for this very processor from its source package (half an hour
   CMAKE_ARGS="-DGGML_NATIVE=ON" peers/bin/pip install --no-binary llama-cpp-python llama-cpp-python
   python bench/peers.py --peer-python peers/bin/python
 
+--isa has ours compute with one instruction set, beside a llama.cpp that was built for the same, here AVX2
+(with -DGGML_AVX_VNNI=ON besides: avxvnni):
+
+\b
+  CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" ...
+  python bench/peers.py --peer-python peers-avx2/bin/python --isa avx2
+
 OpenVINO needs a converted checkpoint, a real one or make_openvino_model.py's (optimum-intel 2.2 converts
 Qwen2-VL with transformers 4):
 
@@ -29,6 +36,7 @@ Qwen2-VL with transformers 4):
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -42,7 +50,7 @@ import click
 import numpy as np
 
 from make_model import RandomModel
-from qwen2vl_q._native import default_thread_count
+from qwen2vl_q._native import default_thread_count, supported_isas
 from qwen2vl_q.cli.bench_tables import table
 from qwen2vl_q.convert.recipe import Recipe
 from qwen2vl_q.measure.benchmark import STREAM_PROMPT, drawn_picture
@@ -212,6 +220,9 @@ def _has(python: str, package: str) -> bool:
 @click.option("--type", "type_", type=click.Choice(["q4_0", "q8_0"]), default="q4_0", show_default=True)
 @click.option("--only", multiple=True, type=click.Choice([task.key for task in TASKS]))
 @click.option("--turns", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--isa", type=click.Choice(supported_isas()), envvar="QWEN2VL_ISA", help="Ours computes with it."
+)
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), help="[default: the physical cores allowed]")
 @click.option("--pause", type=click.FloatRange(min=0), default=0.0, help="Seconds before each measurement.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a Markdown table.")
@@ -225,6 +236,7 @@ def main(
     type_: str,
     only: tuple[str, ...],
     turns: int,
+    isa: str | None,
     threads: int | None,
     pause: float,
     as_json: bool,
@@ -237,6 +249,8 @@ def main(
     if not with_llama_cpp and (openvino_python is None or peer_python != sys.executable):
         raise click.ClickException(f"{peer_python} has no llama_cpp; --help says how to install it")
     n_threads = threads or default_thread_count()
+    if isa:
+        os.environ["QWEN2VL_ISA"] = isa  # the measuring processes have it from here
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "picture.npy", drawn_picture((1024, 683)))
@@ -249,19 +263,19 @@ def main(
         files = {"model": str(openvino_model), "properties": properties}
         sides.append(Side("OpenVINO", command, files, leaves_out=("streams",)))
     job = {"threads": n_threads, "picture": str(folder / "picture.npy")}
-    before = Limits.measure(n_threads=n_threads)
+    before = Limits.measure(isa or "", n_threads)
     rows = [
         row
         for task in TASKS
         if not only or task.key in only
         for row in compare(task, [s for s in sides if task.kind not in s.leaves_out], job, turns, pause)
     ]
-    after = Limits.measure(n_threads=n_threads)
+    after = Limits.measure(isa or "", n_threads)
     if as_json:
         measured = [{**asdict(row), "ratios": row.ratios} for row in rows]
         print(json.dumps({"rows": measured, "limits": [asdict(before), asdict(after)]}, indent=2))
         return
-    title = f"{type_}, {n_threads} threads"
+    title = f"{type_}, {n_threads} threads, ours on {before.isa}"
     streams = [row for row in rows if row.unit == _RATE]
     for group, ratio in (([row for row in rows if row not in streams], "{} / ours"), (streams, "ours / {}")):
         if group:

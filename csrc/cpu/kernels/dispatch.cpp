@@ -53,8 +53,9 @@ uint64_t enabled_state() {
 }
 
 struct Features {
-  bool avx2 = false;    ///< AVX2, FMA, F16C
-  bool avx512 = false;  ///< these and AVX-512 F, BW, DQ, VL, VNNI
+  bool avx2 = false;     ///< AVX2, FMA, F16C
+  bool avxvnni = false;  ///< these and AVX-VNNI
+  bool avx512 = false;   ///< AVX2's and and AVX-512 F, BW, DQ, VL, VNNI
   bool avx512_bf16 = false;
 };
 
@@ -63,25 +64,26 @@ Features detect() {
   constexpr uint32_t kAvx2 = 1u << 5;                                                // leaf 7, ebx
   constexpr uint32_t kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;  // leaf 7, ebx
   constexpr uint32_t kVnni = 1u << 11;                                               // leaf 7, ecx
-  constexpr uint32_t kBf16 = 1u << 5;                                                // leaf 7.1, eax
+  constexpr uint32_t kAvxVnni = 1u << 4, kBf16 = 1u << 5;                            // leaf 7.1, eax
   constexpr uint64_t kYmmState = 0x6, kZmmState = 0xe6;                              // XCR0
   const auto has = [](auto value, auto bits) { return (value & bits) == bits; };
 
-  const CpuidLeaf leaf1 = cpuid(1), leaf7 = cpuid(7);
+  const CpuidLeaf leaf1 = cpuid(1), leaf7 = cpuid(7), leaf71 = cpuid(7, 1);
   if (!has(leaf1.ecx, kOsxsave)) return {};
   const uint64_t state = enabled_state();
   Features features;
   features.avx2 = has(leaf1.ecx, kFma | kF16c) && has(leaf7.ebx, kAvx2) && has(state, kYmmState);
+  features.avxvnni = features.avx2 && has(leaf71.eax, kAvxVnni);
   features.avx512 =
       features.avx2 && has(leaf7.ebx, kF | kDq | kBw | kVl) && has(leaf7.ecx, kVnni) && has(state, kZmmState);
-  features.avx512_bf16 = features.avx512 && has(cpuid(7, 1).eax, kBf16);
+  features.avx512_bf16 = features.avx512 && has(leaf71.eax, kBf16);
   return features;
 }
 
 #endif  // QWEN2VL_X86
 
 struct Registry {
-  KernelTable generic, avx2, avx512, avx512_bf16;
+  KernelTable generic, avx2, avxvnni, avx512, avx512_bf16;
   std::vector<const KernelTable*> supported;
 
   Registry() {
@@ -109,6 +111,17 @@ struct Registry {
       avx2::add_rows(avx2);
       avx2::add_peaks(avx2);
       supported.insert(supported.begin(), &avx2);
+    }
+#endif
+#ifdef QWEN2VL_HAVE_AVXVNNI
+    if (features.avxvnni) {
+      avxvnni = avx2;
+      avxvnni.isa = "avxvnni";
+      avxvnni::add_integer_gemm(avxvnni);
+      avxvnni::add_matmul_q8(avxvnni);
+      avxvnni::add_grouped_matmul(avxvnni);
+      avxvnni::add_peaks(avxvnni);
+      supported.insert(supported.begin(), &avxvnni);
     }
 #endif
 #ifdef QWEN2VL_HAVE_AVX512

@@ -29,6 +29,14 @@ void add_rows(KernelTable& table);
 void add_peaks(KernelTable& table);
 }  // namespace avx2
 
+/// On top of avx2's table.
+namespace avxvnni {
+void add_integer_gemm(KernelTable& table);  ///< of it the products
+void add_matmul_q8(KernelTable& table);
+void add_grouped_matmul(KernelTable& table);
+void add_peaks(KernelTable& table);  ///< int8_dot
+}  // namespace avxvnni
+
 namespace avx512 {
 void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);

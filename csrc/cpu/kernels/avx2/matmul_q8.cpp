@@ -1,5 +1,3 @@
-#include <string.h>
-
 #include <bit>
 
 #include "cpu/kernels/avx2/simd.h"
@@ -13,12 +11,6 @@ namespace {
 /// weights; the float sums, wanted once a block, do not, and yet 4 rows measured faster than 2 or 3.
 constexpr int kQ8TilePanels = 1;
 constexpr int max_q8_tile_rows(int, int planes) { return planes == 2 ? 2 : 4; }
-
-inline __m256i broadcast_group(const int8_t* x) {
-  int32_t group;
-  memcpy(&group, x, sizeof group);
-  return _mm256_set1_epi32(group);
-}
 
 /// Sums of pairs of 16-bit lanes.
 inline __m256i add_pairs(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1)); }

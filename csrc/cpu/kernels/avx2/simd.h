@@ -77,8 +77,17 @@ inline float reduce_max(Vec a) {
 
 inline IntVec set1_int(int32_t x) { return _mm256_set1_epi32(x); }
 inline IntVec load_int(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store_int(uint8_t* p, IntVec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline IntVec load_int8(const uint8_t* p) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+/// The low byte of each.
+inline void store_int8(int8_t* p, IntVec a) {
+  const __m256i low = _mm256_set1_epi32(0x0c080400);
+  const __m256i halves = _mm256_shuffle_epi8(a, low);
+  const __m128i bytes =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
 }
 /// 16 bytes, to look up each by the low half of a byte (its highest bit is 0).
 inline IntVec load_table(const int8_t* table) {
@@ -87,6 +96,12 @@ inline IntVec load_table(const int8_t* table) {
 inline IntVec look_up(IntVec table, IntVec indices) { return _mm256_shuffle_epi8(table, indices); }
 inline IntVec add(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
 inline IntVec sub(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
+inline IntVec max(IntVec a, IntVec b) { return _mm256_max_epi32(a, b); }
+inline int32_t reduce_max(IntVec a) {
+  __m128i x = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+}
 inline IntVec bit_and(IntVec a, IntVec b) { return _mm256_and_si256(a, b); }
 inline IntVec bit_or(IntVec a, IntVec b) { return _mm256_or_si256(a, b); }
 inline IntVec bit_xor(IntVec a, IntVec b) { return _mm256_xor_si256(a, b); }
@@ -94,9 +109,22 @@ inline IntVec bit_xor(IntVec a, IntVec b) { return _mm256_xor_si256(a, b); }
 inline IntVec merge_bits(IntVec a, IntVec a_mask, IntVec b, IntVec b_mask) {
   return _mm256_or_si256(_mm256_and_si256(a, a_mask), _mm256_and_si256(b, b_mask));
 }
+/// The even bytes of a, the odd ones of b.
+inline IntVec odd_bytes(IntVec a, IntVec b) {
+  const __m256i even = _mm256_set1_epi16(0xff);
+  return _mm256_or_si256(_mm256_and_si256(even, a), _mm256_andnot_si256(even, b));
+}
 inline IntVec shift_left(IntVec a, int n) { return _mm256_slli_epi32(a, n); }
 inline IntVec shift_right(IntVec a, int n) { return _mm256_srli_epi32(a, n); }
 inline IntVec shift_right_signed(IntVec a, int n) { return _mm256_srai_epi32(a, n); }
+/// In lanes of 16 bits.
+inline IntVec shift_left16(IntVec a, int n) { return _mm256_slli_epi16(a, n); }
+inline IntVec shift_right16(IntVec a, int n) { return _mm256_srli_epi16(a, n); }
+inline IntVec shift_right_signed16(IntVec a, int n) { return _mm256_srai_epi16(a, n); }
+inline IntVec sub16(IntVec a, IntVec b) { return _mm256_sub_epi16(a, b); }
+inline IntVec mul_low16(IntVec a, IntVec b) { return _mm256_mullo_epi16(a, b); }
+/// (a * b + 2^14) >> 15
+inline IntVec mul_high_rounded16(IntVec a, IntVec b) { return _mm256_mulhrs_epi16(a, b); }
 /// Keeps integer sums a chain: GCC would make a tree of them, whose leaves do not fit 16 registers.
 inline IntVec chained(IntVec acc) {
 #if defined(__GNUC__)
@@ -118,6 +146,13 @@ inline void store_narrow(uint8_t* p, const IntVec (&v)[4]) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
+inline IntVec as_int(Vec a) { return _mm256_castps_si256(a); }
+
+/// Which lanes; none where either is NaN.
+using Mask = __m256;
+inline Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+inline Vec select(Mask lanes, Vec a, Vec otherwise) { return _mm256_blendv_ps(otherwise, a, lanes); }
 
 }  // namespace
 }  // namespace qwen2vl::cpu

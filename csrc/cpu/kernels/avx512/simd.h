@@ -74,8 +74,13 @@ inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 
 inline IntVec set1_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline IntVec load_int(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline void store_int(uint8_t* p, IntVec a) { _mm512_storeu_si512(p, a); }
 inline IntVec load_int8(const uint8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+/// The low byte of each.
+inline void store_int8(int8_t* p, IntVec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
 }
 /// 16 bytes, to look up each by the low half of a byte (its highest bit is 0).
 inline IntVec load_table(const int8_t* table) {
@@ -84,6 +89,8 @@ inline IntVec load_table(const int8_t* table) {
 inline IntVec look_up(IntVec table, IntVec indices) { return _mm512_shuffle_epi8(table, indices); }
 inline IntVec add(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
 inline IntVec sub(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
+inline IntVec max(IntVec a, IntVec b) { return _mm512_max_epi32(a, b); }
+inline int32_t reduce_max(IntVec a) { return _mm512_reduce_max_epi32(a); }
 inline IntVec bit_and(IntVec a, IntVec b) { return _mm512_and_si512(a, b); }
 inline IntVec bit_or(IntVec a, IntVec b) { return _mm512_or_si512(a, b); }
 inline IntVec bit_xor(IntVec a, IntVec b) { return _mm512_xor_si512(a, b); }
@@ -91,6 +98,8 @@ inline IntVec bit_xor(IntVec a, IntVec b) { return _mm512_xor_si512(a, b); }
 inline IntVec merge_bits(IntVec a, IntVec a_mask, IntVec b, IntVec b_mask) {
   return _mm512_and_si512(_mm512_ternarylogic_epi32(a_mask, a, b, 0xca), _mm512_or_si512(a_mask, b_mask));
 }
+/// The even bytes of a, the odd ones of b.
+inline IntVec odd_bytes(IntVec a, IntVec b) { return _mm512_mask_mov_epi8(a, 0xaaaaaaaaaaaaaaaau, b); }
 inline IntVec shift_left(IntVec a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
 inline IntVec shift_right(IntVec a, int n) { return _mm512_srli_epi32(a, static_cast<unsigned>(n)); }
 inline IntVec shift_right_signed(IntVec a, int n) { return _mm512_srai_epi32(a, static_cast<unsigned>(n)); }
@@ -100,6 +109,23 @@ inline IntVec chained(IntVec acc) {
   __asm__("" : "+v"(acc));
 #endif
   return acc;
+}
+/// In lanes of 16 bits.
+inline IntVec shift_left16(IntVec a, int n) { return _mm512_slli_epi16(a, static_cast<unsigned>(n)); }
+inline IntVec shift_right16(IntVec a, int n) { return _mm512_srli_epi16(a, static_cast<unsigned>(n)); }
+inline IntVec shift_right_signed16(IntVec a, int n) { return _mm512_srai_epi16(a, static_cast<unsigned>(n)); }
+inline IntVec sub16(IntVec a, IntVec b) { return _mm512_sub_epi16(a, b); }
+inline IntVec mul_low16(IntVec a, IntVec b) { return _mm512_mullo_epi16(a, b); }
+/// (a * b + 2^14) >> 15
+inline IntVec mul_high_rounded16(IntVec a, IntVec b) { return _mm512_mulhrs_epi16(a, b); }
+/// acc += products of the unsigned bytes of `w` and the signed bytes of `x`, four to a lane. As an intrinsic,
+/// GCC 12 keeps a copy of every sum on the stack.
+inline void dot_step(IntVec& acc, IntVec w, IntVec x) {
+#if defined(__GNUC__)
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+#else
+  acc = _mm512_dpbusd_epi32(acc, w, x);
+#endif
 }
 inline Vec to_float(IntVec a) { return _mm512_cvtepi32_ps(a); }
 inline IntVec to_int(Vec a) { return _mm512_cvtps_epi32(a); }
@@ -113,6 +139,13 @@ inline void store_narrow(uint8_t* p, const IntVec (&v)[4]) {
   for (int i = 0; i < 4; ++i)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(v[i]));
 }
+inline IntVec as_int(Vec a) { return _mm512_castps_si512(a); }
+
+/// Which lanes; none where either is NaN.
+using Mask = __mmask16;
+inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline Mask both(Mask a, Mask b) { return a & b; }
+inline Vec select(Mask lanes, Vec a, Vec otherwise) { return _mm512_mask_mov_ps(otherwise, lanes, a); }
 
 }  // namespace
 }  // namespace qwen2vl::cpu

@@ -2,6 +2,8 @@
 
 // The decode step of all kernels, written once; needs the including instruction set's simd.h.
 
+#include <string.h>
+
 #include "cpu/kernels/simd/tile.h"
 #include "quant/formats.h"
 
@@ -12,6 +14,13 @@ inline const uint16_t* as_16_bits(const uint8_t* p) { return reinterpret_cast<co
 
 /// A byte in every byte of a vector.
 inline IntVec set1_bytes(int byte) { return set1_int(static_cast<int32_t>(0x01010101u * (byte & 0xffu))); }
+
+/// Four activations, in every lane.
+inline IntVec broadcast_group(const int8_t* x) {
+  int32_t group;
+  memcpy(&group, x, sizeof group);
+  return set1_int(group);
+}
 
 /// Bits may cross from byte to byte: the caller masks them.
 inline IntVec shifted(IntVec x, int left) {

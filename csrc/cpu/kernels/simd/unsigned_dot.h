@@ -1,0 +1,33 @@
+#pragma once
+
+// matmul_q8's products of unsigned by signed bytes in 32 bits; needs the including instruction set's simd.h
+// with dot_step.
+
+#include <bit>
+
+#include "cpu/kernels/simd/vector_decoder.h"
+
+namespace qwen2vl::cpu {
+namespace {
+
+/// Weights are made unsigned by an offset, and the sums start from the correction, -offset * sum of the
+/// activations.
+template <DType T>
+struct Dot {
+  static constexpr QuantFormat kFormat = traits_of(T).format;
+  static constexpr int kOffset = kFormat.is_signed() ? 128 : kFormat.offset;
+  using Weights = IntVec;
+  using Acc = IntVec;
+
+  static Weights weights(IntVec q) { return kFormat.is_signed() ? bit_xor(q, set1_bytes(0x80)) : q; }
+  static Acc start(const int32_t* correction) {
+    if constexpr (kOffset == 0) return set1_int(0);
+    constexpr int kShift = 7 - std::countr_zero(unsigned{kOffset});
+    return shift_right_signed(set1_int(*correction), kShift);
+  }
+  static void step(Acc& acc, Weights w, IntVec x, int) { dot_step(acc, w, x); }
+  static IntVec finish(Acc acc, const int32_t*) { return acc; }
+};
+
+}  // namespace
+}  // namespace qwen2vl::cpu
