@@ -15,8 +15,8 @@ using ValueBits = FullAttention::ValueBits;
 
 constexpr int64_t kHeads = 3;
 
-/// Queries, keys and values with a bias of each channel; every 37th channel `large` times the others, its
-/// bias five times that.
+/// Keys and values have biases of hundreds of times what they vary by, in channels that hardly turn; every
+/// 37th channel varies by `large` times the others.
 struct Problem {
   int64_t rows, head_dim;
   std::vector<float> qkv;
@@ -26,11 +26,12 @@ struct Problem {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     std::vector<float> bias(stride());
-    for (int64_t i = 0; i < stride(); ++i) bias[i] = (i % 37 == 0 ? 5 * large : 0.5f) * normal(random);
+    for (int64_t i = 0; i < stride(); ++i) bias[i] = (i < stride() / 3 ? 0.5f : 300.0f) * normal(random);
     for (int64_t i = 0; i < static_cast<int64_t>(qkv.size()); ++i)
       qkv[i] = bias[i % stride()] + (i % stride() % 37 == 0 ? large : 1.0f) * normal(random);
     for (int64_t i = 0; i < rows * head_dim / 2; ++i) {
-      const auto angle = static_cast<float>(i / (head_dim / 2)) / static_cast<float>(1 + i % (head_dim / 2));
+      const auto angle =
+          1e-5f * static_cast<float>(i / (head_dim / 2)) / static_cast<float>(1 + i % (head_dim / 2));
       rotation.cos.push_back(std::cos(angle));
       rotation.sin.push_back(std::sin(angle));
     }
@@ -87,8 +88,8 @@ TEST_CASE("integers lose little, of biased and of large channels too, and no bit
           for (const ValueBits bits : {ValueBits::Sixteen, ValueBits::Eight}) {
             const auto actual = problem.result(*table, 1, Precision::Fast, bits);
             const bool eight = table->has_u8_dot && bits == ValueBits::Eight;
-            // Scores reach hundreds where channels are large: a thousandth of one is an error of that size.
-            CHECK(problem.error(actual, expected) < (eight ? 6e-4 : 2e-5));
+            // Measured: 8.1e-4 and 2.2e-6 at most; without centers 1.6e-3 of 16 bits.
+            CHECK(problem.error(actual, expected) < (eight ? 3e-3 : 2e-5));
             CHECK(problem.result(*table, 3, Precision::Fast, bits) == actual);
           }
         }
