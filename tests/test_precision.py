@@ -119,7 +119,7 @@ def test_q8_0_loses_about_twice_what_its_weights_lose_at_most(models: Models) ->
 
 @pytest.mark.parametrize("file_type", ["bf16", "f16"])
 def test_files_without_quantized_weights_lose_next_to_nothing(models: Models, file_type: FileType) -> None:
-    # The language model rounds its cache to f16, the tower its attention to bf16.
+    # The language model rounds its cache to f16, the tower its attention to integers of 16 bits.
     fast = models.loss(file_type, "fast")
     assert fast["few"] < 1e-6 and fast["many"] < 1e-6 and fast["picture"] < 2e-5, fast
 

@@ -18,19 +18,24 @@ struct Rotation {
 /// the result replaces the queries.
 /// Computed in tiles with a streaming softmax (FlashAttention, arXiv 2205.14135); nothing of size rows^2 is
 /// kept.
-/// The fast precision multiplies in bf16 where the processor has such dot products, sums and softmax in
-/// float32.
+/// The fast precision multiplies integers where the instruction set gains by it (KernelTable::has_i16_dot):
+/// 16 bits, which lose less than bf16, or values and probabilities in 8.
 class FullAttention {
  public:
-  FullAttention(int64_t num_heads, int64_t head_dim) : num_heads_(num_heads), head_dim_(head_dim) {}
+  /// Of values and probabilities, where the set has products of 8 bits.
+  enum class ValueBits { Eight, Sixteen };
+
+  FullAttention(int64_t num_heads, int64_t head_dim, ValueBits value_bits)
+      : num_heads_(num_heads), head_dim_(head_dim), value_bits_(value_bits) {}
   /// In pieces, beside which other work may go on; one call at a time.
   Pieces operator()(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation);
 
  private:
-  template <typename T>
+  template <typename Tile>
   Pieces run(Context& ctx, float* qkv, int64_t rows, const Rotation& rotation);
 
   int64_t num_heads_, head_dim_;
+  ValueBits value_bits_;
   FloatBuffer packed_;  ///< keys and values of all heads
 };
 

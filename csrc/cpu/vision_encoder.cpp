@@ -106,7 +106,13 @@ Pieces VisionEncoder::operator()(Context& ctx, VisionInput input, float* out) co
   Buffers b;
   float* x = b.x.resize(rows * width);
   float* qkv = b.qkv.resize(rows * 3 * width);
-  FullAttention attention(config_.num_heads, config_.head_dim);
+  // Where nothing else is rounded to 8 bits, they would be the largest error.
+  using ValueBits = FullAttention::ValueBits;
+  const bool quantized = std::any_of(blocks_.begin(), blocks_.end(), [](const Block& block) {
+    return is_quantized(block.qkv.parts.front().matrix.type);
+  });
+  FullAttention attention(config_.num_heads, config_.head_dim,
+                          quantized ? ValueBits::Eight : ValueBits::Sixteen);
 
   const Rotation turned = rotation(grid);
   for (int64_t row = 0; row < rows; row += kRows) {

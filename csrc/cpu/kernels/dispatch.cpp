@@ -94,6 +94,7 @@ struct Registry {
     generic::add_gemm(generic);
     generic::add_bf16_dot(generic);
     generic::add_pair_panel(generic);
+    generic::add_integer_gemm(generic);
     generic::add_rows(generic);
     generic::add_peaks(generic);
     supported.push_back(&generic);
@@ -106,6 +107,7 @@ struct Registry {
       avx2::add_quantize_rows(avx2);
       avx2::add_matmul_q8(avx2);
       avx2::add_gemm(avx2);
+      avx2::add_integer_gemm(avx2);
       avx2::add_rows(avx2);
       avx2::add_peaks(avx2);
       supported.insert(supported.begin(), &avx2);
@@ -115,6 +117,7 @@ struct Registry {
     if (features.avxvnni) {
       avxvnni = avx2;
       avxvnni.isa = "avxvnni";
+      avxvnni::add_integer_gemm(avxvnni);
       avxvnni::add_matmul_q8(avxvnni);
       avxvnni::add_grouped_matmul(avxvnni);
       avxvnni::add_peaks(avxvnni);
@@ -129,6 +132,7 @@ struct Registry {
       avx512::add_matmul_q8(avx512);
       avx512::add_grouped_matmul(avx512);
       avx512::add_gemm(avx512);
+      avx512::add_integer_gemm(avx512);
       avx512::add_rows(avx512);
       avx512::add_peaks(avx512);
       supported.insert(supported.begin(), &avx512);

@@ -15,7 +15,8 @@ void add_grouped_matmul(KernelTable& table);
 void add_gemm(KernelTable& table);  ///< unpack_* and gemm_*
 void add_bf16_dot(KernelTable& table);
 void add_pair_panel(KernelTable& table);
-void add_rows(KernelTable& table);  ///< everything from rms_norm on
+void add_integer_gemm(KernelTable& table);  ///< and what becomes of rows beside it
+void add_rows(KernelTable& table);          ///< everything from rms_norm on
 void add_peaks(KernelTable& table);
 }  // namespace generic
 
@@ -23,12 +24,14 @@ namespace avx2 {
 void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);
 void add_gemm(KernelTable& table);
+void add_integer_gemm(KernelTable& table);
 void add_rows(KernelTable& table);
 void add_peaks(KernelTable& table);
 }  // namespace avx2
 
 /// On top of avx2's table.
 namespace avxvnni {
+void add_integer_gemm(KernelTable& table);  ///< of it the products
 void add_matmul_q8(KernelTable& table);
 void add_grouped_matmul(KernelTable& table);
 void add_peaks(KernelTable& table);  ///< int8_dot
@@ -39,6 +42,7 @@ void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);
 void add_grouped_matmul(KernelTable& table);
 void add_gemm(KernelTable& table);
+void add_integer_gemm(KernelTable& table);
 void add_rows(KernelTable& table);
 void add_peaks(KernelTable& table);
 }  // namespace avx512

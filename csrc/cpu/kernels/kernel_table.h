@@ -49,6 +49,14 @@ struct GroupedRows {
 /// matmul_groups' largest multiplier: 2^15 * 127 / 128, so that -128 times it is still above -2^7 2^15.
 inline constexpr float kGroupMultiplier = 32511;
 
+/// Of the integer attention (below). Keys of one call of softmax_steps_*, at most, and of a piece of them.
+inline constexpr int64_t kIntegerKeys = 512;
+inline constexpr int64_t kPieceKeys = 128;
+/// The largest integers of 16 bits that probabilities and values become: kPieceKeys products fit 32 bits.
+inline constexpr int32_t kLargest16 = 4095;
+/// Rows of integers have room for a multiple of so many.
+inline constexpr int64_t kIntegerRoom = 64;
+
 enum class Store { Overwrite, Accumulate };
 
 /// Where a matmul puts its result: data[m * stride + n] (=, +=) sum + bias[n].
@@ -142,7 +150,8 @@ struct KernelTable {
 
   // --- bf16 matmul ---
 
-  /// Whether gemm_bf16_pairs is faster than gemm_f32 here: then the fast precision's attention runs on it.
+  /// Whether gemm_bf16_pairs is faster than gemm_f32 here: then the fast precision's attention of text runs
+  /// on it.
   bool has_bf16_dot = false;
   /// As gemm_f32 with both sides in bf16 and float32 sums: a [rows][depth], panels [depth / 2][16][2] with
   /// two consecutive k side by side. depth and a_stride are even, `a` is aligned to 4 bytes.
@@ -159,6 +168,37 @@ struct KernelTable {
   void (*pair_f16_panel)(const uint16_t* panel, int64_t depth, uint16_t* out);
   /// Rounds to nearest even.
   void (*convert_f32_to_bf16)(const float* x, uint16_t* out, int64_t n);
+
+  // --- integer matmul: the tower's attention ---
+
+  /// Whether gemm_i16 is faster than gemm_f32 here: then the fast precision's attention of the tower runs on
+  /// it; and whether gemm_u8_i8 is faster still: then so do values and probabilities of quantized towers.
+  bool has_i16_dot = false;
+  bool has_u8_dot = false;
+  /// out[m][n] (=, +=) scales[m] * sum over k of a[m * a_stride + k] * b[n / 16][k / run][n % 16][k % run],
+  /// where run is the k in 4 bytes. depth is a multiple of it; the integer sums fit 32 bits. The panels are
+  /// readable in full. Adding is one fma: the same bits on every set.
+  void (*gemm_i16)(const int16_t* a, int64_t a_stride, const int16_t* b, int64_t panel_stride, int64_t rows,
+                   int64_t n_cols, int64_t depth, const float* scales, const MatmulOutput& out);
+  void (*gemm_u8_i8)(const uint8_t* a, int64_t a_stride, const int8_t* b, int64_t panel_stride, int64_t rows,
+                     int64_t n_cols, int64_t depth, const float* scales, const MatmulOutput& out);
+  /// A step of streaming softmax, as softmax_step's, to the base 2 and with rounded results, for every row of
+  /// scores [rows][stride], n <= kIntegerKeys of each: a piece of kPieceKeys becomes
+  ///   out = round(largest * 2^(score - the piece's maximum)),   largest 255 or kLargest16,
+  /// which stands for out * scales[piece * scales_stride + row] beside the row's new maximum. `sums` add up
+  /// what the rounded ones stand for. Before rounding they are within 2^-13 of the exact ones. Scores and out
+  /// have room for n rounded up to kIntegerRoom, whose out becomes 0.
+  void (*softmax_steps_u8)(float* scores, int64_t stride, int64_t rows, int64_t n, float* maxima, float* sums,
+                           float* factors, uint8_t* out, int64_t out_stride, float* scales,
+                           int64_t scales_stride);
+  void (*softmax_steps_i16)(float* scores, int64_t stride, int64_t rows, int64_t n, float* maxima,
+                            float* sums, float* factors, int16_t* out, int64_t out_stride, float* scales,
+                            int64_t scales_stride);
+  /// out = round(x * factors / unit), where `largest` * unit is the largest |x * factors|; returns the unit,
+  /// 0 where all are 0 and NaN where one is not finite. out has room for n rounded up to kIntegerRoom.
+  float (*quantize_i16)(const float* x, const float* factors, int64_t n, float largest, int16_t* out);
+  /// out = round((x - centers) * factors), which must be integers of 16 bits. Room as for quantize_i16.
+  void (*round_i16)(const float* x, const float* centers, const float* factors, int64_t n, int16_t* out);
 
   // --- rows ---
 

@@ -135,6 +135,17 @@ inline IntVec chained(IntVec acc) {
 inline Vec to_float(IntVec a) { return _mm256_cvtepi32_ps(a); }
 inline IntVec to_int(Vec a) { return _mm256_cvtps_epi32(a); }
 inline Vec as_float(IntVec a) { return _mm256_castsi256_ps(a); }
+/// Integers that fit, of four vectors in order. Packing works within 128-bit halves.
+inline void store_narrow(int16_t* p, const IntVec (&v)[4]) {
+  for (int i = 0; i < 4; i += 2)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8 * i),
+                        _mm256_permute4x64_epi64(_mm256_packs_epi32(v[i], v[i + 1]), 0xd8));
+}
+inline void store_narrow(uint8_t* p, const IntVec (&v)[4]) {
+  const __m256i packed = _mm256_packus_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
 inline IntVec as_int(Vec a) { return _mm256_castps_si256(a); }
 
 /// Which lanes; none where either is NaN.

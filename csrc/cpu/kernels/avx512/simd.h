@@ -103,6 +103,13 @@ inline IntVec odd_bytes(IntVec a, IntVec b) { return _mm512_mask_mov_epi8(a, 0xa
 inline IntVec shift_left(IntVec a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
 inline IntVec shift_right(IntVec a, int n) { return _mm512_srli_epi32(a, static_cast<unsigned>(n)); }
 inline IntVec shift_right_signed(IntVec a, int n) { return _mm512_srai_epi32(a, static_cast<unsigned>(n)); }
+/// Keeps integer sums a chain: GCC would copy them, beyond 32 registers.
+inline IntVec chained(IntVec acc) {
+#if defined(__GNUC__)
+  __asm__("" : "+v"(acc));
+#endif
+  return acc;
+}
 /// In lanes of 16 bits.
 inline IntVec shift_left16(IntVec a, int n) { return _mm512_slli_epi16(a, static_cast<unsigned>(n)); }
 inline IntVec shift_right16(IntVec a, int n) { return _mm512_srli_epi16(a, static_cast<unsigned>(n)); }
@@ -123,6 +130,15 @@ inline void dot_step(IntVec& acc, IntVec w, IntVec x) {
 inline Vec to_float(IntVec a) { return _mm512_cvtepi32_ps(a); }
 inline IntVec to_int(Vec a) { return _mm512_cvtps_epi32(a); }
 inline Vec as_float(IntVec a) { return _mm512_castsi512_ps(a); }
+/// Integers that fit, of four vectors in order.
+inline void store_narrow(int16_t* p, const IntVec (&v)[4]) {
+  for (int i = 0; i < 4; ++i)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16 * i), _mm512_cvtepi32_epi16(v[i]));
+}
+inline void store_narrow(uint8_t* p, const IntVec (&v)[4]) {
+  for (int i = 0; i < 4; ++i)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(v[i]));
+}
 inline IntVec as_int(Vec a) { return _mm512_castps_si512(a); }
 
 /// Which lanes; none where either is NaN.
