@@ -10,8 +10,8 @@
 
 namespace qwen2vl {
 
-/// Physical cores that this process may use: affinity mask and cgroup CPU quota respected, SMT siblings
-/// counted once. At least 1.
+/// Physical cores that this process may use, of the fast kind where there are two (cpu_count.h): affinity
+/// mask and cgroup CPU quota respected, SMT siblings counted once. At least 1.
 int default_thread_count();
 
 /// A fixed set of threads for data-parallel loops. The calling thread takes part. Workers spin for a few
