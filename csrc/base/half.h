@@ -14,8 +14,11 @@ inline float f16_to_f32(uint16_t h) {
   // Of subnormals, behind the leading 1 of 2^-14, which is taken away again.
   const float above = std::bit_cast<float>(magnitude + (113u << 23));
   const uint32_t subnormal = std::bit_cast<uint32_t>(above - std::bit_cast<float>(113u << 23));
-  const uint32_t finite = exponent == 0 ? subnormal : magnitude + (112u << 23);
-  return std::bit_cast<float>(sign | (exponent == 0x1fu << 23 ? magnitude + (224u << 23) : finite));
+  // Masks, since a compiler that may not skip a trap makes branches of choices between floats.
+  const uint32_t is_subnormal = 0u - static_cast<uint32_t>(exponent == 0);
+  const uint32_t is_special = 0u - static_cast<uint32_t>(exponent == 0x1fu << 23);  // infinity, NaN
+  const uint32_t normal = magnitude + (112u << 23) + (is_special & (112u << 23));
+  return std::bit_cast<float>(sign | (is_subnormal & subnormal) | (~is_subnormal & normal));
 }
 
 /// binary32 to binary16, round to nearest even; overflow goes to infinity, NaN stays NaN (quiet). Without

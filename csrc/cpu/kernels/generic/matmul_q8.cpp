@@ -24,15 +24,18 @@ class PackedBits {
     for (int64_t i = 0; i < kBits; ++i) offsets_[i] = layout.offset(kBits, 0, 0, 4 * i);
   }
 
-  /// The 32 integers of a row's block.
-  void read(int64_t block, int64_t row, uint8_t (&out)[kBlock32]) const {
-    constexpr int kBytes = 4 * kBits;
-    const uint8_t* at = part_ + block * kBytes * kPanelRows + row * run_;
-    uint8_t bytes[kBytes];
-    for (int i = 0; i < kBits; ++i) std::memcpy(bytes + 4 * i, at + offsets_[i], 4);
-    for (int s = 0; s < kBlock32 / kBytes; ++s)
-      for (int i = 0; i < kBytes; ++i)
-        out[s * kBytes + i] = static_cast<uint8_t>(bytes[i] >> (s * kBits) & ((1 << kBits) - 1));
+  /// A block's integers, row by row.
+  void read(int64_t block, uint8_t (&out)[kPanelRows * kBlock32]) const {
+    constexpr int64_t kBytes = 4 * kBits;  // of a row
+    const uint8_t* at = part_ + block * kBytes * kPanelRows;
+    for (int64_t first = 0, shift = 0; first < kBlock32; first += kBytes, shift += kBits) {
+      uint8_t values[kBytes * kPanelRows];
+      for (int64_t i = 0; i < kBytes * kPanelRows; ++i)
+        values[i] = static_cast<uint8_t>(at[i] >> shift & ((1 << kBits) - 1));
+      for (int64_t i = 0; i < kBits; ++i)
+        for (int64_t r = 0; r < kPanelRows; ++r)
+          std::memcpy(out + r * kBlock32 + first + 4 * i, values + offsets_[i] + r * run_, 4);
+    }
   }
 
  private:
@@ -54,15 +57,16 @@ void decode(const PanelMatrix& w, int64_t index, const DecodedPanel& out) {
   const PackedBits<kFormat.low_bits> low(w.panel(index), w.layout);
   const PackedBits<std::max(kFormat.high_bits, 1)> high(w.panel(index) + panel_parts(w.type, w.cols).high,
                                                         w.layout);
-  for (int64_t row = 0; row < w.cols / kBlock32 * kPanelRows; ++row) {
-    uint8_t q[kBlock32], q_high[kBlock32];
-    low.read(row / kPanelRows, row % kPanelRows, q);
+  for (int64_t block = 0; block < w.cols / kBlock32; ++block) {
+    constexpr int64_t kValues = kPanelRows * kBlock32;
+    uint8_t q[kValues], q_high[kValues];
+    low.read(block, q);
     if constexpr (kFormat.high_bits > 0) {
-      high.read(row / kPanelRows, row % kPanelRows, q_high);
-      for (int k = 0; k < kBlock32; ++k) q[k] = static_cast<uint8_t>(q[k] | q_high[k] << kFormat.low_bits);
+      high.read(block, q_high);
+      for (int64_t i = 0; i < kValues; ++i) q[i] = static_cast<uint8_t>(q[i] | q_high[i] << kFormat.low_bits);
     }
-    for (int k = 0; k < kBlock32; ++k)
-      out.values[row * kBlock32 + k] = static_cast<int16_t>(kFormat.value(q[k]));
+    for (int64_t i = 0; i < kValues; ++i)
+      out.values[block * kValues + i] = static_cast<int16_t>(kFormat.value(q[i]));
   }
 }
 
