@@ -70,6 +70,7 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::start() {
   forks_ = fork_count();
   generation_.store(0, std::memory_order_relaxed);
+  inside_.store(kClosed, std::memory_order_relaxed);
   workers_.reserve(shares_.size() - 1);
   try {
     for (int index = 1; index < size(); ++index) workers_.emplace_back([this, index] { worker(index); });
@@ -118,11 +119,12 @@ void ThreadPool::parallel_for(int64_t n, int64_t grain,
     shares_[i].next.store(begin, std::memory_order_relaxed);
     shares_[i].end = begin = chunks * (i + 1) / size();
   }
-  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  inside_.store(0, std::memory_order_release);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   run_chunks(0);
-  for (int left; (left = running_.load(std::memory_order_acquire)) != 0;) wait_for_change(running_, left);
+  inside_.fetch_or(kClosed, std::memory_order_relaxed);
+  for (int left; (left = inside_.load(std::memory_order_acquire)) != kClosed;) wait_for_change(inside_, left);
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
@@ -131,9 +133,22 @@ void ThreadPool::worker(int index) {
     wait_for_change(generation_, seen);
     seen = generation_.load(std::memory_order_acquire);
     if (stop_.load(std::memory_order_relaxed)) return;
+    if (!enter()) continue;
     run_chunks(index);
-    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    leave();
   }
+}
+
+/// Into the loop that is open, if one is: possibly a later one than what woke this thread.
+bool ThreadPool::enter() {
+  int inside = inside_.load(std::memory_order_relaxed);
+  while ((inside & kClosed) == 0)
+    if (inside_.compare_exchange_weak(inside, inside + 1, std::memory_order_acquire)) return true;
+  return false;
+}
+
+void ThreadPool::leave() {
+  if (inside_.fetch_sub(1, std::memory_order_release) == kClosed + 1) inside_.notify_one();
 }
 
 void ThreadPool::run_chunks(int index) {

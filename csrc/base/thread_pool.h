@@ -10,13 +10,14 @@
 
 namespace qwen2vl {
 
-/// Physical cores that this process may use: affinity mask and cgroup CPU quota respected, SMT siblings
-/// counted once. At least 1.
+/// Physical cores that this process may use, of the fast kind where there are two (cpu_count.h): affinity
+/// mask and cgroup CPU quota respected, SMT siblings counted once. At least 1.
 int default_thread_count();
 
 /// A fixed set of threads for data-parallel loops. The calling thread takes part. Workers spin for a few
-/// microseconds between loops of one forward pass, then sleep: an idle pool uses no CPU. A forked process
-/// starts its own threads at its first loop.
+/// microseconds between loops of one forward pass, then sleep: an idle pool uses no CPU. A worker that the
+/// system does not run in time is not waited for: the others do its share. A forked process starts its own
+/// threads at its first loop.
 class ThreadPool {
  public:
   static constexpr int kMaxThreads = 1024;  ///< beyond any machine: a number was mistyped
@@ -37,6 +38,8 @@ class ThreadPool {
   void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t, int)>& fn);
 
  private:
+  static constexpr int kClosed = 1 << 30;
+
   /// A thread's share of the chunks, on a cache line of its own.
   struct alignas(64) Share {
     std::atomic<int64_t> next{0};
@@ -47,6 +50,8 @@ class ThreadPool {
   void stop();
   void leave_behind();
   void worker(int index);
+  bool enter();
+  void leave();
   void run_chunks(int index);
 
   uint32_t forks_ = 0;  // fork_count() where the workers were started
@@ -54,9 +59,9 @@ class ThreadPool {
   const std::function<void(int64_t, int64_t, int)>* fn_ = nullptr;
   int64_t n_ = 0;
   int64_t grain_ = 1;
-  std::vector<Share> shares_;  // one a thread
-  std::atomic<uint32_t> generation_{0};
-  std::atomic<int> running_{0};
+  std::vector<Share> shares_;            // one a thread
+  std::atomic<uint32_t> generation_{0};  // of loops
+  std::atomic<int> inside_;              // workers in the loop, and kClosed where no other may enter
   std::atomic<bool> stop_{false};
   std::exception_ptr error_;
   std::mutex error_mutex_;

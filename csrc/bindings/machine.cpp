@@ -3,6 +3,8 @@
 #include <string>
 #include <vector>
 
+#include "base/cgroup.h"
+#include "base/cpu_count.h"
 #include "base/thread_pool.h"
 #include "bindings/arguments.h"
 #include "bindings/bindings.h"
@@ -17,6 +19,17 @@ void require_seconds(double seconds) {
   if (!(seconds > 0.0 && seconds <= 60.0))
     throw std::invalid_argument("seconds: expected more than 0, at most 60, found " +
                                 std::to_string(seconds));
+}
+
+py::dict machine() {
+  const CpuCount cpus = count_cpus();
+  py::dict result;
+  result["logical"] = cpus.logical;
+  result["cores"] = cpus.cores;
+  result["fast_cores"] = cpus.fast_cores;
+  result["cpu_quota"] = cpus.quota;
+  result["memory_limit"] = cgroup_memory_limit("");
+  return result;
 }
 
 py::dict measure_limits(const py::str& isa, const py::object& n_threads, double seconds) {
@@ -87,7 +100,10 @@ void register_machine(py::module_& m) {
       "Instruction sets that are built in and that this processor runs, best first; the last is "
       "\"generic\".");
   m.def("default_thread_count", &default_thread_count,
-        "Physical cores allowed by the affinity mask and the cgroup CPU quota.");
+        "Fast physical cores allowed by the affinity mask and the cgroup CPU quota.");
+  m.def("machine", &machine,
+        "What this process may use: logical processors, cores, fast_cores; cpu_quota (processors) and "
+        "memory_limit (bytes) of its cgroup, or None.");
   m.def("measure_limits", &measure_limits, py::arg("isa") = "", py::arg("n_threads") = 0,
         py::arg("seconds") = 0.5, "What this machine can do at most in a second, all threads together.");
   m.def("plugin_devices", &devices_of, py::arg("plugin"), "Devices that a plug-in library finds.");

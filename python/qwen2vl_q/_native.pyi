@@ -29,7 +29,12 @@ def supported_isas() -> list[str]:
     """Instruction sets that are built in and that this processor runs, best first; the last is "generic"."""
 
 def default_thread_count() -> int:
-    """Physical cores allowed by the affinity mask and the cgroup CPU quota."""
+    """Fast physical cores allowed by the affinity mask and the cgroup CPU quota."""
+
+def machine() -> dict[str, Any]:
+    """What this process may use: logical processors of its affinity mask, cores (SMT siblings counted once),
+    fast_cores (where there are two kinds, else all); cpu_quota (processors) and memory_limit (bytes) of its
+    cgroup, floats, or None."""
 
 def measure_limits(isa: str = "", n_threads: int = 0, seconds: float = 0.5) -> dict[str, float]:
     """What this machine can do at most in a second, all threads together.

@@ -15,9 +15,7 @@
 #include <unistd.h>
 #endif
 
-#include "base/cpu_count.h"
 #include "base/thread_pool.h"
-#include "temporary_folder.h"
 
 using namespace qwen2vl;
 
@@ -173,40 +171,4 @@ TEST_CASE("the number of threads is checked") {
   CHECK_THROWS_AS(ThreadPool(1 << 20), std::invalid_argument);
   CHECK(default_thread_count() >= 1);
   CHECK(default_thread_count() <= static_cast<int>(std::thread::hardware_concurrency()));
-}
-
-TEST_CASE("SMT siblings count once") {
-  const TemporaryFolder root;
-  const std::string cpus = "sys/devices/system/cpu/cpu";
-  root.write(cpus + "0/topology/thread_siblings_list", "0,4\n");
-  root.write(cpus + "4/topology/thread_siblings_list", "0,4\n");
-  root.write(cpus + "1/topology/thread_siblings_list", "1-2\n");
-  root.write(cpus + "2/topology/thread_siblings_list", "1-2\n");
-  root.write(cpus + "3/topology/thread_siblings_list", "3\n");
-  CHECK(count_physical_cores(std::vector<int>{0, 1, 2, 3, 4}, root.path()) == 3);
-  CHECK(count_physical_cores(std::vector<int>{4, 2}, root.path()) == 2);
-  CHECK(count_physical_cores(std::vector<int>{0, 4, 70, 71}, root.path()) == 3);  // 70, 71: no such file
-}
-
-TEST_CASE("cgroup quotas are found, version 2") {
-  const TemporaryFolder root;
-  CHECK(cgroup_cpu_limit(root.path()) == std::nullopt);
-  root.write("proc/self/cgroup", "0::/user/job\n");
-  CHECK(cgroup_cpu_limit(root.path()) == std::nullopt);
-  root.write("sys/fs/cgroup/user/job/cpu.max", "max 100000\n");
-  CHECK(cgroup_cpu_limit(root.path()) == std::nullopt);
-  root.write("sys/fs/cgroup/user/cpu.max", "250000 100000\n");  // set on a group above
-  CHECK(cgroup_cpu_limit(root.path()) == 3);
-  root.write("sys/fs/cgroup/user/job/cpu.max", "50000 100000\n");
-  CHECK(cgroup_cpu_limit(root.path()) == 1);
-}
-
-TEST_CASE("cgroup quotas are found, version 1, also where the path is the host's") {
-  const TemporaryFolder root;
-  root.write("proc/self/cgroup", "12:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:cpuset:/docker/abc\n");
-  root.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "-1\n");
-  root.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000\n");
-  CHECK(cgroup_cpu_limit(root.path()) == std::nullopt);
-  root.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "400000\n");
-  CHECK(cgroup_cpu_limit(root.path()) == 4);
 }

@@ -27,6 +27,7 @@ COMMANDS = {
     "list": ("qwen2vl_q.cli.list", "List the models that have been fetched or converted by name."),
     "rm": ("qwen2vl_q.cli.rm", "Remove a model that has been fetched or converted by name."),
     "bench": ("qwen2vl_q.cli.bench", "Measure image encoding, prefill and decoding."),
+    "doctor": ("qwen2vl_q.cli.doctor", "Show what this machine has, what to expect of it, what is missing."),
 }
 _PROGRAM = "qwen2vl-q"
 _COMPLETION = "_QWEN2VL_Q_COMPLETE"  # click's name for it
@@ -87,13 +88,11 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
     if not value or ctx.resilient_parsing:
         return
     from qwen2vl_q import _native
+    from qwen2vl_q.measure.machine import isa_in_use
 
-    available = _native.supported_isas()
-    forced = os.environ.get("QWEN2VL_ISA", "")
-    if forced and forced not in available:
-        raise ValueError(f"QWEN2VL_ISA: expected one of {', '.join(available)}, found {forced!r}")
-    used = f"{forced}, forced by QWEN2VL_ISA" if forced else available[0]
-    others = ", ".join(isa for isa in available if isa != (forced or available[0]))
+    isa, forced = isa_in_use()
+    used = f"{isa}, forced by QWEN2VL_ISA" if forced else isa
+    others = ", ".join(other for other in _native.supported_isas() if other != isa)
     click.echo(
         f"qwen2vl-q {_native.__version__}, instruction set {used}" + (f" (also {others})" if others else "")
     )

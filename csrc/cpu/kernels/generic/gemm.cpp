@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "base/half.h"
 #include "cpu/kernels/isa_kernels.h"
@@ -12,19 +13,43 @@ float to_float(float x) { return x; }
 float f16(uint16_t x) { return f16_to_f32(x); }
 float bf16(uint16_t x) { return bf16_to_f32(x); }
 
-/// Multiply and add are rounded apart here: a fused one is a library call on processors without it.
+/// Adds kSteps columns' products to a row's sums, column by column: so many are added while a sum is in a
+/// register. Multiply and add are rounded apart: a fused one is a library call on processors without it.
+template <int64_t kSteps>
+void add_products(const float* a, const float* panel, float (&sums)[kPanelRows]) {
+  float x[kSteps];
+  std::copy_n(a, kSteps, x);
+  for (int64_t r = 0; r < kPanelRows; ++r) {
+    float sum = sums[r];
+    for (int64_t k = 0; k < kSteps; ++k) sum += x[k] * panel[k * kPanelRows + r];
+    sums[r] = sum;
+  }
+}
+
+template <int64_t kSteps, typename T, float (*Convert)(T)>
+void add_converted(const float* a, const T* panel, float (&sums)[kPanelRows]) {
+  if constexpr (std::is_same_v<T, float>) {
+    add_products<kSteps>(a, panel, sums);
+  } else {
+    float converted[kSteps * kPanelRows];
+    std::transform(panel, panel + kSteps * kPanelRows, converted, Convert);
+    add_products<kSteps>(a, converted, sums);
+  }
+}
+
 template <typename T, float (*Convert)(T)>
 void gemm(const float* a, int64_t a_stride, const T* b, int64_t panel_stride, int64_t rows, int64_t n_cols,
           int64_t depth, const MatmulOutput& out) {
+  constexpr int64_t kSteps = 8;
   for (int64_t n = 0; n < n_cols; n += kPanelRows) {
     const T* panel = b + n / kPanelRows * panel_stride;
     const int64_t lanes = std::min(kPanelRows, n_cols - n);
     for (int64_t m = 0; m < rows; ++m) {
       float sums[kPanelRows] = {};
-      for (int64_t k = 0; k < depth; ++k) {
-        const float x = a[m * a_stride + k];
-        for (int64_t r = 0; r < kPanelRows; ++r) sums[r] += x * Convert(panel[k * kPanelRows + r]);
-      }
+      int64_t k = 0;
+      for (; k + kSteps <= depth; k += kSteps)
+        add_converted<kSteps, T, Convert>(a + m * a_stride + k, panel + k * kPanelRows, sums);
+      for (; k < depth; ++k) add_converted<1, T, Convert>(a + m * a_stride + k, panel + k * kPanelRows, sums);
       float* row = out.data + m * out.stride + n;
       for (int64_t r = 0; r < lanes; ++r) {
         const float sum = out.bias == nullptr ? sums[r] : sums[r] + out.bias[n + r];
