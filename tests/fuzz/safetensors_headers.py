@@ -9,6 +9,7 @@ the checkpoint opens, and then its tensors are what safetensors reads, or it is 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -18,7 +19,6 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-import atheris  # type: ignore[import-not-found]
 from safetensors import safe_open
 
 from qwen2vl_q.base import json_files
@@ -28,6 +28,8 @@ from qwen2vl_q.checkpoint import lora, tensors
 from qwen2vl_q.checkpoint.lora import Adapter
 from qwen2vl_q.checkpoint.tensors import _DTYPES, FLOATS, Checkpoint, ExpectedTensor
 
+atheris: Any = importlib.import_module("atheris")  # brings no types
+
 INDEX = b'{"weight_map": {"model.norm.weight": "a.safetensors", "visual.x": "b.safetensors"}}'
 CONFIG = '{"peft_type": "LORA", "r": 2, "lora_alpha": 4}'
 NAMES = [
@@ -36,7 +38,7 @@ NAMES = [
     "base_model.model.model.x.lora_magnitude_vector", "vlm.lm_head.weight", "model.rotary_emb.inv_freq", "",
     "\x1b[2J", "\ud800", "x" * 3000, "\u202e",
 ]  # fmt: skip
-TYPES = [
+TYPES: list[Any] = [
     *_DTYPES,
     "F64",
     "I64",
