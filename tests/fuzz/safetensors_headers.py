@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -146,7 +147,11 @@ FOLDER = Path(tempfile.mkdtemp(dir=os.environ.get("QWEN2VL_FUZZ_SCRATCH")))
 
 def one_input(data: bytes) -> None:
     folder = folder_of(data, FOLDER)
-    for work in (lambda: compare(Checkpoint(folder)), lambda: adapt(Adapter(folder))):
+    attempts: list[Callable[[], None]] = [
+        lambda: compare(Checkpoint(folder)),
+        lambda: adapt(Adapter(folder)),
+    ]
+    for work in attempts:
         try:
             work()
         except (FormatError, UnsupportedError) as error:
