@@ -110,7 +110,7 @@ class _State:
         if not self.name:
             raise FormatError(f"{checkpoint.folder}: missing: {names[0]}")
         stored = checkpoint.tensors[self.name]
-        self._place = f"{stored.file}: tensor '{stored.name}'"
+        self._place = stored.place
         if stored.dtype != "U8" or len(stored.shape) != 1 or not 0 < stored.shape[0] <= _MAX_STATE_BYTES:
             raise FormatError(f"{self._place}: expected 1 to {_MAX_STATE_BYTES} bytes, found {stored}")
         try:

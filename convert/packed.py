@@ -78,10 +78,7 @@ class PackedWeight(Weight):
         scales = f"{self._module}.scales"
         self._scales = checkpoint.read(scales, 0, checkpoint.tensors[scales].shape[0]).T  # [rows, groups]
         if not np.isfinite(self._scales).all():
-            raise FormatError(
-                f"{checkpoint.tensors[scales].file}: tensor '{checkpoint.tensors[scales].name}' holds values "
-                "that are not finite"
-            )
+            raise FormatError(f"{checkpoint.tensors[scales].place} holds values that are not finite")
         mask = 2**packing.bits - 1
         zeros = _unpacked(checkpoint.load(f"{self._module}.qzeros"), packing)
         # Within its bits, as the packers' own kernels: a stored 15 is the zero point 0.
@@ -145,8 +142,7 @@ class PackedWeight(Weight):
             found = int(group_of[column].astype(np.int32))
             stored = self._checkpoint.tensors[name]
             raise FormatError(
-                f"{stored.file}: tensor '{stored.name}': expected groups from 0 to {groups - 1}, "
-                f"found {found} for column {column}"
+                f"{stored.place}: expected groups from 0 to {groups - 1}, found {found} for column {column}"
             )
         return group_of
 

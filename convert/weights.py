@@ -116,8 +116,7 @@ class Weights:
         name = mapped.source
         if name not in self.checkpoint.tensors:
             name = name.removesuffix("weight") + "qweight"
-        stored = self.checkpoint.tensors[name]
-        return f"{stored.file}: tensor '{stored.name}'"
+        return self.checkpoint.tensors[name].place
 
     def _expected(self, mapped: MappedTensor) -> list[ExpectedTensor]:
         name, shape = mapped.source, mapped.source_shape
@@ -139,6 +138,5 @@ class Weights:
         if stored.dtype in FLOATS and stored.shape and not self.checkpoint.load(name).any():
             return
         raise UnsupportedError(
-            f"{stored.file}: tensor '{stored.name}': Qwen2-VL has no bias there: expected zeros, found "
-            f"{stored.dtype} values"
+            f"{stored.place}: Qwen2-VL has no bias there: expected zeros, found {stored.dtype} values"
         )

@@ -222,9 +222,21 @@ def index(text: str) -> Callable[[Path], object]:
     return damage
 
 
+def empty_tensor(*shape: int) -> Callable[[Path], None]:
+    """In a file that safetensors takes for sound."""
+    text = json.dumps({"lm_head.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (empty_tensor(1 << 63, 0), r"'lm_head.weight': expected up to 8 axes and 2\^48 values, found \[9"),
+        (empty_tensor(*[0] * 100), r"'lm_head.weight': expected up to 8 axes and .*\.\.\. \(300 in all\)$"),
         (remove("config.json"), "no config.json, so this is not a Hugging Face checkpoint"),
         (write("config.json", "{"), "config.json: not valid JSON"),
         (write("config.json", "[" * 100000), "config.json: not valid JSON"),

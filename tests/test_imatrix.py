@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from gguf_mutations import mutated, places
@@ -19,6 +19,7 @@ from qwen2vl_q.convert import Imatrix, Recipe, read_imatrix
 from qwen2vl_q.convert.recipe import TextShape
 
 Floats = NDArray[np.float32]
+DATA = Path(__file__).parent / "data" / "imatrix"
 SUMS: dict[str, Floats] = {
     "blk.0.attn_q.weight": np.arange(64, dtype=np.float32),
     "blk.0.ffn_down.weight": np.linspace(1, 9, 96, dtype=np.float32),
@@ -64,6 +65,21 @@ def test_both_forms_hold_means(tmp_path: Path) -> None:
         assert found.weights("blk.1.attn_q.weight", 64) is None
         with pytest.raises(FormatError, match=r"attn_q\.weight': expected 32 columns, found 64"):
             found.weights("blk.0.attn_q.weight", 32)
+
+
+@pytest.mark.parametrize("form", ["gguf", "dat"])
+def test_llama_cpps_own(form: str) -> None:
+    """data/imatrix: by llama.cpp's collector and writers, see its README."""
+    found = read_imatrix(DATA / f"llama.{form}")
+    stored = {tensor.name: tensor.data for tensor in GGUFReader(DATA / "llama.gguf").tensors}
+    assert len(found.columns) == 14
+    for name, columns in found.columns.items():
+        np.testing.assert_array_equal(stored[f"{name}.counts"], [11 * 32])
+        np.testing.assert_allclose(columns, stored[f"{name}.in_sum2"] / (11 * 32), rtol=3e-7)
+    for name in ("attn_k", "attn_v"):  # they read what attn_q reads
+        np.testing.assert_array_equal(
+            found.columns[f"blk.1.{name}.weight"], found.columns["blk.1.attn_q.weight"]
+        )
 
 
 def test_what_was_never_called_keeps_its_sums(tmp_path: Path) -> None:

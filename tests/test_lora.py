@@ -298,6 +298,12 @@ def zeros(*shape: int) -> Array:
             UnsupportedError,
             r"q_proj\.lora_B\.weight': expected a rank of at most 1024, .* found 1025, .*convert --lora",
         ),
+        (
+            put("x" * 3000, zeros(1)),
+            {},
+            FormatError,
+            r"tensor 'base_model.model.x+\.\.\. \(3017 in all\)': exp",
+        ),
         (lambda tensors: None, {"lora_alpha": "x"}, FormatError, "lora_alpha: expected a number, found 'x'"),
     ],
 )

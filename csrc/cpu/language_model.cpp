@@ -7,6 +7,8 @@
 namespace qwen2vl::cpu {
 namespace {
 
+constexpr InputsByBits kFineOrBlocks = {Inputs::Fine, Inputs::Blocks};
+
 void rms_norm_rows(Context& ctx, const NormWeights& norm, float eps, const float* x, int64_t rows,
                    int64_t width, float* out) {
   const auto stage = ctx.profile.stage("text norm");
@@ -26,9 +28,7 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
                    return is_quantized(l.q_proj.weight.type);
                  })) {
   // The head's errors are the logits' own. Keys and values are few where query heads share them, and every
-  // later token meets theirs. With all layers of 8 bits in groups, the logits of a small random model
-  // lose 1.3e-3 of their energy to "exact"; with gate and up alone, three fifths of the work, 7.2e-4; with
-  // none 6.0e-4.
+  // later token meets theirs. What each choice gains and costs: docs/decisions/0043.
   embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx, Inputs::Fine,
                               w.lm_head ? LowRankUpdate{} : w.lm_head_update);
   embed_tokens_update_ = w.embed_tokens_update;
@@ -36,11 +36,11 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
     layers_.push_back(
         {l.input_layernorm, l.post_attention_layernorm,
          pack_linear("text qkv_proj",
-                     {{&l.q_proj, Inputs::Blocks}, {&l.k_proj, Inputs::Fine}, {&l.v_proj, Inputs::Fine}}, ctx,
-                     &l.input_layernorm),
-         pack_linear("text o_proj", {{&l.o_proj, Inputs::Blocks}}, ctx),
+                     {{&l.q_proj, kFineOrBlocks}, {&l.k_proj, kFineOrBlocks}, {&l.v_proj, kFineOrBlocks}},
+                     ctx, &l.input_layernorm),
+         pack_linear("text o_proj", {{&l.o_proj, {Inputs::Blocks}}}, ctx),
          pack_linear("text gate_up_proj", {&l.gate_proj, &l.up_proj}, ctx, &l.post_attention_layernorm),
-         pack_linear("text down_proj", {{&l.down_proj, Inputs::Blocks}}, ctx)});
+         pack_linear("text down_proj", {{&l.down_proj, {Inputs::Blocks}}}, ctx)});
     progress(static_cast<int64_t>(layers_.size()), config.num_hidden_layers);
   }
   norm_ = w.norm;

@@ -97,19 +97,22 @@ int64_t PackedLinear::weight_bytes() const {
   return static_cast<int64_t>(bytes);
 }
 
-LayerSource::LayerSource(const LinearWeights* layer_, Inputs inputs_of_8_bits)
-    : layer(layer_),
-      inputs(dtype_traits(layer_->weight.type).format.bits() == 8 ? inputs_of_8_bits : Inputs::Groups) {}
-
 PackedLinear pack_linear(std::string_view name, std::initializer_list<LayerSource> layers, Context& ctx,
                          const NormWeights* norm) {
   PackedLinear packed;
   packed.name = name;
   if (norm != nullptr) packed.outlier_columns = outlier_columns(norm->weight);
+  const auto bits_of = [](const LayerSource& source) {
+    const DType type = source.layer->weight.type;
+    return is_quantized(type) ? dtype_traits(type).format.bits() : 16;
+  };
+  const int bits = bits_of(
+      *std::min_element(layers.begin(), layers.end(),
+                        [&](const LayerSource& a, const LayerSource& b) { return bits_of(a) < bits_of(b); }));
   for (const auto& [layer, inputs] : layers) {
     packed.in_features = layer->weight.cols;
     PackedMatrix matrix = pack(layer->weight, ctx);
-    packed.parts.push_back({matrix.matrix, packed.out_features, std::move(matrix.storage), inputs});
+    packed.parts.push_back({matrix.matrix, packed.out_features, std::move(matrix.storage), inputs.of(bits)});
     packed.out_features += layer->weight.rows;
     packed.bias.insert(packed.bias.end(), layer->bias.begin(), layer->bias.end());
   }

@@ -54,15 +54,22 @@ struct PackedLinear {
   const float* bias_of(const Part& part) const { return bias.empty() ? nullptr : bias.data() + part.column; }
 };
 
-/// A layer to pack, and how its inputs are taken where its weights have 8 bits. Others lose more themselves:
-/// Groups.
-struct LayerSource {
-  LayerSource(const LinearWeights* layer, Inputs inputs_of_8_bits = Inputs::Groups);
-  const LinearWeights* layer;
-  Inputs inputs;
+/// How a layer's inputs are taken where its weights have 8 bits, and 5 or 6: the more bits, the less they
+/// lose themselves (docs/decisions/0043). With fewer it is Groups.
+struct InputsByBits {
+  Inputs of_8 = Inputs::Groups, of_5_and_6 = Inputs::Groups;
+
+  Inputs of(int bits) const { return bits >= 8 ? of_8 : bits >= 5 ? of_5_and_6 : Inputs::Groups; }
 };
 
-/// Reads and repacks, in parallel. `name` is a literal; `norm`: what the layer's rows come out of.
+struct LayerSource {
+  LayerSource(const LinearWeights* weights, InputsByBits inputs_ = {}) : layer(weights), inputs(inputs_) {}
+  const LinearWeights* layer;
+  InputsByBits inputs;
+};
+
+/// Reads and repacks, in parallel. `name` is a literal; `norm`: what the layer's rows come out of. Inputs are
+/// those of the layers' fewest bits, since all share them.
 PackedLinear pack_linear(std::string_view name, std::initializer_list<LayerSource> layers, Context& ctx,
                          const NormWeights* norm = nullptr);
 /// A matrix without bias (patch embedding, head).

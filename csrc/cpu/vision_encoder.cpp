@@ -87,8 +87,8 @@ bool VisionEncoder::pack_next(const VisionWeights& w, Context& ctx) {
   patch_embed_ = pack_patch_embed(config_, w, ctx);
   ln_q_ = w.ln_q;
   // A seventieth of the tower's work, and no later layer averages its errors away.
-  mlp_0_ = pack_linear("image merger", {{&w.mlp_0, Inputs::Fine}}, ctx);
-  mlp_2_ = pack_linear("image merger", {{&w.mlp_2, Inputs::Fine}}, ctx);
+  mlp_0_ = pack_linear("image merger", {{&w.mlp_0, {Inputs::Fine}}}, ctx);
+  mlp_2_ = pack_linear("image merger", {{&w.mlp_2, {Inputs::Fine}}}, ctx);
   return true;
 }
 

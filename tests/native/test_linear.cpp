@@ -207,7 +207,7 @@ TEST_CASE("fine parts beside others: each as a layer of its own") {
   for (const KernelTable* kernels : supported_kernels()) {
     CAPTURE(kernels->isa);
     Context ctx(*kernels, 2, Precision::Fast);
-    const LayerSource blocks(&coarse_weights, Inputs::Blocks), fine_part(&fine_weights, Inputs::Fine);
+    const LayerSource blocks(&coarse_weights, {Inputs::Blocks}), fine_part(&fine_weights, {Inputs::Fine});
     const PackedLinear both = pack_linear("test", {blocks, fine_part}, ctx);
     const PackedLinear first = pack_linear("test", {blocks}, ctx),
                        second = pack_linear("test", {fine_part}, ctx);
@@ -224,6 +224,24 @@ TEST_CASE("fine parts beside others: each as a layer of its own") {
       }
     }
   }
+}
+
+TEST_CASE("the fewest bits of a layer's parts say how its inputs are taken") {
+  const int64_t n = 34;
+  const Source q4(DType::Q4_K, n, kCols, 13, true), q5(DType::Q5_K, n, kCols, 14, true),
+      q6(DType::Q6_K, n, kCols, 15, true), q8(DType::Q8_0, n, kCols, 16, true);
+  const LinearWeights four = q4.weights(), five = q5.weights(), six = q6.weights(), eight = q8.weights();
+  Context ctx(select_kernels(""), 1, Precision::Fast);
+  constexpr InputsByBits kInputs = {Inputs::Fine, Inputs::Blocks};
+  const auto inputs_of = [&](const LinearWeights& first, const LinearWeights& second) {
+    const PackedLinear layer = pack_linear("test", {{&first, kInputs}, {&second, kInputs}}, ctx);
+    CHECK(layer.parts[0].inputs == layer.parts[1].inputs);
+    return layer.parts[0].inputs;
+  };
+  CHECK(inputs_of(eight, eight) == Inputs::Fine);
+  CHECK(inputs_of(eight, six) == Inputs::Blocks);
+  CHECK(inputs_of(five, six) == Inputs::Blocks);
+  CHECK(inputs_of(four, six) == Inputs::Groups);
 }
 
 TEST_CASE("swiglu is silu(gate) * up, the same bits as from two layers") {

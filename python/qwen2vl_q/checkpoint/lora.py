@@ -71,10 +71,6 @@ class Update:
         return scaled
 
 
-def _place(stored: StoredTensor) -> str:
-    return f"{stored.file}: tensor '{stored.name}'"
-
-
 class Adapter:
     """A folder with adapter_config.json and adapter_model.safetensors. Opening it reads no weights."""
 
@@ -113,7 +109,7 @@ class Adapter:
         magnitudes = [parts["magnitude"] for parts in self._factors.values() if "magnitude" in parts]
         for kind, found in (("a magnitude (DoRA)", magnitudes), ("a whole tensor", [*self.whole.values()])):
             if found:
-                raise UnsupportedError(f"{_place(found[0])}: expected lora_A or _B, found {kind}, {MERGE}")
+                raise UnsupportedError(f"{found[0].place}: expected lora_A or _B, found {kind}, {MERGE}")
 
     @property
     def ties_head(self) -> bool:
@@ -137,7 +133,7 @@ class Adapter:
             shape = shapes.get(target)
             a, b = factors["A"], factors["B"]
             if shape is None or len(shape) < 2:
-                raise FormatError(f"{_place(b)}: the base has no matrix {target}")
+                raise FormatError(f"{b.place}: the base has no matrix {printable(target)}")
             rank = self.rank(target)
             transposed = a.name.endswith("lora_embedding_A")
             rows, columns = (shape[1], shape[0]) if transposed else (shape[0], math.prod(shape[1:]))
@@ -148,14 +144,16 @@ class Adapter:
                 found = (stored.shape[0], math.prod(stored.shape[1:])) if stored.shape else ()
                 if found != (first, second):
                     raise FormatError(
-                        f"{_place(stored)}: expected [{first}, {second}], found {list(stored.shape)}"
+                        f"{stored.place}: expected [{first}, {second}], found {printable(list(stored.shape))}"
                     )
             if "magnitude" in factors and (len(shape) != 2 or transposed):
-                raise UnsupportedError(f"{_place(b)}: DoRA is read for linear layers alone")
+                raise UnsupportedError(f"{b.place}: DoRA is read for linear layers alone")
         for target, stored in self.whole.items():
             if shapes.get(target) != stored.shape:
                 expected_shape = list(shapes[target]) if target in shapes else "no such tensor in the base"
-                raise FormatError(f"{_place(stored)}: expected {expected_shape}, found {list(stored.shape)}")
+                raise FormatError(
+                    f"{stored.place}: expected {expected_shape}, found {printable(list(stored.shape))}"
+                )
 
     def check_tied(self) -> None:
         """For a base whose head is its embeddings. UnsupportedError where the two would differ afterwards."""
@@ -174,7 +172,7 @@ class Adapter:
 
     def place(self, target: str) -> str:
         """The file and tensor of an update, for messages."""
-        return _place(self._factors[target]["B"])
+        return self._factors[target]["B"].place
 
     def update(self, target: str) -> Update:
         """FormatError where a factor is not finite."""
@@ -196,7 +194,7 @@ class Adapter:
             return None
         values = self._tensors.read(self._canonical(stored), 0, stored.shape[0]).reshape(stored.shape[0], -1)
         if not np.isfinite(values).all():
-            raise FormatError(f"{_place(stored)} holds values that are not finite")
+            raise FormatError(f"{stored.place} holds values that are not finite")
         return values
 
     @staticmethod
@@ -208,23 +206,21 @@ class Adapter:
         factors: dict[str, dict[str, StoredTensor]] = {}
         whole: dict[str, StoredTensor] = {}
         for name, stored in self._tensors.tensors.items():
-            place = _place(stored)
             if stored.dtype not in FLOATS:
-                raise FormatError(f"{place}: expected {', '.join(FLOATS)}, found {stored.dtype}")
+                raise FormatError(f"{stored.place}: expected {', '.join(FLOATS)}, found {stored.dtype}")
             suffix = next((s for s in _FACTORS if name.endswith(s)), None)
             if suffix is not None:
                 parts = factors.setdefault(f"{name.removesuffix(suffix)}.weight", {})
                 parts[_FACTORS[suffix]] = stored
             elif "lora_" in name or not name.endswith((".weight", ".bias")):
-                raise FormatError(f"{place}: expected lora_A, lora_B or a whole weight or bias")
+                raise FormatError(f"{stored.place}: expected lora_A, lora_B or a whole weight or bias")
             else:  # modules_to_save, biases; a layer that has an update keeps its own in base_layer
                 whole[name.replace(".base_layer.", ".")] = stored
         for parts in factors.values():
             missing = {"A", "B"} - parts.keys()
             if missing:
                 stored = next(iter(parts.values()))
-                place = _place(stored)
-                raise FormatError(f"{place}: expected lora_{min(missing)} beside it, found none")
+                raise FormatError(f"{stored.place}: expected lora_{min(missing)} beside it, found none")
         if not factors and not whole:
             raise FormatError(f"{self.folder}: the adapter is empty")
         return factors, whole

@@ -37,6 +37,8 @@ _PREFIXES = (
     ("language_model.", "model."),  # of a model without its head
 )
 _SHOWN = 3  # of the tensors that do not fit
+# What safetensors lets pass where an axis is 0, and numpy refuses: no model has as many.
+_MAX_AXES, _MAX_VALUES = 8, 1 << 48
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class StoredTensor:
     dtype: str  # as safetensors names it
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
+
+    @property
+    def place(self) -> str:
+        """Its file and name, for messages."""
+        return f"{self.file}: tensor '{printable(self.name)}'"
 
     def __str__(self) -> str:
         return f"{printable(self.name, 80)} {printable(list(self.shape), 40)}"
@@ -86,8 +93,7 @@ class Checkpoint:
                 if name in self.tensors:
                     other = self.tensors[name]
                     raise FormatError(
-                        f"{file}: tensor '{printable(tensor.name)}' is also in {other.file.name} "
-                        f"as '{printable(other.name)}'"
+                        f"{tensor.place} is also in {other.file.name} as '{printable(other.name)}'"
                     )
                 self.tensors[name] = tensor
 
@@ -139,7 +145,7 @@ class Checkpoint:
             tensor.file, dtype, count, offset=tensor.offset + start * row * dtype.itemsize
         )
         if values.size != count:
-            raise FormatError(f"{tensor.file}: tensor '{tensor.name}': the file ends within it")
+            raise FormatError(f"{tensor.place}: the file ends within it")
         return values.reshape(stop - start, *tensor.shape[1:])
 
 
@@ -190,10 +196,17 @@ def _read_header(file: Path) -> list[StoredTensor]:
     unprintable = [name for name in header if not name.isprintable()]
     if unprintable:  # names end up in messages: no terminal codes there
         raise FormatError(f"{file}: tensor name '{printable(unprintable[0])}' is not printable")
-    return [
+    tensors = [
         StoredTensor(
             file, name, info["dtype"], tuple(info["shape"]), 8 + header_bytes + info["data_offsets"][0]
         )
         for name, info in header.items()
         if name != "__metadata__"
     ]
+    for tensor in tensors:
+        if len(tensor.shape) > _MAX_AXES or math.prod(n or 1 for n in tensor.shape) > _MAX_VALUES:
+            raise FormatError(
+                f"{tensor.place}: expected up to {_MAX_AXES} axes and 2^48 values, "
+                f"found {printable(list(tensor.shape), 40)}"
+            )
+    return tensors
