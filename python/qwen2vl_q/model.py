@@ -364,8 +364,10 @@ class Qwen2VL:
     ) -> Request:
         """sampling, max_new_tokens: where the options say nothing of it."""
         limit = integer("max_new_tokens", options.get("max_new_tokens", max_new_tokens), 1, _INT32_MAX)
-        text = TextStream(self.tokenizer, options.get("stop", ()), ends)
-        sampler = sampling.override(sampling_options(options)).sampler()
+        text = TextStream(
+            self.tokenizer, options.get("stop"), ends, options.get("skip_special_tokens") is not False
+        )
+        sampler = sampling.override(sampling_options(options)).sampler(self.config.vocab_size)
         progress, constraint = options.get("progress"), options.get("constraint")
         return self._generation.request(prepared, sampler, limit, text, progress, constraint)
 

@@ -17,6 +17,10 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None  # of tokens drawn, as OpenAI's; the prompt does not count
+    frequency_penalty: float | None
+    no_repeat_ngram_size: int | None
+    logit_bias: Mapping[int, float] | None  # token id -> -100 to 100
     seed: int | None  # None: another one for every call
 
 
@@ -24,7 +28,7 @@ class CallOptions(SamplingOptions, total=False):
     """Of `generate` and `chat` alike."""
 
     max_new_tokens: int
-    stop: str | Sequence[str]  # texts that end an answer
+    stop: str | Sequence[str] | None  # texts that end an answer, and are no part of it
     progress: Progress | None
     constraint: Constraint | None  # asked before each token which ones may be drawn; of one call
 
@@ -38,6 +42,7 @@ class GenerateOptions(CallOptions, total=False):
 class ChatOptions(CallOptions, total=False):
     """Of `chat` and `achat`."""
 
+    skip_special_tokens: bool  # False: they are shown, but for the one that ends the answer
     add_vision_id: bool  # numbers the pictures ("Picture 1: ")
     chat_template_kwargs: Mapping[str, Any] | None  # further variables of the file's own template
 
