@@ -127,7 +127,8 @@ def test_special_tokens_are_shown_where_asked_for(demo: Qwen2VL) -> None:
     tokens = [demo.tokenizer.special_tokens["<|vision_start|>"]]
 
     def answer(**options: Any) -> str:
-        return demo.chat(talk, False, temperature=0, constraint=Only(demo, tokens, 2), **options)
+        found: str = demo.chat(talk, False, temperature=0, constraint=Only(demo, tokens, 2), **options)
+        return found
 
     assert answer() == answer(skip_special_tokens=True) == ""
     assert answer(skip_special_tokens=False) == "<|vision_start|>" * 2  # what ends it is not shown

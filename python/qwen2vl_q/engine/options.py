@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from qwen2vl_q.base.arguments import integer
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.engine.request import Constraint, Progress
+
+MAX_TOP_LOGPROBS = 20  # OpenAI's
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -43,6 +47,15 @@ class ChatOptions(CallOptions, total=False):
     """Of `chat` and `achat`."""
 
     skip_special_tokens: bool  # False: they are shown, but for the one that ends the answer
+    response_format: (
+        Mapping[str, Any] | None
+    )  # OpenAI's: {"type": "json_object"}, {"type": "json_schema", ...}
+    regex: str | None  # that the whole answer matches
+    grammar: str | None  # of the whole answer, in Lark as llguidance reads it
+    tools: Sequence[Mapping[str, Any]] | None  # OpenAI's: [{"type": "function", "function": {...}}]
+    tool_choice: str | Mapping[str, Any] | None  # "none", "auto", "required", {"type": "function", ...}
+    logprobs: bool | None  # of each token; among the details
+    top_logprobs: int | None  # and of so many of the likeliest, 20 at most
     add_vision_id: bool  # numbers the pictures ("Picture 1: ")
     chat_template_kwargs: Mapping[str, Any] | None  # further variables of the file's own template
 
@@ -50,6 +63,16 @@ class ChatOptions(CallOptions, total=False):
 def sampling_options(options: CallOptions) -> dict[str, Any]:
     """Those of them that say how tokens are drawn."""
     return {name: value for name, value in options.items() if name in SamplingOptions.__optional_keys__}
+
+
+def top_logprobs(options: ChatOptions) -> int | None:
+    """How many log-probabilities are asked for beside a token's own; None: not even that."""
+    asked, top = options.get("logprobs"), options.get("top_logprobs")
+    if not isinstance(asked, bool | None):
+        raise ValueError(f"logprobs: expected True or False, found {printable(asked)}")
+    if top is not None and not asked:
+        raise ValueError("top_logprobs: expected logprobs=True beside it")
+    return (0 if top is None else integer("top_logprobs", top, 0, MAX_TOP_LOGPROBS)) if asked else None
 
 
 def require_known(options: Mapping[str, Any], kind: type, call: str) -> None:

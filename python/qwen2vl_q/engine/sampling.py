@@ -101,12 +101,14 @@ class Sampling:
         base = Sampling(repetition_penalty=self.repetition_penalty) if "temperature" in given else self
         return replace(base, **given)
 
-    def sampler(self, vocab_size: int | None = None, nth: int = 0) -> Sampler:
-        """A fresh sampler, for the nth of several answers: that of a seed so much larger. ValueError for a
-        bias of a token beyond the vocabulary."""
-        if vocab_size is not None:
-            for token in self.logit_bias:
-                integer("logit_bias: token id", token, 0, vocab_size - 1)
+    def within(self, vocab_size: int) -> Sampling:
+        """Itself. ValueError for a bias of a token beyond the vocabulary."""
+        for token in self.logit_bias:
+            integer("logit_bias: token id", token, 0, vocab_size - 1)
+        return self
+
+    def sampler(self, nth: int = 0) -> Sampler:
+        """A fresh sampler, for the nth of several answers: its seed is so much larger."""
         seed = secrets.randbits(64) if self.seed is None else (int(self.seed) + nth) % 2**64
         return Sampler(
             float(self.temperature),

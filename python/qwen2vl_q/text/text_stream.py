@@ -47,11 +47,15 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is certain after one more token."""
-        is_end = token_id in self._eos_token_ids
+        is_end = self.is_end(token_id)
         data = self._tokenizer.token_bytes(token_id, self._skip_special or is_end)
         text = self._give(self._utf8.decode(data))
         self.finished = self._stopped or is_end
         return text
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether it ends an answer by itself."""
+        return token_id in self._eos_token_ids
 
     def finish(self) -> str:
         """The rest: what was held back for a stop string that did not come; half a character as U+FFFD."""
@@ -65,13 +69,13 @@ class TextStream:
         if found:
             self._stopped = True
             return self._held[: min(found)]
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
