@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import random
 import sys
@@ -223,6 +224,7 @@ def soak(
     page_bytes = PAGE * native.cell_bytes
     native.limit_cache(CACHE_PAGES * page_bytes)
     samples = Soak(model).run(seconds, tell)
+    gc.collect()  # asyncio leaves circles behind what was cancelled
     idle, pages = native.idle_pages, native.cache_bytes // page_bytes
     if idle != pages:
         raise Wrong(f"pages: expected all given back, found {idle} of {pages}")

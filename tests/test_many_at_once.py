@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import sleep
@@ -282,6 +284,27 @@ def test_errors_reach_their_own_caller(tiny: Qwen2VL) -> None:
     assert len(caught) == 3
     assert sorted(found, key=len) == [[5], expected, expected]
     assert_all_given_back(tiny)
+
+
+def test_an_error_keeps_nothing(tiny: Qwen2VL) -> None:
+    """What the frames hold through which it came is gone with them, without Python's collector."""
+
+    def fail(stage: str, done: int, total: int) -> None:
+        raise InterruptedError
+
+    def call() -> None:
+        left = tiny.generate(IDS, max_new_tokens=12, ignore_eos=True)
+        next(left)
+        with suppress(InterruptedError):
+            list(tiny.generate(IDS[::-1], progress=fail))
+
+    gc.collect()
+    gc.disable()
+    try:
+        call()
+        assert_all_given_back(tiny)
+    finally:
+        gc.enable()
 
 
 def test_an_interrupted_step_goes_on(tiny: Qwen2VL, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,8 +134,13 @@ class Request:
         """The next token, None at the end; the error that has ended it. Only when ready."""
         if self.tokens:
             return self.tokens.popleft()
-        if self.error is not None:
-            raise self.error
+        # The error's traceback leads to frames that hold this request: a circle would keep them all.
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
         return None
 
     def restart(self) -> None:

@@ -88,6 +88,7 @@ class Scheduler:
     def close(self, request: Request) -> None:
         """Ends a request, wherever it is; its pages are given back now or after the step that is taken."""
         request.over = True
+        request.error = None  # nobody will ask
         with self._lock:
             if self._stepper is None:
                 self._drop_ended()
