@@ -140,19 +140,22 @@ class Answer:
 
     def _take(self, drawn: Drawn | None) -> Part | None:
         """What is new; None where nothing can be told yet."""
-        text = self._request.text.finish() if drawn is None else drawn.text
+        if drawn is None:
+            self.close()
+            return self._told(self._request.text.finish(), ())
+        if drawn.scored is None or self._request.text.is_end(drawn.token):
+            return self._told(drawn.text, ())
+        logprobs = (self._scored(drawn.token, drawn.scored),)
+        self._logprobs += logprobs
+        return self._told(drawn.text, logprobs)
+
+    def _told(self, text: str, logprobs: tuple[TokenLogprob, ...]) -> Part | None:
         calls: tuple[ToolCall, ...] = ()
         if self._calls is not None:
             text, calls = self._calls.push(text)
-            if drawn is None:
+            if self._over:
                 text += self._calls.finish()
             self.tool_calls += calls
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if drawn is None:
-            self.close()
-        elif drawn.scored is not None and not self._request.text.is_end(drawn.token):
-            logprobs = (self._scored(drawn.token, drawn.scored),)
-            self._logprobs += logprobs
         if text:
             self._texts.append(text)
         return Part(text, calls, logprobs) if text or calls or logprobs else None
