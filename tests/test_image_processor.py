@@ -383,3 +383,17 @@ def test_odd_modes_equal_transformers(name: str) -> None:
     patches, found = preprocess(data)
     assert found == grid
     assert np.abs(patches - expected).max() <= 1e-6
+
+
+def test_a_size_is_come_near_to() -> None:
+    """As qwen-vl-utils: smart_resize of the size asked for, whatever the picture's own."""
+    processor = ImageProcessor(min_pixels=4 * 784, max_pixels=100 * 784)
+    for size, grid in (
+        ((280, 140), (20, 10)),
+        ((290, 139), (20, 10)),
+        ((2800, 2800), (20, 20)),
+        ((1, 1), (4, 4)),
+    ):
+        assert processor.process(picture(60, 300), size=size).grid_thw == (1, *grid)
+    with pytest.raises(ValueError, match="aspect ratio"):
+        processor.process(picture(60, 60), size=(1, 1000))

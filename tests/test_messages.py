@@ -15,7 +15,7 @@ from PIL import Image
 
 from pictures import encoded, picture
 from qwen2vl_q.chat import messages as module
-from qwen2vl_q.chat.messages import ImagePart, TextPart, normalize, read_source
+from qwen2vl_q.chat.messages import ImagePart, TextPart, ToolCall, normalize, read_source
 from qwen2vl_q.vision.image_processor import ImageProcessor
 
 PNG = encoded(Image.fromarray(picture(40, 30)))
@@ -157,6 +157,22 @@ def test_bounds() -> None:
             image_of({"type": "image", "image": "a.png", "max_pixels": bad})
 
 
+def test_sizes() -> None:
+    sizes = {"min_pixels": 1, "max_pixels": 2, "resized_height": 3, "resized_width": 4, "detail": "low"}
+    part = image_of({"type": "image", "image": "a.png", **sizes})
+    assert (part.resized, part.detail) == ((3, 4), "low")
+    assert part.for_message() == {"type": "image", "image": "a.png", **sizes}
+    beside = image_of({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}})
+    assert beside.for_message() == {"type": "image", "image": "a.png", "detail": "low"}
+    for bad, match in (
+        ({"resized_height": 3}, "expected resized_height and resized_width together"),
+        ({"resized_height": 0, "resized_width": 3}, "resized_height: expected an integer of 1 to"),
+        ({"detail": "fine"}, "expected the detail low, high or auto, found fine"),
+    ):
+        with pytest.raises(ValueError, match=f"^message 0, part 0: {match}"):
+            image_of({"type": "image", "image": "a.png", **bad})
+
+
 @pytest.mark.parametrize(
     ("messages", "match"),
     [
@@ -165,10 +181,10 @@ def test_bounds() -> None:
         ({"role": "user", "content": "a"}, "a list of messages, found dict"),
         (["hello"], "message 0: expected a dict"),
         (
-            [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
-            "message 1: expected the role .* found tool",
+            [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}],
+            "message 1: expected the role .* found robot",
         ),
-        ([{"content": "a"}], "message 0: expected the role system, user, assistant, found None"),
+        ([{"content": "a"}], "message 0: expected the role system, user, assistant, tool, found None"),
         ([{"role": "user"}], "message 0: expected content as text or a list of parts, found NoneType"),
         ([{"role": "user", "content": b"a"}], "message 0: .*found bytes"),
         ([{"role": "user", "content": ["a"]}], "message 0, part 0: expected a dict, found str"),
@@ -214,17 +230,16 @@ PART: dict[Any, Any] = {"type": "image", "image": "a.png"}
             {"content": [{"type": "text", "text": "a", "cache_control": {}}]},
             "part 0: unknown key cache_control$",
         ),
-        ({"content": [{**PART, "resized_height": 280}]}, "resized_height; bound the size by min_pixels"),
-        ({"content": [{**PART, "resized_width": 280}]}, "resized_width; bound the size by min_pixels"),
-        ({"content": [{**PART, "detail": "high"}]}, "detail; it belongs beside url"),
+        (
+            {"content": [{"type": "image_url", "image_url": "a", "detail": "low"}]},
+            "detail; it belongs beside",
+        ),
+        ({"content": "a", "tool_calls": []}, "message 0: unknown key tool_calls; they are an assistant's$"),
+        ({"content": "a", "tool_call_id": "b"}, "tool_call_id; it belongs to the role tool$"),
         ({"content": [{**PART, 3: 3}]}, "part 0: unknown key 3$"),
         (
             {"content": [{"type": "image_url", "image_url": {"url": "a.png", "format": "png"}}]},
             "part 0, image_url: unknown key format$",
-        ),
-        (
-            {"content": [{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}]},
-            "part 0: expected the detail auto or high, found low; max_pixels",
         ),
     ],
 )
@@ -258,3 +273,67 @@ def test_errors_quote_little(message: dict[str, Any]) -> None:
 def test_arrays_are_not_lists_of_parts() -> None:
     with pytest.raises(ValueError, match="found ndarray"):
         normalize([{"role": "user", "content": np.zeros(3)}])
+
+
+# --- tools ---
+
+TEXT = {"type": "text", "text": "blue"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": "sky"}'}}
+
+
+def called(arguments: Any) -> dict[str, Any]:
+    return {"tool_calls": [{"function": {"name": "a", "arguments": arguments}}]}
+
+
+def test_calls_and_their_results() -> None:
+    as_object = {"function": {"name": "look", "arguments": {"at": "sky"}}}
+    said, result = normalize(
+        [
+            {"role": "assistant", "content": None, "tool_calls": [CALL, as_object]},
+            {
+                "role": "tool",
+                "content": [{"type": "text", "text": "blue"}],
+                "tool_call_id": "c1",
+                "name": "look",
+            },
+        ]
+    )
+    assert said.tool_calls == (ToolCall("look", '{"at": "sky"}'),) * 2
+    assert [call.id for call in said.tool_calls] == ["c1", ""]
+    assert said.texts == ["", '{"at": "sky"}', '{"at": "sky"}']
+    for_template = said.for_template()["tool_calls"][0]
+    assert for_template == {**CALL, "function": {"name": "look", "arguments": {"at": "sky"}}}
+    assert said.tool_calls[0].for_message() == CALL
+    assert result.for_template()["tool_call_id"] == "c1"
+
+
+@pytest.mark.parametrize(
+    ("message", "match"),
+    [
+        ({"content": None}, "expected content as text or a list of parts, found NoneType"),
+        ({"tool_calls": CALL}, "message 0: tool_calls: expected a list, found dict"),
+        ({"tool_calls": ["look"]}, "tool call 0: expected a function with a name, found look"),
+        ({"tool_calls": [{"function": {"name": 3}}]}, "tool call 0: expected a function with a name"),
+        ({"tool_calls": [{**CALL, "index": 0}]}, "tool call 0: unknown key index"),
+        (called("{"), "arguments: not JSON: Expecting"),
+        (called("[" * 10**5), "arguments: not JSON"),
+        (called("[]"), "expected an object as arguments"),
+        (
+            {"tool_calls": [{"function": {"name": "a", "arguments": {"b": {1}}}}]},
+            "arguments: expected text, .* set",
+        ),
+        (
+            {"tool_calls": [{"function": {"name": "a", "arguments": {"\ud800": 1}}}]},
+            "text with half a surrogate pair",
+        ),
+        (
+            {"tool_calls": [{"function": {"name": "a", "arguments": '{"\\ud800": 1}'}}]},
+            "half a surrogate pair",
+        ),
+        ({"role": "tool", "content": [PART]}, "expected text as a tool's result, found a picture"),
+        ({"role": "tool", "content": "a", "tool_call_id": 3}, "expected tool_call_id as a string, found int"),
+    ],
+)
+def test_what_is_no_call(message: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        normalize([{"role": "assistant", **message}])

@@ -21,7 +21,7 @@ from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.chat.chat_template import ChatTemplate
 from qwen2vl_q.engine.embedding_cache import EmbeddingCache
 from qwen2vl_q.engine.sampling import Sampling
-from qwen2vl_q.text.tokenizer import GROUNDING_TOKENS
+from qwen2vl_q.text.tokenizer import ANSWER_TOKENS
 
 PICTURE = picture(120, 90)
 OTHER = picture(70, 140, seed=1)
@@ -289,7 +289,8 @@ def test_end_of_turn_and_stop_strings(tiny: Qwen2VL, monkeypatch: pytest.MonkeyP
     stopped = list(tiny.generate(ids, max_new_tokens=10, ignore_eos=True, stop=[stop]))
     assert tiny.detokenize(stopped).endswith(stop) and stopped == free[: len(stopped)] and len(stopped) <= 5
     assert [*reasons, tiny.last_stats.finish_reason] == ["length", "stop"]
-    monkeypatch.setattr(tiny, "config", dataclasses.replace(tiny.config, eos_token_ids=(free[2],)))
+    ended = dataclasses.replace(tiny.config, eos_token_ids=(free[2],))
+    monkeypatch.setattr(tiny._calls, "_config", ended)
     assert list(tiny.generate(ids, max_new_tokens=10)) == free[: free.index(free[2]) + 1]
 
 
@@ -323,7 +324,9 @@ def test_text_of_messages_never_becomes_special(tiny: Qwen2VL) -> None:
 
 def test_found_objects_stay_tokens_in_answers_alone(tiny: Qwen2VL) -> None:
     text = "<|object_ref_start|>cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|><|im_end|>"
-    markers = {tiny.tokenizer.special_tokens[name] for name in GROUNDING_TOKENS}
+    markers = {
+        tiny.tokenizer.special_tokens[name] for name in ANSWER_TOKENS if name in tiny.tokenizer.special_tokens
+    }
     ids, _ = tiny.encode_chat([question(text)])
     assert not markers & set(ids)
     ids, _ = tiny.encode_chat([question("where?"), {"role": "assistant", "content": text}])
@@ -466,9 +469,10 @@ def test_bad_calls_of_chat(tiny: Qwen2VL) -> None:
         tiny.chat([question("a" + " " * 11_000_000 + "b")])
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
         tiny.chat([question(Path("missing.png"))])
-    tiny.template = ChatTemplate("{{ messages[0]['role'] }}")
+    template = ChatTemplate("{{ messages[0]['role'] }}")
+    blind = Qwen2VL(tiny._native, tiny.tokenizer, template, tiny.image_processor, tiny.sampling)
     with pytest.raises(FormatError, match=r"place 1 image\(s\), but wrote 0"):
-        tiny.chat([question(PICTURE)])
+        blind.chat([question(PICTURE)])
 
 
 # --- sampling ---

@@ -109,7 +109,8 @@ def test_two_who_want_one_picture_encode_it_once(
     steps = demo._generation.scheduler
 
     def request(talk: Messages) -> Request:
-        return demo._chat_request(talk, {"max_new_tokens": 9, "temperature": 0})
+        [answer] = demo._calls.answers([talk], 1, False, {"max_new_tokens": 9, "temperature": 0})
+        return answer._request
 
     def run_for(request: Request, n: int) -> None:
         slices.clear()
@@ -148,7 +149,7 @@ def test_two_who_want_one_picture_encode_it_once(
         run_for(first, pieces // 2)
         leave(first)
         steps.close(first)
-        assert "".join(demo._generation.texts(second)) == expected[1]
+        assert demo._generation.answer(second, demo.tokenizer).complete().text == expected[1]
         assert len(slices) == pieces
         assert second.image_tokens and not first.image_tokens
         demo.reset()

@@ -207,3 +207,21 @@ def test_only_allowed_tokens_are_drawn(tiny: Qwen2VL) -> None:
         state.sample(hot, allowed[:-1])
     with pytest.raises(ValueError, match="allowed: expected a token that may be drawn, found none"):
         state.sample(hot, np.zeros_like(allowed))
+
+
+def test_log_probabilities_are_the_model_s_own(tiny: Qwen2VL) -> None:
+    """Of the logits: neither penalties nor masks change them."""
+    state = sequence(tiny, text(tiny, 5, 30), [])
+    with pytest.raises(ValueError, match="log_probabilities: nothing has been evaluated yet"):
+        _native.SequenceState(tiny._native, 8).log_probabilities(1)
+    logits = state.logits.astype(np.float64)
+    expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    state.sample(_native.Sampler(repetition_penalty=9.0, logit_bias={3: 50}))
+    found, top = state.log_probabilities(3, 5)
+    assert found == pytest.approx(expected[3], abs=1e-9)
+    assert [token for token, _ in top] == np.argsort(-logits, kind="stable")[:5].tolist()
+    assert [value for _, value in top] == pytest.approx(np.sort(expected)[::-1][:5].tolist(), abs=1e-9)
+    assert state.log_probabilities(3) == (found, [])
+    for token in (-1, tiny.config.vocab_size):
+        with pytest.raises(ValueError, match=r"^token: expected .* found "):
+            state.log_probabilities(token)

@@ -77,6 +77,28 @@ py::array_t<uint8_t> to_mask(const py::array& allowed, int64_t vocab_size) {
   return py::array_t<uint8_t, py::array::c_style>(allowed.attr("view")("uint8"));
 }
 
+Sampler make_sampler(const py::object& temperature, const py::object& top_k, const py::object& top_p,
+                     const py::object& min_p, const py::object& repetition_penalty,
+                     const py::object& presence_penalty, const py::object& frequency_penalty,
+                     const py::object& no_repeat_ngram_size, const py::dict& logit_bias,
+                     const py::object& seed) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  SamplingParams params;
+  params.temperature = number(temperature, "temperature");
+  params.top_k = integer(top_k, "top_k", 0, kMost);
+  params.top_p = number(top_p, "top_p");
+  params.min_p = number(min_p, "min_p");
+  params.repetition_penalty = number(repetition_penalty, "repetition_penalty");
+  params.presence_penalty = number(presence_penalty, "presence_penalty");
+  params.frequency_penalty = number(frequency_penalty, "frequency_penalty");
+  params.no_repeat_ngram_size = integer(no_repeat_ngram_size, "no_repeat_ngram_size", 0, kMost);
+  for (const auto& [token, bias] : logit_bias)
+    params.logit_bias.push_back(
+        {static_cast<int32_t>(integer(token, "logit_bias", 0, kMost)), number(bias, "logit_bias")});
+  params.seed = unsigned_integer(seed, "seed");
+  return Sampler(params);
+}
+
 /// A Sequence with the engine that it belongs to. Calls on it go one at a time.
 class PySequence {
  public:
@@ -157,6 +179,17 @@ class PySequence {
       mask = {bytes.data(), static_cast<size_t>(bytes.size())};
     }
     return call([&](Engine& engine, Sequence& s) { return engine.sample(s, sampler, mask); });
+  }
+
+  py::tuple log_probabilities(const py::object& token, const py::object& top) {
+    const int32_t id = token_id(token);
+    const auto n = static_cast<size_t>(integer(top, "top", 0, std::numeric_limits<int32_t>::max()));
+    const LogProbabilities found =
+        call([&](Engine& engine, Sequence& s) { return engine.log_probabilities(s, id, n); });
+    py::list likeliest;
+    for (const LogProbabilities::Of& each : found.top)
+      likeliest.append(py::make_tuple(each.token, each.value));
+    return py::make_tuple(found.value, likeliest);
   }
 
   FloatArray logits() {
@@ -262,17 +295,10 @@ void register_sequence(py::module_& m) {
       .def("common_prefix", &Prompt::common_prefix, py::arg("other"));
 
   py::class_<Sampler>(m, "Sampler", "Draws tokens from logits.")
-      .def(
-          py::init([](const py::object& temperature, const py::object& top_k, const py::object& top_p,
-                      const py::object& min_p, const py::object& repetition_penalty, const py::object& seed) {
-            return Sampler({number(temperature, "temperature"),
-                            integer(top_k, "top_k", 0, std::numeric_limits<int32_t>::max()),
-                            number(top_p, "top_p"), number(min_p, "min_p"),
-                            number(repetition_penalty, "repetition_penalty"),
-                            unsigned_integer(seed, "seed")});
-          }),
-          py::arg("temperature") = 0.0f, py::arg("top_k") = 0, py::arg("top_p") = 1.0f,
-          py::arg("min_p") = 0.0f, py::arg("repetition_penalty") = 1.0f, py::arg("seed") = 0);
+      .def(py::init(&make_sampler), py::arg("temperature") = 0.0f, py::arg("top_k") = 0,
+           py::arg("top_p") = 1.0f, py::arg("min_p") = 0.0f, py::arg("repetition_penalty") = 1.0f,
+           py::arg("presence_penalty") = 0.0f, py::arg("frequency_penalty") = 0.0f,
+           py::arg("no_repeat_ngram_size") = 0, py::arg("logit_bias") = py::dict(), py::arg("seed") = 0);
 
   py::class_<PySequence>(m, "SequenceState", "One conversation's KV cache.")
       .def(py::init([](std::shared_ptr<Engine> engine, const py::object& n_ctx) {
@@ -294,7 +320,8 @@ void register_sequence(py::module_& m) {
       .def("push", &PySequence::push, py::arg("token"))
       .def("accept", &PySequence::accept, py::arg("token"))
       .def_property_readonly("logits", &PySequence::logits)
-      .def("sample", &PySequence::sample, py::arg("sampler"), py::arg("allowed") = py::none());
+      .def("sample", &PySequence::sample, py::arg("sampler"), py::arg("allowed") = py::none())
+      .def("log_probabilities", &PySequence::log_probabilities, py::arg("token"), py::arg("top") = 0);
   m.def("step", &PySequence::step, py::arg("states"), py::arg("rows"), py::arg("progress") = py::none());
 }
 

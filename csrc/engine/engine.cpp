@@ -285,7 +285,13 @@ int32_t Engine::sample(Sequence& sequence, Sampler& sampler, std::span<const uin
   }
   const std::span<const float> values = logits(turn.backend, sequence);
   if (values.empty()) throw std::invalid_argument("sample: nothing has been evaluated yet");
-  return sampler.sample(values, sequence.token_ids, allowed);
+  return sampler.sample(values, sequence.token_ids, allowed, static_cast<size_t>(sequence.prompt_cells));
+}
+
+LogProbabilities Engine::log_probabilities(Sequence& sequence, int32_t token, size_t top) {
+  const std::span<const float> values = logits(sequence);
+  if (values.empty()) throw std::invalid_argument("log_probabilities: nothing has been evaluated yet");
+  return qwen2vl::log_probabilities(values, token, top);
 }
 
 }  // namespace qwen2vl

@@ -10,6 +10,7 @@
 
 #include "base/call_lock.h"
 #include "engine/backend_registry.h"
+#include "engine/log_probabilities.h"
 #include "engine/model.h"
 #include "engine/page_pool.h"
 #include "engine/prompt.h"
@@ -99,6 +100,8 @@ class Engine {
   std::span<const float> logits(Sequence& sequence);
   /// `allowed` [vocab_size]: 0 for tokens that must not be drawn; empty: all may.
   int32_t sample(Sequence& sequence, Sampler& sampler, std::span<const uint8_t> allowed = {});
+  /// Of a token, and the `top` likeliest, after the last cell.
+  LogProbabilities log_probabilities(Sequence& sequence, int32_t token, size_t top);
 
   /// Gives the pages back, now or after the call that is being made. Never waits: sequences end where Python
   /// drops them, and a call may be waiting for Python.

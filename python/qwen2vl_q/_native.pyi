@@ -340,6 +340,9 @@ class SequenceState:
     def sample(self, sampler: Sampler, allowed: NDArray[np.bool_ | np.uint8] | None = None) -> int:
         """A token from `logits`; the sequence's own tokens count for the repetition penalty. allowed
         [vocab_size]: 0 for tokens that must not be drawn. ValueError: none may be."""
+    def log_probabilities(self, token: int, top: int = 0) -> tuple[float, list[tuple[int, float]]]:
+        """Natural logarithms of what the model holds probable next, before penalties, masks and temperature:
+        a token's, and those of the `top` likeliest by their ids, the likeliest first."""
 
 def step(
     states: AbstractSequence[SequenceState], rows: AbstractSequence[int], progress: Progress | None = None
@@ -348,8 +351,8 @@ def step(
     `progress` counts. Cancelled, or with CacheFullError: the sequences are as before."""
 
 class Sampler:
-    """temperature 0 is greedy (the first of equal logits). Order: repetition penalty, temperature,
-    top_k, top_p, min_p, draw."""
+    """temperature 0 is greedy (the first of equal logits). Order: repetition penalty, presence and frequency
+    (of tokens drawn), bias, repeated n-grams, temperature, top_k, top_p, min_p, draw."""
 
     def __init__(
         self,
@@ -358,5 +361,9 @@ class Sampler:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        no_repeat_ngram_size: int = 0,
+        logit_bias: dict[int, float] = ...,
         seed: int = 0,
     ) -> None: ...

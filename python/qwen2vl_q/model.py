@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q import _native
 from qwen2vl_q.base.arguments import integer
-from qwen2vl_q.base.errors import FormatError, Qwen2VLError, UnsupportedError
+from qwen2vl_q.base.errors import Qwen2VLError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.chat.chat_template import ChatTemplate
-from qwen2vl_q.chat.messages import ImagePart, normalize, read_source
+from qwen2vl_q.chat.messages import Detail, ImagePart, Messages
+from qwen2vl_q.chat.tools import Tools
 from qwen2vl_q.engine.adapters import AdapterPaths, native_updates, open_adapters
+from qwen2vl_q.engine.calls import Calls
+from qwen2vl_q.engine.chats import Chats
 from qwen2vl_q.engine.config import Qwen2VLConfig
 from qwen2vl_q.engine.devices import plugin_for, require_name
 from qwen2vl_q.engine.generation import Generation, TokenIds, stage
 from qwen2vl_q.engine.model_parts import ModelParts, fitted
-from qwen2vl_q.engine.options import (
-    CallOptions,
-    ChatOptions,
-    GenerateOptions,
-    require_known,
-    sampling_options,
-)
-from qwen2vl_q.engine.request import Prepared, Progress, Request
+from qwen2vl_q.engine.options import GenerateOptions
+from qwen2vl_q.engine.request import Progress
 from qwen2vl_q.engine.sampling import Sampling
 from qwen2vl_q.engine.stats import GenerationStats, Stage
 from qwen2vl_q.engine.tower_file import TowerFile, TowerPath
-from qwen2vl_q.text.text_stream import TextStream
 from qwen2vl_q.text.tokenizer import Tokenizer
 from qwen2vl_q.vision.image_processor import ImageInput, ImageProcessor, ProcessedImage
 
@@ -50,7 +46,7 @@ _INT32_MAX = 2**31 - 1
 _SHOWN_FILES = 3  # in a note
 
 
-class Qwen2VL:
+class Qwen2VL(Chats):
     """A Qwen2-VL model on this machine's CPU or a GPU.
 
     Any number of calls of `generate` and `chat` may be under way at once, from threads and from asyncio:
@@ -86,6 +82,8 @@ class Qwen2VL:
         self._passed_over: Sequence[str] = ()
         self._native = native
         self._generation = Generation(native, self.config, processor, self.n_ctx)
+        parts = ModelParts(tokenizer, template, sampling, processor)
+        self._calls = Calls(self._generation, self.config, parts, self.n_ctx)
 
     @classmethod
     def from_gguf(
@@ -252,7 +250,7 @@ class Qwen2VL:
             return
         self._generation.scheduler.end_all(Qwen2VLError(_CLOSED))
         closed: Any = _Closed()
-        self._native = self._generation = closed
+        self._native = self._generation = self._calls = closed
 
     # --- text ---
 
@@ -267,31 +265,20 @@ class Qwen2VL:
     # --- images ---
 
     def load_image(
-        self, image: ImageInput, min_pixels: int | None = None, max_pixels: int | None = None
+        self,
+        image: ImageInput,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        resized: tuple[int, int] | None = None,
+        detail: Detail | None = None,
     ) -> ProcessedImage:
         """Reads and resizes a picture once, for any number of calls that take images.
 
-        The bounds replace the model's own for this picture; it takes prod(grid_thw) // merge_size**2 tokens.
-        Errors as of `image_processor.load_image`, and ValueError for more tokens than n_ctx.
+        The bounds replace the model's own for this picture, or bring it near to `resized` (height, width);
+        of detail as of messages. It takes prod(grid_thw) // merge_size**2 tokens. Errors as of
+        `image_processor.load_image`, and ValueError for more tokens than n_ctx.
         """
-        return self._load_image(image, min_pixels, max_pixels, self.n_ctx)
-
-    def _load_image(
-        self, image: ImageInput, min_pixels: int | None, max_pixels: int | None, max_tokens: int
-    ) -> ProcessedImage:
-        if self.config.vision_config is None:
-            raise UnsupportedError("this model file has no vision tower; give the tower's file as mmproj")
-        processor = self.image_processor.bounded(min_pixels, max_pixels)
-        return processor.process(read_source(image), max_tokens)
-
-    def _load_images(self, parts: Iterable[ImagePart]) -> list[ProcessedImage]:
-        """Of one prompt. ValueError at the first that the context has no room for."""
-        images: list[ProcessedImage] = []
-        room = self.n_ctx
-        for part in parts:
-            images.append(self._load_image(part.image, part.min_pixels, part.max_pixels, room))
-            room = max(0, room - self._generation.token_count(images[-1]))
-        return images
+        return self._calls.load_image(ImagePart(image, min_pixels, max_pixels, resized, detail), self.n_ctx)
 
     def encode_image(self, image: ImageInput, progress: Progress | None = None) -> NDArray[np.float32]:
         """The vision tower's output, float32 [n_tokens, hidden_size]: a row for merge**2 patches of the grid.
@@ -312,8 +299,7 @@ class Qwen2VL:
         patch), in order. ValueError where they do not fit, or where the prompt is longer than n_ctx. The
         conversation's cache is neither used nor touched.
         """
-        prepared = self._generation.prepare(token_ids, self._load_images(map(ImagePart, images)))
-        return self._generation.logits(prepared, progress)
+        return self._generation.logits(self._calls.prepare(token_ids, images), progress)
 
     def position_ids(
         self, token_ids: TokenIds, grids: Iterable[tuple[int, int, int]] = ()
@@ -338,140 +324,32 @@ class Qwen2VL:
         tokens are drawn (greedily, if nothing is said) and the other options: `GenerateOptions`. Arguments
         are checked at once (errors as of `logits`); computation begins with the first token.
         """
-        return self._generation.tokens(self._token_request(token_ids, images, options))
+        return self._generation.tokens(self._calls.continuation(token_ids, images, options))
 
     def agenerate(
         self, token_ids: TokenIds, images: Iterable[ImageInput] = (), **options: Unpack[GenerateOptions]
     ) -> AsyncIterator[int]:
         """`generate` for asyncio. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
-        return self._generation.tokens_async(self._token_request(token_ids, images, options))
-
-    def _token_request(
-        self, token_ids: TokenIds, images: Iterable[ImageInput], options: GenerateOptions
-    ) -> Request:
-        require_known(options, GenerateOptions, "generate")
-        prepared = self._generation.prepare(token_ids, self._load_images(map(ImagePart, images)))
-        ends = () if options.get("ignore_eos") else self.config.eos_token_ids
-        return self._request(prepared, Sampling(), ends, 128, options)
-
-    def _request(
-        self,
-        prepared: Prepared,
-        sampling: Sampling,
-        ends: Iterable[int],
-        max_new_tokens: int,
-        options: CallOptions,
-    ) -> Request:
-        """sampling, max_new_tokens: where the options say nothing of it."""
-        limit = integer("max_new_tokens", options.get("max_new_tokens", max_new_tokens), 1, _INT32_MAX)
-        text = TextStream(self.tokenizer, options.get("stop", ()), ends)
-        sampler = sampling.override(sampling_options(options)).sampler()
-        progress, constraint = options.get("progress"), options.get("constraint")
-        return self._generation.request(prepared, sampler, limit, text, progress, constraint)
+        return self._generation.tokens_async(self._calls.continuation(token_ids, images, options))
 
     # --- conversations ---
 
     def encode_chat(
         self,
-        messages: Iterable[Mapping[str, Any]],
+        messages: Messages,
         add_vision_id: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[list[int], list[ProcessedImage]]:
         """A conversation as the tokens of its prompt, pad tokens expanded, and its images: for `generate`.
 
-        chat_template_kwargs: variables of the file's own template (texts, numbers, lists, objects).
+        chat_template_kwargs: variables of the file's own template (texts, numbers, lists, objects). tools: as
+        of `chat`.
 
         Special tokens come from the template alone: text that spells them stays text.
         """
-        conversation = normalize(messages)
-        self.tokenizer.require_room((text for m in conversation for text in m.texts), self.n_ctx)
-        images = self._load_images(part for message in conversation for part in message.images)
-        pieces = self.template.render(
-            [message.for_template() for message in conversation],
-            add_vision_id=add_vision_id,
-            variables=chat_template_kwargs,
-        )
-        ids = self.tokenizer.encode_pieces(pieces)
-        pad = self.config.image_token_id
-        places = sum(token == pad for token in ids)
-        if places != len(images):
-            raise FormatError(
-                f"the chat template has to place {len(images)} image(s), but wrote {places} <|image_pad|>"
-            )
-        counts = iter([self._generation.token_count(image) for image in images])
-        expanded: list[int] = []
-        for token in ids:
-            expanded += [token] * next(counts) if token == pad else [token]
-        return expanded, images
-
-    @overload
-    def chat(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        stream: Literal[True] = True,
-        **options: Unpack[ChatOptions],
-    ) -> Iterator[str]: ...
-    @overload
-    def chat(
-        self, messages: Iterable[Mapping[str, Any]], stream: Literal[False], **options: Unpack[ChatOptions]
-    ) -> str: ...
-    @overload
-    def chat(
-        self,
-        messages: Sequence[Iterable[Mapping[str, Any]]],
-        stream: bool = ...,
-        **options: Unpack[ChatOptions],
-    ) -> list[str]: ...
-    def chat(
-        self,
-        messages: Iterable[Mapping[str, Any]] | Sequence[Iterable[Mapping[str, Any]]],
-        stream: bool = True,
-        **options: Unpack[ChatOptions],
-    ) -> Iterator[str] | str | list[str]:
-        """The model's answer to a conversation: pieces of text as they come, or the whole with stream=False.
-
-        `messages` as transformers and the OpenAI API write them (see `qwen2vl_q.chat.messages`); of a list of
-        conversations the answers come whole, in a list, computed together as far as the cache has room. They
-        have at most max_new_tokens (1,024) tokens, drawn as the file says where the options do not. All
-        options: `ChatOptions`. Arguments are checked at once; errors as of `generate`.
-        """
-        lists = (list, tuple)
-        many = isinstance(messages, lists) and bool(messages) and all(isinstance(m, lists) for m in messages)
-        if many and options.get("constraint") is not None:
-            raise ValueError("constraint: expected one conversation, found a list of them")
-        conversations: Any = messages if many else [messages]
-        requests = [self._chat_request(conversation, options) for conversation in conversations]
-        if stream and not many:
-            return self._generation.texts(requests[0])
-        answers = self._generation.answers(requests)
-        return answers if many else answers[0]
-
-    @overload
-    def achat(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        stream: Literal[True] = True,
-        **options: Unpack[ChatOptions],
-    ) -> AsyncIterator[str]: ...
-    @overload
-    def achat(
-        self, messages: Iterable[Mapping[str, Any]], stream: Literal[False], **options: Unpack[ChatOptions]
-    ) -> Awaitable[str]: ...
-    def achat(
-        self, messages: Iterable[Mapping[str, Any]], stream: bool = True, **options: Unpack[ChatOptions]
-    ) -> AsyncIterator[str] | Awaitable[str]:
-        """`chat` of one conversation for asyncio: `async for` over the pieces, or `await` of the whole with
-        stream=False. Where its task is cancelled, or it is closed (`aclose`), the call ends."""
-        request = self._chat_request(messages, options)
-        return self._generation.texts_async(request) if stream else self._generation.answer_async(request)
-
-    def _chat_request(self, messages: Iterable[Mapping[str, Any]], options: ChatOptions) -> Request:
-        require_known(options, ChatOptions, "chat")
-        token_ids, images = self.encode_chat(
-            messages, options.get("add_vision_id", False), options.get("chat_template_kwargs")
-        )
-        prepared = self._generation.prepare(token_ids, images)
-        return self._request(prepared, self.sampling, self.config.eos_token_ids, 1024, options)
+        found = Tools.of(tools)
+        return self._calls.encode_chat(messages, add_vision_id, chat_template_kwargs, found)
 
     @contextmanager
     def profile(self) -> Iterator[list[Stage]]:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -28,16 +29,35 @@ double uniform(uint64_t& state) {
   return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
+// Tokens that would repeat n of `previous` in a row.
+std::set<int32_t> banned(const Ids& previous, size_t n) {
+  std::set<int32_t> found;
+  if (n == 0) return found;
+  std::map<Ids, std::set<int32_t>> after;
+  for (size_t i = 0; i + n <= previous.size(); ++i)
+    after[Ids(&previous[i], &previous[i] + n - 1)].insert(previous[i + n - 1]);
+  if (previous.size() >= n) found = after[Ids(previous.end() - static_cast<int>(n - 1), previous.end())];
+  return found;
+}
+
 struct PlainDraw {
   int32_t token;
   double margin;  // how near a sum came to deciding otherwise
 };
 
 // What Sampler::sample means: everything sorted, summed in double.
-PlainDraw plain_sample(const SamplingParams& params, Floats scores, const Ids& previous, uint64_t& state) {
+PlainDraw plain_sample(const SamplingParams& params, Floats scores, const Ids& previous, size_t prompt,
+                       uint64_t& state) {
   for (const int32_t id : std::set<int32_t>(previous.begin(), previous.end()))
     scores[id] =
         scores[id] > 0 ? scores[id] / params.repetition_penalty : scores[id] * params.repetition_penalty;
+  std::map<int32_t, int> drawn;
+  for (size_t i = prompt; i < previous.size(); ++i) ++drawn[previous[i]];
+  for (const auto& [id, times] : drawn)
+    scores[id] -= params.presence_penalty + params.frequency_penalty * static_cast<float>(times);
+  for (const TokenBias& b : params.logit_bias) scores[b.token] += b.bias;
+  for (const int32_t id : banned(previous, static_cast<size_t>(params.no_repeat_ngram_size)))
+    scores[id] = -kInf;
   Ids order;
   for (size_t i = 0; i < scores.size(); ++i)
     if (!std::isnan(scores[i])) order.push_back(static_cast<int32_t>(i));
@@ -112,7 +132,7 @@ Floats logits_of(std::initializer_list<double> probabilities) {
 TEST_CASE("sampler: the same tokens as by sorting the vocabulary") {
   std::mt19937 random(1);
   int decided = 0, close = 0;
-  for (int n = 0; n < 6000; ++n) {
+  for (int n = 0; n < 7000; ++n) {
     const Floats logits = random_logits(random);
     if (std::none_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); })) continue;
     SamplingParams params;
@@ -122,14 +142,29 @@ TEST_CASE("sampler: the same tokens as by sorting the vocabulary") {
     params.min_p = pick(random, {0.0f, 0.0f, 0.05f, 0.3f, 0.999f});
     params.repetition_penalty = pick(random, {1.0f, 1.0f, 1.1f, 3.0f, 0.5f});
     params.seed = random();
+    params.presence_penalty = pick(random, {0.0f, 0.0f, 0.0f, 0.5f, -1.0f});
+    params.frequency_penalty = pick(random, {0.0f, 0.0f, 0.0f, 0.25f, 2.0f});
+    params.no_repeat_ngram_size = pick<int64_t>(random, {0, 0, 0, 1, 2, 3});
+    for (unsigned i = random() % 4; i > 1; --i)
+      params.logit_bias.push_back({static_cast<int32_t>(random() % logits.size()), i == 2 ? 5.0f : -100.0f});
     Ids previous;
-    if (params.repetition_penalty != 1)
-      for (int i = 0; i < 50; ++i) previous.push_back(static_cast<int32_t>(random() % logits.size()));
+    for (int i = 0; i < 50; ++i) previous.push_back(static_cast<int32_t>(random() % logits.size()));
+    const size_t prompt = random() % 60;
+    const std::set<int32_t> never = banned(previous, static_cast<size_t>(params.no_repeat_ngram_size));
+    const auto may_be_drawn = [&](size_t id) {
+      return std::isfinite(logits[id]) && !never.contains(static_cast<int32_t>(id));
+    };
+    bool any = false;
+    for (size_t id = 0; id < logits.size(); ++id) any = any || may_be_drawn(id);
+    if (!any) {
+      CHECK_THROWS_AS(Sampler(params).sample(logits, previous, {}, prompt), std::invalid_argument);
+      continue;
+    }
     Sampler sampler(params);
     uint64_t state = params.seed;
     for (int i = 0; i < 3; ++i) {
-      const PlainDraw expected = plain_sample(params, logits, previous, state);
-      const int32_t found = sampler.sample(logits, previous);
+      const PlainDraw expected = plain_sample(params, logits, previous, prompt, state);
+      const int32_t found = sampler.sample(logits, previous, {}, prompt);
       if (expected.margin < 1e-9) {
         ++close;
         continue;
@@ -197,6 +232,47 @@ TEST_CASE("sampler: the repetition penalty makes negative logits more so") {
   CHECK(draws(params, logits) == std::set<int32_t>{0});
 }
 
+TEST_CASE("sampler: presence and frequency count what was drawn, not the prompt") {
+  const Floats logits{2, 1.95f, 1.5f, 0};
+  const Ids previous{0, 0, 0, 1, 1, 2};
+  const auto likeliest = [&](const SamplingParams& params, size_t prompt) {
+    return Sampler(params).sample(logits, previous, {}, prompt);
+  };
+  for (const size_t prompt : {3, 6, 9}) {
+    CHECK(likeliest({.presence_penalty = 1}, prompt) == 0);
+    CHECK(likeliest({.frequency_penalty = 0.5f}, prompt) == 0);
+  }
+  CHECK(likeliest({.presence_penalty = 1}, 0) == 0);  // from all the same
+  CHECK(likeliest({.frequency_penalty = 0.1f}, 0) == 1);
+  CHECK(likeliest({.frequency_penalty = 0.5f}, 0) == 2);
+  CHECK(likeliest({.frequency_penalty = 2}, 0) == 3);
+  CHECK(likeliest({.presence_penalty = 3}, 0) == 3);
+  CHECK(likeliest({.presence_penalty = -1, .frequency_penalty = 0}, 3) == 1);
+}
+
+TEST_CASE("sampler: no n tokens in a row come twice") {
+  const Floats logits{5, 4, 3, 2, 1};
+  const auto next = [&](int64_t n, const Ids& previous) {
+    return Sampler({.no_repeat_ngram_size = n}).sample(logits, previous, {}, previous.size());
+  };
+  CHECK(next(2, {}) == 0);
+  CHECK(next(3, {0}) == 0);
+  CHECK(next(1, {0, 2, 1}) == 3);
+  CHECK(next(2, {3, 0, 3, 1, 3}) == 2);
+  CHECK(next(3, {3, 0, 3, 1, 3}) == 0);
+  CHECK(next(3, {4, 3, 0, 4, 3}) == 1);
+  CHECK(next(2, {0, 0}) == 1);
+  CHECK_THROWS_AS(next(1, {0, 1, 2, 3, 4}), std::invalid_argument);
+}
+
+TEST_CASE("sampler: a bias is added to the logit") {
+  const Floats logits{2, 1, 0};
+  CHECK(Sampler({.logit_bias = {{2, 2.5f}}}).sample(logits, {}) == 2);
+  CHECK(Sampler({.logit_bias = {{0, -100}, {2, 0.5f}}}).sample(logits, {}) == 1);
+  for (const int32_t id : {-1, 3})
+    CHECK_THROWS_AS(Sampler({.logit_bias = {{id, 1}}}).sample(logits, {}), std::invalid_argument);
+}
+
 TEST_CASE("sampler: what is no number is never drawn") {
   const Floats logits{kNan, -kInf, 0, kNan, 0.5f, -1000};
   CHECK(draws({.temperature = 0}, logits) == std::set<int32_t>{4});
@@ -236,6 +312,10 @@ TEST_CASE("sampler: greedy where the likeliest alone can be drawn and no penalty
   CHECK_FALSE(Sampler({.temperature = 1, .top_k = 2}).is_greedy());
   CHECK_FALSE(Sampler({.temperature = 1}).is_greedy());
   CHECK_FALSE(Sampler({.repetition_penalty = 1.1f}).is_greedy());
+  CHECK_FALSE(Sampler({.presence_penalty = 0.1f}).is_greedy());
+  CHECK_FALSE(Sampler({.frequency_penalty = -0.1f}).is_greedy());
+  CHECK_FALSE(Sampler({.no_repeat_ngram_size = 9}).is_greedy());
+  CHECK_FALSE(Sampler({.logit_bias = {{0, 1}}}).is_greedy());
 }
 
 TEST_CASE("sampler: parameters out of range are refused") {
@@ -244,6 +324,8 @@ TEST_CASE("sampler: parameters out of range are refused") {
         SamplingParams{.temperature = kInf}, SamplingParams{.top_k = -1}, SamplingParams{.top_p = 0},
         SamplingParams{.top_p = 1.01f}, SamplingParams{.top_p = kNan}, SamplingParams{.min_p = -0.1f},
         SamplingParams{.min_p = 1}, SamplingParams{.min_p = kNan}, SamplingParams{.repetition_penalty = 0},
-        SamplingParams{.repetition_penalty = kInf}, SamplingParams{.repetition_penalty = kNan}})
+        SamplingParams{.repetition_penalty = kInf}, SamplingParams{.repetition_penalty = kNan},
+        SamplingParams{.presence_penalty = kNan}, SamplingParams{.frequency_penalty = kInf},
+        SamplingParams{.no_repeat_ngram_size = -1}, SamplingParams{.logit_bias = {{0, kNan}}}})
     CHECK_THROWS_AS(Sampler{params}, std::invalid_argument);
 }

@@ -12,12 +12,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.exceptions import SecurityError
 
 from qwen2vl_q.base.errors import FormatError
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.chat.template_sandbox import MAX_DEPTH, METER, Environment, Meter, weight
-from qwen2vl_q.text.tokenizer import GROUNDING_TOKENS, MAX_SPECIAL_TOKENS, any_of, require_characters
+from qwen2vl_q.chat.json_values import json_value
+from qwen2vl_q.chat.template_sandbox import METER, Environment, Meter, weight
+from qwen2vl_q.text.tokenizer import ANSWER_TOKENS, MAX_SPECIAL_TOKENS, any_of, require_characters
 
 # Qwen/Qwen2-VL-2B-Instruct, chat_template.json
 DEFAULT_TEMPLATE = (
@@ -71,7 +73,7 @@ class ChatTemplate:
         self._special = list(special_tokens)
         self._half_of = {token: chr(_FIRST_HALF + i) for i, token in enumerate(self._special)}
         self._in_source = re.compile(any_of(self._special))
-        self._in_answers = re.compile(any_of(GROUNDING_TOKENS & self._half_of.keys()))
+        self._in_answers = re.compile(any_of(ANSWER_TOKENS & self._half_of.keys()))
         if len(source) > MAX_TEMPLATE_CHARS:
             raise FormatError(
                 f"{name}: expected at most {MAX_TEMPLATE_CHARS} characters, found {len(source)}"
@@ -80,6 +82,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         self._reserved = {*_OWN_VARIABLES, *environment.globals}
         try:
+            self.takes_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
             self._template = environment.compile_template(source, self._halved(self._in_source))
         except jinja2.TemplateSyntaxError as error:
             raise FormatError(f"{name}: line {error.lineno}: {printable(error.message)}") from None
@@ -95,15 +98,16 @@ class ChatTemplate:
     ) -> list[tuple[str, bool]]:
         """The conversation as pieces (text, is_special): special tokens by name, and the texts between them.
 
-        In the assistant's messages the markers of found objects are tokens as well: the model wrote them.
+        In the assistant's contents the markers of found objects and of calls are tokens as well: the model
+        wrote them.
         `variables` are further ones of the template, of JSON's kinds; their texts stay text. ValueError for
         what the template refuses (raise_exception), half a surrogate pair in a text, and variables of other
         names or kinds; FormatError where the template fails or takes too much time or memory.
         """
-        halved = [
-            _mapped(message, self._halved(self._in_answers) if message["role"] == "assistant" else str)
-            for message in messages
-        ]
+        halved = [_mapped(message, str) for message in messages]
+        for message in halved:
+            if message["role"] == "assistant":
+                message["content"] = _mapped(message["content"], self._halved(self._in_answers))
         own = self._checked(variables or {})
         size = weight(halved) + weight(own)
         longest = MAX_ADDED_CHARS + 2 * size
@@ -140,7 +144,7 @@ class ChatTemplate:
                 raise ValueError(f"template variable: expected a name, found {printable(repr(name))}")
             if name in self._reserved:
                 raise ValueError(f"template variable: '{name}' is the template's own")
-        copied = {name: _json_value(name, value) for name, value in variables.items()}
+        copied = {name: json_value(f"template variable '{name}'", value) for name, value in variables.items()}
         total = weight(copied)
         if total > MAX_VARIABLES_WEIGHT:
             raise ValueError(
@@ -171,26 +175,6 @@ class ChatTemplate:
 
 
 _OWN_VARIABLES = ("messages", "add_generation_prompt", "add_vision_id", "bos_token", "eos_token")
-
-
-def _json_value(name: str, value: Any, depth: int = 1) -> Any:
-    """A copy of a value as JSON has them. ValueError for another kind, and for one too deep."""
-    if depth > MAX_DEPTH - 2:  # what is around it counts, too
-        raise ValueError(f"template variable '{name}': more than {MAX_DEPTH - 2} lists in one another")
-    if isinstance(value, str):
-        require_characters(value)
-    elif isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise ValueError(f"template variable '{name}': expected texts as an object's keys")
-        return {_json_value(name, key): _json_value(name, item, depth + 1) for key, item in value.items()}
-    elif isinstance(value, (list, tuple)):
-        return [_json_value(name, item, depth + 1) for item in value]
-    elif value is not None and not isinstance(value, (bool, int, float)):
-        raise ValueError(
-            f"template variable '{name}': expected text, numbers, lists and objects, "
-            f"found {type(value).__name__}"
-        )
-    return value
 
 
 class _RefusedError(Exception):

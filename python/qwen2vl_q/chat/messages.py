@@ -5,19 +5,26 @@ A message is {"role": ..., "content": text or a list of parts}; a part is one of
     {"type": "image", "image": picture}                  also with the key "url", "path" or "base64"
     {"type": "image_url", "image_url": {"url": address}}  or the address itself
 where a picture is what `Qwen2VL.encode_image` takes, a path from ~, a file:// address or a data: URI. An
-image part may bound its size by "min_pixels" and "max_pixels". Other keys are refused, but for those that are
-None and the details "auto" and "high" of an image_url. Nothing is fetched from the network.
+image part may bound its size by "min_pixels" and "max_pixels", or ask for the one nearest to
+"resized_height" x "resized_width" (as qwen-vl-utils does: in whole cells, within the model's own bounds).
+"detail", of an image or beside the url, is "low", LOW_DETAIL_PIXELS at most, or "high" or "auto", the model's
+own bounds.
+
+An assistant's message may have "tool_calls", [{"id": ..., "type": "function", "function": {"name": ...,
+"arguments": JSON text or an object}}], and a result's is {"role": "tool", "content": text, "tool_call_id":
+...}. Other keys are refused, but for those that are None. Nothing is fetched from the network.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -25,9 +32,14 @@ from numpy.typing import NDArray
 
 from qwen2vl_q.base.arguments import integer
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.chat.json_values import json_value
 from qwen2vl_q.vision.image_processor import MAX_BOUND, ImageInput, require_image
 
-ROLES = ("system", "user", "assistant")
+Detail: TypeAlias = Literal["low", "high", "auto"]
+Messages: TypeAlias = "Iterable[Mapping[str, Any]]"
+
+ROLES = ("system", "user", "assistant", "tool")
+LOW_DETAIL_PIXELS = 512 * 512  # OpenAI's size; some 330 tokens
 MAX_DATA_URI_BYTES = 64 * 1024 * 1024  # decoded; a 50-megapixel JPEG of the best quality stays below
 MAX_PATH_CHARS = 4096  # more is something else: a picture as base64
 _BASE64_CHARS = MAX_DATA_URI_BYTES // 3 * 4 + 4
@@ -35,14 +47,15 @@ _CHUNK = 2**20
 _HEX = np.full(256, 255, np.uint8)  # of a character, the digit
 _HEX[list(b"0123456789abcdef")] = _HEX[list(b"0123456789ABCDEF")] = np.arange(16)
 
+_SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width", "detail")
+
 # Keys of other programs, and what says the same here.
 _ELSEWHERE = {
     "images": """write each picture as a part of content, {"type": "image", "image": ...}""",
-    "resized_height": "bound the size by min_pixels and max_pixels",
-    "resized_width": "bound the size by min_pixels and max_pixels",
-    "detail": "it belongs beside url; max_pixels bounds the size",
+    "detail": "it belongs beside url",
     "name": "write it into the content",
-    "tool_calls": "tools are not supported",
+    "tool_calls": "they are an assistant's",
+    "tool_call_id": "it belongs to the role tool",
 }
 
 
@@ -56,37 +69,81 @@ class ImagePart:
     image: ImageInput
     min_pixels: int | None = None
     max_pixels: int | None = None
+    resized: tuple[int, int] | None = None  # height, width
+    detail: Detail | None = None
+
+    def for_message(self) -> dict[str, Any]:
+        """As a message has it."""
+        height, width = self.resized or (None, None)
+        sizes = (self.min_pixels, self.max_pixels, height, width, self.detail)
+        asked = {key: value for key, value in zip(_SIZES, sizes, strict=True) if value is not None}
+        return {"type": "image", "image": self.image, **asked}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    name: str
+    arguments: str  # a JSON object
+    id: str = field(default="", compare=False)
+
+    @property
+    def parsed(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.arguments)
+        return found
+
+    def for_message(self) -> dict[str, Any]:
+        """As a message's "tool_calls" hold it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
     role: str
     content: str | tuple[TextPart | ImagePart, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
     @property
     def images(self) -> list[ImagePart]:
         return [part for part in self.content if isinstance(part, ImagePart)]
 
     @property
-    def texts(self) -> list[str]:
+    def text(self) -> str:
+        """All of the content's."""
         if isinstance(self.content, str):
-            return [self.content]
-        return [part.text for part in self.content if isinstance(part, TextPart)]
+            return self.content
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def texts(self) -> list[str]:
+        """That, and those of the calls."""
+        return [self.text, *(call.arguments for call in self.tool_calls)]
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it, without the pictures themselves."""
+        message: dict[str, Any] = {"role": self.role, "content": self._content_for_template()}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.parsed}}
+                for call in self.tool_calls
+            ]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+    def _content_for_template(self) -> str | list[dict[str, str]]:
         if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        parts = [
+            return self.content
+        return [
             {"type": "text", "text": part.text}
             if isinstance(part, TextPart)
             else {"type": "image", "image": ""}
             for part in self.content
         ]
-        return {"role": self.role, "content": parts}
 
 
-def normalize(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
+def normalize(messages: Messages) -> list[Message]:
     """Checks a conversation. ValueError naming the message's (and part's) index for what is not as above."""
     if isinstance(messages, (str, bytes, Mapping)):
         raise ValueError(f"messages must be a list of messages, found {type(messages).__name__}")
@@ -144,14 +201,53 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"{where}: expected the role {', '.join(ROLES)}, found {printable(role)}")
-    _require_known(message, ("role", "content"), where)
+    of_role = {"assistant": ["tool_calls"], "tool": ["tool_call_id", "name"]}.get(role, [])
+    _require_known(message, ("role", "content", *of_role), where)
+    calls = tuple(
+        _tool_call(call, f"{where}, tool call {i}")
+        for i, call in enumerate(_listed(message.get("tool_calls"), f"{where}: tool_calls"))
+        if "tool_calls" in of_role
+    )
+    call_id = message.get("tool_call_id") if role == "tool" else None
+    if not isinstance(call_id, str | None):
+        raise ValueError(f"{where}: expected tool_call_id as a string, found {type(call_id).__name__}")
+    if content is None and calls:
+        content = ""
     if isinstance(content, str):
-        return Message(role, content)
+        return Message(role, content, calls, call_id)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise ValueError(
             f"{where}: expected content as text or a list of parts, found {type(content).__name__}"
         )
-    return Message(role, tuple(_part(part, f"{where}, part {i}") for i, part in enumerate(content)))
+    parts = tuple(_part(part, f"{where}, part {i}") for i, part in enumerate(content))
+    if role == "tool" and not all(isinstance(part, TextPart) for part in parts):
+        raise ValueError(f"{where}: expected text as a tool's result, found a picture")
+    return Message(role, parts, calls, call_id)
+
+
+def _listed(value: Any, where: str) -> Sequence[Any]:
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise ValueError(f"{where}: expected a list, found {type(value).__name__}")
+    return value or ()
+
+
+def _tool_call(call: Any, where: str) -> ToolCall:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{where}: expected a function with a name, found {printable(call)}")
+    _require_known(call, ("id", "type", "function"), where)
+    _require_known(function, ("name", "arguments"), where)
+    arguments, name = function.get("arguments"), call.get("id")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: arguments: not JSON: {printable(str(error))}") from None
+    if not isinstance(arguments, Mapping | None):
+        raise ValueError(f"{where}: expected an object as arguments, found {printable(arguments)}")
+    checked = json_value(f"{where}: arguments", arguments or {})
+    text = json.dumps(checked, ensure_ascii=False)
+    return ToolCall(json_value(where, function["name"]), text, name if isinstance(name, str) else "")
 
 
 def _part(part: Any, where: str) -> TextPart | ImagePart:
@@ -168,25 +264,21 @@ def _part(part: Any, where: str) -> TextPart | ImagePart:
         keys = [key for key in ("image", "url", "path", "base64") if part.get(key) is not None]
         if len(keys) != 1:
             raise ValueError(f"{where}: expected one of image, url, path and base64, found {keys or 'none'}")
-        _require_known(part, ("type", *keys, "min_pixels", "max_pixels"), where)
+        _require_known(part, ("type", *keys, *_SIZES), where)
         source = part[keys[0]]
         if keys[0] == "base64":
             return _image_part(_from_base64(source, where), part, where)
         return _image_part(read_source(source, where), part, where)
     if kind == "image_url":
-        _require_known(part, ("type", "image_url", "min_pixels", "max_pixels"), where)
-        address = part.get("image_url")
+        _require_known(part, ("type", "image_url", *_SIZES[:-1]), where)
+        address, detail = part.get("image_url"), None
         if isinstance(address, Mapping):
             _require_known(address, ("url", "detail"), f"{where}, image_url")
-            if address.get("detail") not in (None, "auto", "high"):
-                raise ValueError(
-                    f"{where}: expected the detail auto or high, found {printable(address['detail'])}; "
-                    "max_pixels bounds the size"
-                )
+            detail = address.get("detail")
             address = address.get("url")
         if not isinstance(address, str):
             raise ValueError(f"{where}: expected image_url with a url, found {type(address).__name__}")
-        return _image_part(read_source(address, where), part, where)
+        return _image_part(read_source(address, where), {**part, "detail": detail}, where)
     raise ValueError(f"{where}: expected the type text, image or image_url, found {printable(kind)}")
 
 
@@ -199,11 +291,17 @@ def _require_known(found: Mapping[str, Any], known: Sequence[str], where: str) -
 
 
 def _image_part(image: ImageInput, part: Mapping[str, Any], where: str) -> ImagePart:
-    limits = [
+    least, most, height, width = (
         None if part.get(key) is None else integer(f"{where}: {key}", part[key], 1, MAX_BOUND)
-        for key in ("min_pixels", "max_pixels")
-    ]
-    return ImagePart(image, limits[0], limits[1])
+        for key in _SIZES[:-1]
+    )
+    if (height is None) != (width is None):
+        raise ValueError(f"{where}: expected resized_height and resized_width together")
+    resized = None if height is None or width is None else (height, width)
+    detail = part.get("detail")
+    if detail not in (None, "auto", "high", "low"):
+        raise ValueError(f"{where}: expected the detail low, high or auto, found {printable(detail)}")
+    return ImagePart(image, least, most, resized, detail)
 
 
 def _data_uri(uri: str, where: str) -> bytes:

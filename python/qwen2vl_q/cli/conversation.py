@@ -67,7 +67,9 @@ class Conversation:
         return ImagePart(source, self.settings.min_pixels, self.settings.max_pixels)
 
     def _load(self, part: ImagePart) -> ProcessedImage:
-        image = self._model.load_image(part.image, part.min_pixels, part.max_pixels)
+        image = self._model.load_image(
+            part.image, part.min_pixels, part.max_pixels, part.resized, part.detail
+        )
         self._sources[image.key] = part
         return image
 

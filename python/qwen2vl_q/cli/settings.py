@@ -32,7 +32,11 @@ class Settings:
 
     def in_use(self, model: Qwen2VL) -> dict[str, Any]:
         """Every setting with the model's own values filled in. ValueError for bounds out of order."""
-        wishes = {name: getattr(self, name) for name in Sampling.__dataclass_fields__}
-        sampling = model.sampling.override(wishes)
+        named = Sampling.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
+        sampling = asdict(model.sampling.override({name: getattr(self, name) for name in named}))
         processor: ImageProcessor = model.image_processor.bounded(self.min_pixels, self.max_pixels)
-        return {**asdict(self), **asdict(sampling), **{name: getattr(processor, name) for name in _BOUNDS}}
+        return {
+            **asdict(self),
+            **{name: sampling[name] for name in named},
+            **{name: getattr(processor, name) for name in _BOUNDS},
+        }

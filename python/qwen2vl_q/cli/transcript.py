@@ -58,6 +58,8 @@ def read(path: Path) -> list[Message]:
         )
     if roles[0] == "system" and not isinstance(messages[0].content, str):
         raise FormatError(f"{path}: message 0: expected the system prompt as a string")
+    if any(message.tool_calls for message in messages):
+        raise FormatError(f"{path}: a conversation with tools")
     return [_in_folder(message, path.absolute().parent) for message in messages]
 
 
@@ -80,8 +82,7 @@ def _described(content: Any, sources: Mapping[bytes, ImagePart]) -> Any:
 def _part(source: ImagePart) -> dict[str, Any]:
     image = source.image
     name = f"data:;base64,{base64.b64encode(image).decode()}" if isinstance(image, bytes) else fspath(image)  # type: ignore[arg-type]
-    bounds = {"min_pixels": source.min_pixels, "max_pixels": source.max_pixels}
-    return {"type": "image", "image": name, **{key: n for key, n in bounds.items() if n is not None}}
+    return {**source.for_message(), "image": name}
 
 
 def _markdown(content: str | list[dict[str, str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -11,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2vl_q import _native
+from qwen2vl_q.chat.tools import CallReader
+from qwen2vl_q.engine.answer import Answer, next_async
 from qwen2vl_q.engine.config import Qwen2VLConfig
 from qwen2vl_q.engine.pictures import Pictures
 from qwen2vl_q.engine.request import Constraint, Prepared, Progress, Request, require_constraint
 from qwen2vl_q.engine.scheduler import Scheduler
 from qwen2vl_q.engine.stats import FinishReason, GenerationStats
 from qwen2vl_q.text.text_stream import TextStream
+from qwen2vl_q.text.tokenizer import Tokenizer
 from qwen2vl_q.vision.image_processor import ImageProcessor, ProcessedImage
 
 TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
@@ -81,68 +83,31 @@ class Generation:
         text: TextStream,
         progress: Progress | None = None,
         constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
     ) -> Request:
         """New tokens, which begin to come when they are first asked for."""
         require_constraint(constraint)
         # The last token drawn takes no cell.
         room = self._n_ctx - len(prepared.prompt) + 1
         cut: FinishReason = "context" if room < max_new_tokens else "length"
-        return Request(prepared, sampler, min(max_new_tokens, room), cut, text, progress, constraint)
+        limit = min(max_new_tokens, room)
+        return Request(prepared, sampler, limit, cut, text, progress, constraint, top_logprobs)
 
-    def answers(self, requests: Sequence[Request]) -> list[str]:
-        """The whole texts of requests that are computed together."""
-        try:
-            for request in requests:
-                request.ahead = request.limit
-                self.scheduler.submit(request)
-            return ["".join(self.texts(request)) for request in requests]
-        finally:
-            for request in requests:
-                self.scheduler.close(request)
+    def answer(self, request: Request, tokenizer: Tokenizer, calls: CallReader | None = None) -> Answer:
+        return Answer(self.scheduler, request, tokenizer, calls)
 
     # Streams of a request, which ends where they are closed.
 
     def tokens(self, request: Request) -> Iterator[int]:
         try:
             while (drawn := self.scheduler.next(request)) is not None:
-                yield drawn[0]
+                yield drawn.token
         finally:
             self.scheduler.close(request)
-
-    def texts(self, request: Request) -> Iterator[str]:
-        try:
-            while (drawn := self.scheduler.next(request)) is not None:
-                if drawn[1]:
-                    yield drawn[1]
-        finally:
-            self.scheduler.close(request)
-        if rest := request.text.finish():
-            yield rest
 
     async def tokens_async(self, request: Request) -> AsyncIterator[int]:
         try:
-            while (drawn := await self._next_async(request)) is not None:
-                yield drawn[0]
+            while (drawn := await next_async(self.scheduler, request)) is not None:
+                yield drawn.token
         finally:
             self.scheduler.close(request)
-
-    async def texts_async(self, request: Request) -> AsyncIterator[str]:
-        try:
-            while (drawn := await self._next_async(request)) is not None:
-                if drawn[1]:
-                    yield drawn[1]
-        finally:
-            self.scheduler.close(request)
-        if rest := request.text.finish():
-            yield rest
-
-    async def answer_async(self, request: Request) -> str:
-        return "".join([piece async for piece in self.texts_async(request)])
-
-    async def _next_async(self, request: Request) -> tuple[int, str] | None:
-        """Another thread waits and computes."""
-        if not request.submitted:
-            self.scheduler.submit(request)
-        if request.ready:
-            return request.take()
-        return await asyncio.to_thread(self.scheduler.next, request)

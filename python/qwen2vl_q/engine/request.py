@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,8 @@ from qwen2vl_q.vision.image_processor import ProcessedImage
 # Called with a stage ("load", "image", "prefill") and how far it is, at most every 50 ms. An exception
 # raised in it cancels the call.
 Progress: TypeAlias = "Callable[[str, int, int], None]"
-
+# Of the token that was drawn, and of the likeliest by their ids: `SequenceState.log_probabilities`.
+LogProbabilities: TypeAlias = "tuple[float, list[tuple[int, float]]]"
 
 _AHEAD = 8  # tokens of a stream that wait for whoever reads it; then the others go on without it
 
@@ -53,6 +54,14 @@ class Prepared:
     images: list[ProcessedImage]
 
 
+class Drawn(NamedTuple):
+    """A token, and the text that it makes certain."""
+
+    token: int
+    text: str
+    scored: LogProbabilities | None
+
+
 class Request:
     """One answer on its way: tokens come to it from whichever thread takes the steps."""
 
@@ -65,9 +74,11 @@ class Request:
         text: TextStream,
         progress: Progress | None = None,
         constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
     ) -> None:
         """limit: tokens at most; cut: the reason of the end where they are reached. text: tells which token
-        is the last. progress, constraint: called on the thread that takes the step."""
+        is the last. progress, constraint: called on the thread that takes the step. top_logprobs: of so many
+        tokens log-probabilities are told beside the drawn one's; None: of none."""
         self.prepared = prepared
         self.sampler = sampler
         self.limit = limit
@@ -75,11 +86,12 @@ class Request:
         self.text = text
         self.progress = progress
         self.constraint = constraint
+        self.top_logprobs = top_logprobs
         self.ahead = _AHEAD  # tokens that may wait here
         self.submitted = False
         self.over = False  # nothing more will be computed
         self.error: BaseException | None = None
-        self.tokens: deque[tuple[int, str]] = deque()
+        self.tokens: deque[Drawn] = deque()
         self.state: _native.SequenceState | None = None
         self.pictures: list[Encoding] = []  # until its prompt has begun
         self.found = 0  # of them, the first: their cells were there
@@ -118,8 +130,8 @@ class Request:
         assert self.state is not None
         return self.state
 
-    def take(self) -> tuple[int, str] | None:
-        """The next token and its text, None at the end; the error that has ended it. Only when ready."""
+    def take(self) -> Drawn | None:
+        """The next token, None at the end; the error that has ended it. Only when ready."""
         if self.tokens:
             return self.tokens.popleft()
         if self.error is not None:
@@ -141,6 +153,7 @@ class Request:
             image_tokens=self.image_tokens,
             encode_seconds=self.encode_seconds,
             prompt_tokens=len(self.prepared.prompt),
+            prompt_image_tokens=sum(end - first for first, end in self.prepared.prompt.runs),
             reused_tokens=self.reused_tokens,
             prefill_seconds=self.prefill_seconds,
             generated_tokens=self.drawn,

@@ -15,7 +15,7 @@ from time import perf_counter, sleep
 from qwen2vl_q import _native
 from qwen2vl_q.base.errors import CacheFullError, Qwen2VLError
 from qwen2vl_q.engine.pictures import Pictures
-from qwen2vl_q.engine.request import Request
+from qwen2vl_q.engine.request import Drawn, Request
 from qwen2vl_q.engine.stats import GenerationStats, peak_memory_bytes
 from qwen2vl_q.vision.image_processor import ProcessedImage
 
@@ -69,8 +69,8 @@ class Scheduler:
             self._latest = request
             self._waiting.append(request)
 
-    def next(self, request: Request) -> tuple[int, str] | None:
-        """The request's next token and its text; None at its end. Raises what has ended it."""
+    def next(self, request: Request) -> Drawn | None:
+        """The request's next token; None at its end. Raises what has ended it."""
         if not request.submitted:
             self.submit(request)
         while not request.tokens:
@@ -182,10 +182,12 @@ class Scheduler:
     @property
     def stats(self) -> GenerationStats:
         """Of the latest request; may be asked for while it is computed."""
-        kv_bytes = self._native.cache_bytes
         if self._latest is None:
-            return GenerationStats(kv_bytes=kv_bytes, peak_memory_bytes=peak_memory_bytes())
-        return self._latest.stats(kv_bytes)
+            return GenerationStats(kv_bytes=self._native.cache_bytes, peak_memory_bytes=peak_memory_bytes())
+        return self.stats_of(self._latest)
+
+    def stats_of(self, request: Request) -> GenerationStats:
+        return request.stats(self._native.cache_bytes)
 
     # --- for the thread that holds the turn ---
 
@@ -327,6 +329,7 @@ class Scheduler:
                 return
             allowed = None if r.constraint is None else r.constraint.allowed()
             token = r.live.sample(r.sampler, allowed)  # where a device's work ends
+            scored = None if r.top_logprobs is None else r.live.log_probabilities(token, r.top_logprobs)
             taken = perf_counter() - start
             if r.constraint is not None:
                 r.constraint.accept(token)
@@ -346,7 +349,7 @@ class Scheduler:
         r.decoding = True
         r.history.append(token)
         r.fed += 1
-        r.tokens.append((token, piece))
+        r.tokens.append(Drawn(token, piece, scored))
 
 
 def _go_on(requests: Sequence[Request]) -> bool:

@@ -24,6 +24,7 @@ class GenerationStats:
     image_tokens: int = 0  # of the images that had to be encoded
     encode_seconds: float = 0.0
     prompt_tokens: int = 0  # in all
+    prompt_image_tokens: int = 0  # of these, images'
     reused_tokens: int = 0  # of these, found in the KV cache
     prefill_seconds: float = 0.0
     generated_tokens: int = 0

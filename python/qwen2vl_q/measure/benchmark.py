@@ -308,7 +308,7 @@ class Benchmark:
         def prepare() -> Iterator[tuple[int, ...]]:
             limit = _STREAM_WARM_UP + steps
             requests = [
-                model._token_request(ids, (), {"max_new_tokens": limit, "ignore_eos": True})
+                model._calls.continuation(ids, (), {"max_new_tokens": limit, "ignore_eos": True})
                 for ids in prompts
             ]
             for request in requests:  # before the first step, so that all end with the last

@@ -75,7 +75,7 @@ def of_messages(name: str, messages: Sequence[Message]) -> list[Conversation]:
     """One for each answer in it."""
     given = [{"role": m.role, "content": _content(m)} for m in messages]
     return [
-        Conversation(name, given[:k], "".join(message.texts))
+        Conversation(name, given[:k], message.text)
         for k, message in enumerate(messages)
         if message.role == "assistant"
     ]
@@ -85,9 +85,7 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
     if isinstance(message.content, str):
         return message.content
     return [
-        {"type": "image", **vars(part)}
-        if isinstance(part, ImagePart)
-        else {"type": "text", "text": part.text}
+        part.for_message() if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
         for part in message.content
     ]
 

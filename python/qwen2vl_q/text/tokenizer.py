@@ -22,10 +22,11 @@ PRETOKENIZE_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The markers of found objects: part of an answer's text, not of the conversation's frame.
-GROUNDING_TOKENS = frozenset(
+TOOL_CALL_TOKENS = ("<tool_call>", "</tool_call>")  # special in the files of later models
+# The markers of found objects and of calls: part of an answer's text, not of the conversation's frame.
+ANSWER_TOKENS = frozenset(TOOL_CALL_TOKENS) | {
     f"<|{kind}_{edge}|>" for kind in ("object_ref", "box", "quad") for edge in ("start", "end")
-)
+}
 EOS_TOKENS = ("<|im_end|>", "<|endoftext|>")
 MAX_WHITE_SPACE = 2**22  # in a row: at 10 million the pattern above meets its engine's limit, and that panics
 MAX_SPECIAL_TOKENS = 2048  # the released files have 14, fine-tunes for boxes a thousand
@@ -163,11 +164,11 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
         """The bytes that a token stands for: none for padding; for a special token its name, or none with
-        `skip_special` (but for the markers of found objects)."""
+        `skip_special` (but for the markers that belong to an answer's text)."""
         if not 0 <= token_id < self._size:
             raise ValueError(f"expected a token id in 0..{self._size - 1}, found {token_id}")
         if (special := self._special_texts.get(token_id)) is not None:
-            return b"" if skip_special and special not in GROUNDING_TOKENS else special.encode()
+            return b"" if skip_special and special not in ANSWER_TOKENS else special.encode()
         text = self._bpe.id_to_token(token_id)
         if text is None:
             return b""

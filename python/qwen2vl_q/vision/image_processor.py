@@ -175,16 +175,21 @@ class ImageProcessor:
         given: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         return replace(self, **{name: bound for name, bound in given.items() if bound is not None})
 
-    def process(self, image: ImageInput, max_tokens: int | None = None) -> ProcessedImage:
+    def process(
+        self, image: ImageInput, max_tokens: int | None = None, size: tuple[int, int] | None = None
+    ) -> ProcessedImage:
         """Decodes and resizes a picture; one that is processed already is returned as it is.
 
-        ValueError, before it is resized, for one that would take more than `max_tokens` tokens.
+        size: the (height, width) to come near to, within the bounds; None: the picture's own. ValueError,
+        before it is resized, for one that would take more than `max_tokens` tokens.
         """
         if isinstance(image, ProcessedImage):
             return image
         picture = load_image(image)
         factor = self.patch_size * self.merge_size
-        height, width = smart_resize(picture.height, picture.width, factor, self.min_pixels, self.max_pixels)
+        height, width = smart_resize(
+            *(size or (picture.height, picture.width)), factor, self.min_pixels, self.max_pixels
+        )
         tokens = height * width // factor**2
         if max_tokens is not None and tokens > max_tokens:
             raise ValueError(

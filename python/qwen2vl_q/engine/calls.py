@@ -1,0 +1,182 @@
+"""What callers ask of a model, checked: pictures loaded, prompts encoded, options read, requests made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from qwen2vl_q.base.arguments import integer
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.chat.messages import LOW_DETAIL_PIXELS, ImagePart, Messages, normalize, read_source
+from qwen2vl_q.chat.tools import CallReader, Tools, as_text
+from qwen2vl_q.engine.answer import Answer
+from qwen2vl_q.engine.config import Qwen2VLConfig
+from qwen2vl_q.engine.generation import Generation, TokenIds
+from qwen2vl_q.engine.model_parts import ModelParts
+from qwen2vl_q.engine.options import (
+    CallOptions,
+    ChatOptions,
+    GenerateOptions,
+    require_known,
+    sampling_options,
+    top_logprobs,
+)
+from qwen2vl_q.engine.request import Constraint, Prepared, Request
+from qwen2vl_q.engine.sampling import Sampling
+from qwen2vl_q.engine.structured import Grammars, form_of
+from qwen2vl_q.text.text_stream import TextStream
+from qwen2vl_q.vision.image_processor import ImageInput, ProcessedImage
+
+MAX_ANSWERS = 128  # to one prompt
+_INT32_MAX = 2**31 - 1
+
+
+class Calls:
+    """Of one model."""
+
+    def __init__(self, generation: Generation, config: Qwen2VLConfig, parts: ModelParts, n_ctx: int) -> None:
+        self._generation = generation
+        self._config = config
+        self._parts = parts
+        self._n_ctx = n_ctx
+
+    # --- pictures ---
+
+    def load_image(self, part: ImagePart, max_tokens: int) -> ProcessedImage:
+        """ValueError for one that takes more tokens."""
+        if self._config.vision_config is None:
+            raise UnsupportedError("this model file has no vision tower; give the tower's file as mmproj")
+        processor = self._parts.processor
+        most = part.max_pixels
+        if most is None and part.detail == "low":
+            most = max(LOW_DETAIL_PIXELS, part.min_pixels or processor.min_pixels)
+        processor = processor.bounded(part.min_pixels, most)
+        return processor.process(read_source(part.image), max_tokens, part.resized)
+
+    def load_images(self, parts: Iterable[ImagePart]) -> list[ProcessedImage]:
+        """Of one prompt. ValueError at the first that the context has no room for."""
+        images: list[ProcessedImage] = []
+        room = self._n_ctx
+        for part in parts:
+            images.append(self.load_image(part, room))
+            room = max(0, room - self._generation.token_count(images[-1]))
+        return images
+
+    # --- prompts ---
+
+    def prepare(self, token_ids: TokenIds, images: Iterable[ImageInput]) -> Prepared:
+        return self._generation.prepare(token_ids, self.load_images(map(ImagePart, images)))
+
+    def encode_chat(
+        self,
+        messages: Messages,
+        add_vision_id: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        tools: Tools | None = None,
+    ) -> tuple[list[int], list[ProcessedImage]]:
+        """The tokens of a conversation's prompt, pad tokens expanded, and its images."""
+        conversation = normalize(messages)
+        template, tokenizer = self._parts.template, self._parts.tokenizer
+        if not template.takes_tools:
+            conversation = as_text(conversation, tools)
+        elif tools is not None:
+            variables = {**(variables or {}), "tools": tools.definitions}
+        tokenizer.require_room((text for m in conversation for text in m.texts), self._n_ctx)
+        images = self.load_images(part for message in conversation for part in message.images)
+        pieces = template.render(
+            [message.for_template() for message in conversation],
+            add_vision_id=add_vision_id,
+            variables=variables,
+        )
+        ids = tokenizer.encode_pieces(pieces)
+        pad = self._config.image_token_id
+        places = sum(token == pad for token in ids)
+        if places != len(images):
+            raise FormatError(
+                f"the chat template has to place {len(images)} image(s), but wrote {places} <|image_pad|>"
+            )
+        counts = iter([self._generation.token_count(image) for image in images])
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [token] * next(counts) if token == pad else [token]
+        return expanded, images
+
+    # --- requests ---
+
+    def continuation(
+        self, token_ids: TokenIds, images: Iterable[ImageInput], options: GenerateOptions
+    ) -> Request:
+        require_known(options, GenerateOptions, "generate")
+        sampling = self._sampling(Sampling(), options)
+        ends = () if options.get("ignore_eos") else self._config.eos_token_ids
+        text = TextStream(self._parts.tokenizer, options.get("stop"), ends)
+        return self._request(self.prepare(token_ids, images), sampling, text, 128, options)
+
+    def answers(
+        self,
+        conversations: Sequence[Messages],
+        n: int,
+        details: bool,
+        options: ChatOptions,
+    ) -> list[Answer]:
+        """n to each conversation, side by side."""
+        require_known(options, ChatOptions, "chat")
+        integer("n", n, 1, MAX_ANSWERS)
+        if n * len(conversations) > 1 and options.get("constraint") is not None:
+            raise ValueError("constraint: expected one conversation, found a list of them or several answers")
+        sampling = self._sampling(self._parts.sampling, options)
+        top = top_logprobs(options)
+        if top is not None and not details:
+            raise ValueError("logprobs: they are among the details: details=True")
+        tools = Tools.of(options.get("tools"), options.get("tool_choice"))
+        constrain = self._constraints(options, tools)
+        names = frozenset(function["name"] for function in tools.functions) if tools else None
+        answers = []
+        for messages in conversations:
+            token_ids, images = self.encode_chat(
+                messages, options.get("add_vision_id", False), options.get("chat_template_kwargs"), tools
+            )
+            prepared = self._generation.prepare(token_ids, images)
+            for i in range(n):
+                request = self._request(
+                    prepared, sampling, self._text(options), 1024, options, constrain(), top, i
+                )
+                reader = CallReader(names) if names and details else None
+                answers.append(self._generation.answer(request, self._parts.tokenizer, reader))
+        return answers
+
+    def _sampling(self, own: Sampling, options: CallOptions) -> Sampling:
+        return own.override(sampling_options(options)).within(self._config.vocab_size)
+
+    def _text(self, options: ChatOptions) -> TextStream:
+        """What an answer shows, and where it ends."""
+        skip = options.get("skip_special_tokens") is not False
+        return TextStream(self._parts.tokenizer, options.get("stop"), self._config.eos_token_ids, skip)
+
+    def _request(
+        self,
+        prepared: Prepared,
+        sampling: Sampling,
+        text: TextStream,
+        max_new_tokens: int,
+        options: CallOptions,
+        constraint: Constraint | None = None,
+        top: int | None = None,
+        nth: int = 0,
+    ) -> Request:
+        """max_new_tokens: where the options say nothing of it. nth: of several answers."""
+        limit = integer("max_new_tokens", options.get("max_new_tokens", max_new_tokens), 1, _INT32_MAX)
+        constraint = constraint or options.get("constraint")
+        sampler = sampling.sampler(nth)
+        return self._generation.request(
+            prepared, sampler, limit, text, options.get("progress"), constraint, top
+        )
+
+    def _constraints(self, options: ChatOptions, tools: Tools | None) -> Callable[[], Constraint | None]:
+        form = form_of(options, tools)
+        return (lambda: None) if form is None else self._grammars.constraints(form)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self._parts.tokenizer, self._config.vocab_size)
