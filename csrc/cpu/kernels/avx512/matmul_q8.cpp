@@ -29,19 +29,23 @@ template <DType T>
 struct Dot {
   static constexpr QuantFormat kFormat = traits_of(T).format;
   static constexpr int kOffset = kFormat.is_signed() ? 128 : kFormat.offset;
+  static constexpr int kRows = 1, kColumns = 4;
   using Weights = __m512i;
+  using Activations = __m512i;
   using Acc = __m512i;
 
-  static Weights weights(__m512i q) {
+  static Weights weights(const auto& decoder, int64_t b, int g, int v) {
+    const __m512i q = decoder.quants(b, g, v);
     return kFormat.is_signed() ? _mm512_xor_si512(q, _mm512_set1_epi8(-128)) : q;
   }
+  static void load(__m512i& x, const int8_t* part, int64_t, int g) { x = broadcast_group(part + 4 * g); }
   static Acc start(const int32_t* correction) {
     if constexpr (kOffset == 0) return _mm512_setzero_si512();
     constexpr unsigned kShift = 7 - std::countr_zero(unsigned{kOffset});
     return _mm512_srai_epi32(_mm512_set1_epi32(*correction), kShift);
   }
   static void step(Acc& acc, Weights w, __m512i x, int) { acc = _mm512_dpbusd_epi32(acc, w, x); }
-  static IntVec finish(Acc acc, const int32_t*) { return acc; }
+  static IntVec finish(Acc acc, int, const int32_t*) { return acc; }
 };
 
 }  // namespace
