@@ -16,9 +16,9 @@ INTERFACE = {Path("model/backend_abi.h"), Path("model/profile.h")}
 STAND_IN = "stand_in"  # tests/native/stand_in, where a C++ compiler builds the kernels
 SOURCES = {".h", ".cpp", ".cu", ".cuh"}
 # The vector type of each instruction set is its own folder's; only dispatch may know that there are several.
-INSTRUCTION_SETS = {"generic", "avx2", "avxvnni", "avx512", "avx512bf16", "neon"}
-# Their tables are the other's with some kernels replaced.
-EXTENDS = {"avxvnni": {"avx2"}, "avx512bf16": {"avx512"}}
+INSTRUCTION_SETS = {"generic", "avx2", "avxvnni", "avx512", "avx512bf16", "neon", "dotprod", "i8mm"}
+# Whose table is another's with some kernels replaced.
+EXTENDS = {"avxvnni": {"avx2"}, "avx512bf16": {"avx512"}, "dotprod": {"neon"}, "i8mm": {"neon", "dotprod"}}
 # The rooms of python/qwen2vl_q, each with those that it uses: `model` is model.py, `convert` the folder.
 ROOM_USES = {
     "base": set(),

@@ -2,7 +2,7 @@
 # inline functions, template instances): it could pick the copy compiled for AVX-512 to serve every processor.
 # Arguments: NM, OBJECTS (separated by "|").
 string(REPLACE "|" ";" objects "${OBJECTS}")
-list(FILTER objects INCLUDE REGEX "/kernels/(avx|neon)[^/]*/")
+list(FILTER objects INCLUDE REGEX "/kernels/(avx[^/]*|neon|dotprod|i8mm)/")
 if(NOT objects)
   message(FATAL_ERROR "no object file of an instruction set among ${OBJECTS}")
 endif()

@@ -105,6 +105,11 @@ struct TestMatrix {
     pack(type, rows, cols, layout);
   }
 
+  /// The same, in a kernel table's layout.
+  TestMatrix(const TestMatrix& other, const PanelLayout& layout) : blocks(other.blocks) {
+    pack(other.panels.type, other.panels.rows, other.panels.cols, layout);
+  }
+
   /// Random integers with d (and m) such that values lie on both sides of 0.
   void fill_blocks(const DTypeTraits& traits, uint32_t seed) {
     std::mt19937 engine(seed);

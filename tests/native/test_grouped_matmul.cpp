@@ -37,7 +37,7 @@ Floats multiply(const KernelTable& kernels, const TestMatrix& w, const GroupedRo
   const int64_t n = w.panels.rows, stride = n + 3;
   AlignedBuffer scratch(matmul_scratch_bytes(x.cols));
   Poisoned out(x.rows * stride);
-  kernels.matmul_groups(w.panels, x, {0, w.panels.panel_count(), 0, x.rows},
+  kernels.matmul_groups(TestMatrix(w, kernels.layout).panels, x, {0, w.panels.panel_count(), 0, x.rows},
                         {out.data(), stride, bias, store}, scratch.as<std::byte>());
   CHECK(out.untouched_outside(0, x.rows, n, stride));
   Floats values;
@@ -143,11 +143,12 @@ TEST_CASE("grouped matmul writes its share of rows and panels alone") {
   AlignedBuffer scratch(matmul_scratch_bytes(cols));
   for (const KernelTable* kernels : supported_kernels()) {
     CAPTURE(kernels->isa);
+    const TestMatrix packed(w, kernels->layout);
     Poisoned whole(rows * stride), part(rows * stride);
-    kernels->matmul_groups(w.panels, x.rows, {0, 11, 0, rows},
+    kernels->matmul_groups(packed.panels, x.rows, {0, 11, 0, rows},
                            {whole.data(), stride, nullptr, Store::Overwrite}, scratch.as<std::byte>());
-    kernels->matmul_groups(w.panels, x.rows, {1, 7, 2, 19}, {part.data(), stride, nullptr, Store::Overwrite},
-                           scratch.as<std::byte>());
+    kernels->matmul_groups(packed.panels, x.rows, {1, 7, 2, 19},
+                           {part.data(), stride, nullptr, Store::Overwrite}, scratch.as<std::byte>());
     CHECK(part.untouched_outside(2 * stride + 16, 17, 96, stride));
     for (int64_t m = 2; m < 19; ++m)
       for (int64_t j = 16; j < 112; ++j) CHECK_EQ(part[m * stride + j], whole[m * stride + j]);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <string_view>
+#include <utility>
 
 #include "base/error.h"
 #include "base/half.h"
@@ -25,7 +27,9 @@ std::vector<const KernelTable*> fast_kernels() {
 
 /// Its table is that of `base` but for what it speeds up.
 bool extends(const KernelTable& set, const KernelTable& base) {
-  return (set.isa == "avx512_bf16" && base.isa == "avx512") || (set.isa == "avxvnni" && base.isa == "avx2");
+  constexpr std::pair<std::string_view, std::string_view> kExtensions[] = {
+      {"avxvnni", "avx2"}, {"avx512_bf16", "avx512"}, {"dotprod", "neon"}, {"i8mm", "dotprod"}, {"i8mm", "neon"}};
+  return std::ranges::find(kExtensions, std::pair{set.isa, base.isa}) != std::end(kExtensions);
 }
 
 TEST_CASE("kernel sets are listed best first and can be forced by name") {
@@ -40,7 +44,11 @@ TEST_CASE("kernel sets are listed best first and can be forced by name") {
   for (size_t i = 0; i < tables.size(); ++i) {  // no set runs another's kernels under its own name
     for (size_t j = 0; j < i; ++j) {
       CHECK_NE(tables[i]->isa, tables[j]->isa);
-      if (extends(*tables[j], *tables[i])) continue;
+      if (extends(*tables[j], *tables[i])) {
+        CHECK_FALSE((tables[i]->matmul_q8 == tables[j]->matmul_q8 &&
+                     tables[i]->gemm_bf16_pairs == tables[j]->gemm_bf16_pairs));
+        continue;
+      }
       CHECK_FALSE((tables[i]->matmul_q8 == tables[j]->matmul_q8));
       CHECK_FALSE((tables[i]->quantize_rows == tables[j]->quantize_rows));
       CHECK_FALSE((tables[i]->gemm_f32 == tables[j]->gemm_f32));
@@ -200,8 +208,8 @@ void check_matmul_q8(DType type, int64_t rows, int64_t n, int64_t cols, int plan
   const auto run = [&](const KernelTable& kernels) {
     Poisoned out(rows * stride);
     const MatmulOutput output{out.data(), stride, c.with_bias ? bias.data() : nullptr, c.store};
-    kernels.matmul_q8(w.panels, x.rows, {0, w.panels.panel_count(), 0, rows}, output,
-                      scratch.as<std::byte>());
+    kernels.matmul_q8(TestMatrix(w, kernels.layout).panels, x.rows, {0, w.panels.panel_count(), 0, rows},
+                      output, scratch.as<std::byte>());
     CHECK(out.untouched_outside(0, rows, n, stride));
     return gathered(out, 0, rows, n, stride);
   };
@@ -258,11 +266,12 @@ TEST_CASE("quantized matmul writes its share of rows and panels alone") {
     AlignedBuffer scratch(matmul_scratch_bytes(cols));
     for (const KernelTable* kernels : supported_kernels()) {
       CAPTURE(kernels->isa);
+      const TestMatrix packed(w, kernels->layout);
       Poisoned whole(rows * stride), part(rows * stride);
-      kernels->matmul_q8(w.panels, x.rows, {0, 6, 0, rows}, {whole.data(), stride, nullptr, Store::Overwrite},
-                         scratch.as<std::byte>());
-      kernels->matmul_q8(w.panels, x.rows, {1, 4, 2, 19}, {part.data(), stride, nullptr, Store::Overwrite},
-                         scratch.as<std::byte>());
+      kernels->matmul_q8(packed.panels, x.rows, {0, 6, 0, rows},
+                         {whole.data(), stride, nullptr, Store::Overwrite}, scratch.as<std::byte>());
+      kernels->matmul_q8(packed.panels, x.rows, {1, 4, 2, 19},
+                         {part.data(), stride, nullptr, Store::Overwrite}, scratch.as<std::byte>());
       CHECK(part.untouched_outside(2 * stride + 16, 17, 48, stride));
       CHECK_EQ(worst_mismatch(17 * 48, gathered(part, 2 * stride + 16, 17, 48, stride),
                               gathered(whole, 2 * stride + 16, 17, 48, stride)),
@@ -304,8 +313,8 @@ TEST_CASE("extreme weights and activations neither saturate nor misbehave") {
         CAPTURE(dtype_traits(type).name);
         CAPTURE(fill);
         Floats actual(rows * n);
-        kernels->matmul_q8(w.panels, x.rows, {0, 1, 0, rows}, {actual.data(), n, nullptr, Store::Overwrite},
-                           scratch.as<std::byte>());
+        kernels->matmul_q8(TestMatrix(w, kernels->layout).panels, x.rows, {0, 1, 0, rows},
+                           {actual.data(), n, nullptr, Store::Overwrite}, scratch.as<std::byte>());
         CHECK_EQ(worst_mismatch(rows * n, actual, expected), "");
       }
     }

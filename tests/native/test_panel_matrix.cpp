@@ -112,9 +112,10 @@ TEST_CASE("every kernel set unpacks a panel to the values of the file") {
     for (const KernelTable* kernels : supported_kernels()) {
       CAPTURE(kernels->isa);
       CAPTURE(dtype_traits(type).name);
+      const TestMatrix packed(matrix, kernels->layout);
       AlignedBuffer scratch(matmul_scratch_bytes(cols));
       for (const int64_t panel : {0, 1}) {
-        kernels->unpack_panel(matrix.panels, panel, scratch.as<float>());
+        kernels->unpack_panel(packed.panels, panel, scratch.as<float>());
         Floats interleaved(cols * kPanelRows, 0.0f);
         for (int64_t r = 0; r < std::min(kPanelRows, rows - panel * kPanelRows); ++r) {
           for (int64_t k = 0; k < cols; ++k) {
@@ -137,9 +138,10 @@ TEST_CASE("every kernel set unpacks single columns to the values of the file") {
     for (const KernelTable* kernels : supported_kernels()) {
       CAPTURE(kernels->isa);
       CAPTURE(dtype_traits(type).name);
+      const TestMatrix packed(matrix, kernels->layout);
       for (const int64_t panel : {0, 1}) {
         Floats actual(n * kPanelRows), interleaved(n * kPanelRows, 0.0f);
-        kernels->unpack_columns(matrix.panels, panel, columns.data(), n, actual.data());
+        kernels->unpack_columns(packed.panels, panel, columns.data(), n, actual.data());
         for (int64_t i = 0; i < n * kPanelRows; ++i) {
           const int64_t r = panel * kPanelRows + i % kPanelRows;
           if (r < rows) interleaved[i] = expected[r * cols + columns[i / kPanelRows]];

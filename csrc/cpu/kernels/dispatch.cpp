@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "base/printable.h"
+#include "cpu/kernels/arm_features.h"
 #include "cpu/kernels/isa_kernels.h"
 
 #if defined(QWEN2VL_HAVE_AVX2) || defined(QWEN2VL_HAVE_AVX512)
@@ -83,7 +84,7 @@ Features detect() {
 #endif  // QWEN2VL_X86
 
 struct Registry {
-  KernelTable generic, avx2, avxvnni, avx512, avx512_bf16;
+  KernelTable generic, avx2, avxvnni, avx512, avx512_bf16, neon, dotprod, i8mm;
   std::vector<const KernelTable*> supported;
 
   Registry() {
@@ -148,6 +149,33 @@ struct Registry {
       supported.insert(supported.begin(), &avx512_bf16);
     }
 #endif
+#endif
+#ifdef QWEN2VL_HAVE_NEON
+    const ArmFeatures features = arm_features();
+    neon = generic;
+    neon.isa = "neon";
+    neon::add_quantize_rows(neon);
+    neon::add_matmul_q8(neon);
+    neon::add_gemm(neon);
+    neon::add_rows(neon);
+    neon::add_peaks(neon);
+    supported.insert(supported.begin(), &neon);
+    if (features.dotprod) {
+      dotprod = neon;
+      dotprod.isa = "dotprod";
+      dotprod::add_matmul_q8(dotprod);
+      dotprod::add_peaks(dotprod);
+      supported.insert(supported.begin(), &dotprod);
+    }
+    if (features.i8mm) {
+      i8mm = dotprod;
+      i8mm.isa = "i8mm";
+      i8mm::add_matmul_q8(i8mm);
+      i8mm::add_unpack_panel(i8mm);
+      i8mm::add_bf16_dot(i8mm);
+      i8mm::add_peaks(i8mm);
+      supported.insert(supported.begin(), &i8mm);
+    }
 #endif
   }
 };

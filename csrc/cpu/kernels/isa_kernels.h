@@ -54,4 +54,26 @@ void add_pair_panel(KernelTable& table);
 void add_peaks(KernelTable& table);  ///< float_dot
 }  // namespace avx512bf16
 
+namespace neon {
+void add_quantize_rows(KernelTable& table);
+void add_matmul_q8(KernelTable& table);
+void add_gemm(KernelTable& table);
+void add_rows(KernelTable& table);
+void add_peaks(KernelTable& table);
+}  // namespace neon
+
+/// On top of neon's table.
+namespace dotprod {
+void add_matmul_q8(KernelTable& table);
+void add_peaks(KernelTable& table);  ///< int8_dot
+}  // namespace dotprod
+
+/// On top of dotprod's table.
+namespace i8mm {
+void add_matmul_q8(KernelTable& table);  ///< and the layout, which the plain kernels follow
+void add_unpack_panel(KernelTable& table);
+void add_bf16_dot(KernelTable& table);  ///< and pair_f16_panel
+void add_peaks(KernelTable& table);     ///< int8_dot, float_dot
+}  // namespace i8mm
+
 }  // namespace qwen2vl::cpu

@@ -25,6 +25,7 @@ struct Dot {
   static constexpr int kGroups = kFormat.part / 4;
   static constexpr int kRun = static_cast<int>(std::bit_floor(unsigned{INT16_MAX / (2 * kLargest * 127)}));
   static constexpr bool kNarrow = kRun >= kGroups;  // a whole part fits
+  static constexpr int kRows = 1, kColumns = 4;
 
   struct Weights {
     __m256i magnitude, value;
@@ -32,15 +33,20 @@ struct Dot {
   struct Acc {
     __m256i run, sums;  ///< 16 and 32 bits
   };
+  using Activations = __m256i;
 
-  static Weights weights(__m256i q) { return {kSigned ? _mm256_abs_epi8(q) : q, q}; }
+  static Weights weights(const auto& decoder, int64_t b, int g, int v) {
+    const __m256i q = decoder.quants(b, g, v);
+    return {kSigned ? _mm256_abs_epi8(q) : q, q};
+  }
+  static void load(__m256i& x, const int8_t* part, int64_t, int g) { x = broadcast_group(part + 4 * g); }
   static Acc start(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static void step(Acc& acc, const Weights& w, __m256i x, int g) {
     const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, kSigned ? _mm256_sign_epi8(x, w.value) : x);
     acc.run = g % kRun == 0 ? pairs : chained(_mm256_add_epi16(acc.run, pairs));
     if (!kNarrow && g % kRun == kRun - 1) acc.sums = chained(_mm256_add_epi32(acc.sums, add_pairs(acc.run)));
   }
-  static IntVec finish(const Acc& acc, const int32_t* correction) {
+  static IntVec finish(const Acc& acc, int, const int32_t* correction) {
     const __m256i sums = kNarrow ? add_pairs(acc.run) : acc.sums;
     if constexpr (kFormat.offset == 0) return sums;
     constexpr int kShift = 7 - std::countr_zero(unsigned{kFormat.offset});

@@ -11,6 +11,7 @@ namespace qwen2vl::cpu {
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kPanelRun = 4;  ///< of the table's PanelLayout
 
 /// A gemm tile of P panels (two vectors each) has at most this many rows: accumulators, a panel's vectors and
 /// a broadcast fit 16 registers. At least 8 independent accumulators need P = 4 for a single row.

@@ -17,6 +17,7 @@ namespace qwen2vl::cpu {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kPanelRun = 4;  ///< of the table's PanelLayout
 
 /// A gemm tile of P panels has at most this many rows: accumulators, one vector per panel and a broadcast
 /// fit 32 registers, and loads (two a cycle) stay below multiply-adds (two a cycle). At least 8 independent

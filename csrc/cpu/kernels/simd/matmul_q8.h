@@ -5,13 +5,16 @@
 // Weights are decoded straight from the packed panel, at every use: the vector pipes that unpack are not
 // those of the dot products, and the packed panel is half of what caches would have to hold. Of the
 // instruction set is wanted, before this file, a template
-//   Dot<T>             over the QuantFormat of T:
-//   Weights            one vector of 4 consecutive k (a group) of kLanes rows, ready for `step`
-//   Acc                kLanes integer sums of a part
-//   weights(q)         the Weights of VectorDecoder<T>::quants
+//   Dot<T>             over the QuantFormat of T. A step multiplies kColumns columns of kRows rows of
+//                      activations:
+//   Weights            these columns of kLanes rows of weights, ready for `step`
+//   Activations        what is kept of kRows rows of activations from step to step
+//   Acc                the integer sums of a part: of kRows rows, kLanes each
+//   weights(decoder, b, i, v)  of the i-th kColumns of block b; decoder: VectorDecoder<T>
+//   load(x, part, next_row, i) makes x that of the part's i-th step; part: where the first row's begins
 //   start(correction)  the Acc that sums start from; correction = -128 * sum of the part's activations
-//   step(acc, w, x, g) adds the products of the part's g-th group; x: four int8 activations, in every lane
-//   finish(acc, correction)  the integer sums
+//   step(acc, w, x, i) adds the products of the part's i-th step
+//   finish(acc, row, correction)  the integer sums of one of the kRows rows
 //
 // The integer sums are exact, of two planes too, 256 times the first's and the second's. Each part is added
 // as fma(sum, w_scale * x_scale, total), the parts in order, and after each its minimum as fma(minimum,
@@ -46,7 +49,9 @@ Vec in_units(Vec scale) {
 template <DType T, int R, int P, int N>
 void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
   using Decoder = VectorDecoder<T>;
-  constexpr int V = P * kVectorsPerPanel, S = Decoder::kParts, kGroups = 8 / S;
+  constexpr int V = P * kVectorsPerPanel, S = Decoder::kParts;
+  constexpr int kDotRows = Dot<T>::kRows, kTuples = (R + kDotRows - 1) / kDotRows,
+                kSteps = static_cast<int>(kBlock32) / (S * Dot<T>::kColumns);
   const int64_t cols = t.w.cols, blocks = cols / kBlock32;
   const int8_t* x = t.x.values + m * cols;
   const float* x_scales = t.x.scales + m * blocks;
@@ -71,30 +76,33 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
     }
     QWEN2VL_UNROLL
     for (int s = 0; s < S; ++s) {
-      typename Dot<T>::Acc acc[N][R][V];
+      typename Dot<T>::Acc acc[N][kTuples][V];
+      typename Dot<T>::Activations activations[N][kTuples];
       const int32_t* correction = corrections + b * S + s;
       QWEN2VL_UNROLL
       for (int n = 0; n < N; ++n) {
         QWEN2VL_UNROLL
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < R; r += kDotRows) {
           const typename Dot<T>::Acc start = Dot<T>::start(correction + n * next_correction + r * blocks * S);
           QWEN2VL_UNROLL
-          for (int v = 0; v < V; ++v) acc[n][r][v] = start;
+          for (int v = 0; v < V; ++v) acc[n][r / kDotRows][v] = start;
         }
       }
+      const int8_t* part_begin = x + b * kBlock32 + s * Decoder::kFormat.part;
       QWEN2VL_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
+      for (int i = 0; i < kSteps; ++i) {
         typename Dot<T>::Weights weights[V];
         QWEN2VL_UNROLL
-        for (int v = 0; v < V; ++v) weights[v] = Dot<T>::weights(decoder.quants(b, s * kGroups + g, v));
-        const int8_t* groups = x + b * kBlock32 + 4 * (s * kGroups + g);
+        for (int v = 0; v < V; ++v) weights[v] = Dot<T>::weights(decoder, b, s * kSteps + i, v);
         QWEN2VL_UNROLL
         for (int n = 0; n < N; ++n) {
           QWEN2VL_UNROLL
-          for (int r = 0; r < R; ++r) {
-            const IntVec group = broadcast_group(groups + n * next_value + r * cols);
+          for (int r = 0; r < R; r += kDotRows) {
+            typename Dot<T>::Activations& rows = activations[n][r / kDotRows];
+            // A last row on its own stands in for those that are missing.
+            Dot<T>::load(rows, part_begin + n * next_value + r * cols, r + 1 < R ? cols : 0, i);
             QWEN2VL_UNROLL
-            for (int v = 0; v < V; ++v) Dot<T>::step(acc[n][r][v], weights[v], group, g);
+            for (int v = 0; v < V; ++v) Dot<T>::step(acc[n][r / kDotRows][v], weights[v], rows, i);
           }
         }
       }
@@ -107,9 +115,11 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
         QWEN2VL_UNROLL
         for (int v = 0; v < V; ++v) {
           const int32_t* row = correction + r * blocks * S;
-          IntVec part = Dot<T>::finish(acc[0][r][v], row);
+          const int tuple = r / kDotRows, in_tuple = r % kDotRows;
+          IntVec part = Dot<T>::finish(acc[0][tuple][v], in_tuple, row);
           if constexpr (N == 2)
-            part = add(shift_left(part, 8), Dot<T>::finish(acc[1][r][v], row + next_correction));
+            part =
+                add(shift_left(part, 8), Dot<T>::finish(acc[1][tuple][v], in_tuple, row + next_correction));
           sums[r][v] = fma(to_float(part), mul(scales[v], x_scale), sums[r][v]);
         }
       }

@@ -27,12 +27,11 @@ inline IntVec shifted(IntVec x, int left) {
   return left == 0 ? x : left > 0 ? shift_left(x, left) : shift_right(x, -left);
 }
 
-/// Four consecutive columns of every row of a panel, a byte each: what a run of 4 (PanelLayout) keeps
-/// together.
+/// Four consecutive columns of every row of a panel, a byte each.
 inline constexpr int64_t kGroupBytes = kPanelRows * 4;
 
 /// The vectors of a quantized panel and of those after it, kLanes rows each: vector v counts from the first
-/// panel on, b are blocks of 32 columns (see PanelMatrix). The layout is that with runs of 4.
+/// panel on, b are blocks of 32 columns (see PanelMatrix). The layout has runs of kPanelRun: 4 or 8.
 template <DType T>
 struct VectorDecoder {
   static constexpr QuantFormat kFormat = traits_of(T).format;
@@ -57,10 +56,17 @@ struct VectorDecoder {
     return v / kVectorsPerPanel * panel_bytes + v % kVectorsPerPanel * kLanes * bytes;
   }
 
+  /// Where vector v of a block begins, in a part with kBits bits a value; its words of 4 bytes, in runs of
+  /// kPanelRun bytes a row.
+  template <int kBits>
+  const uint8_t* block(const uint8_t* part, int64_t b, int v) const {
+    return part + offset(v, kBits == 1 ? 4 : kPanelRun) + b * kBits * kGroupBytes;
+  }
+
   /// Where the low bits of group g (0..7: four consecutive columns) lie.
   const uint8_t* group(int64_t b, int g, int v) const {
-    constexpr int kVectors = kFormat.low_bits;  // per block
-    return low + offset(v, 4) + (b * kVectors + g % kVectors) * kGroupBytes;
+    constexpr int m = kFormat.low_bits, kWords = kPanelRun / 4;
+    return block<m>(low, b, v) + g % m / kWords * kWords * kGroupBytes;
   }
 
   /// The group's integers, a byte each: signed as they are multiplied (QuantFormat::is_signed), or unsigned
@@ -69,11 +75,11 @@ struct VectorDecoder {
   IntVec quants(int64_t b, int g, int v) const {
     constexpr int m = kFormat.low_bits, n = kFormat.high_bits;
     static_assert(kShift == 0 || !kFormat.is_signed());
-    const IntVec stored = load_int(group(b, g, v));
+    const IntVec stored = word<m>(low, b, g, v);
     if constexpr (m == 8) return stored;
     const IntVec low_ones = shifted(stored, kShift - g / m * m), mask = set1_bytes(((1 << m) - 1) << kShift);
     if constexpr (n > 0) {
-      const IntVec bits = load_int(high + offset(v, 4) + (b * n + g % n) * kGroupBytes);
+      const IntVec bits = word<n>(high, b, g, v);
       return merge_bits(low_ones, mask, shifted(bits, m + kShift - g / n * n),
                         set1_bytes(((1 << n) - 1) << (m + kShift)));
     } else if constexpr (kFormat.has_table) {
@@ -88,6 +94,19 @@ struct VectorDecoder {
   Vec minimum(int64_t b, int s, int v) const { return part_value<4>(minima, block_minima, b, s, v); }
 
  private:
+  /// The bytes with group g, of a part with kBits bits a value.
+  template <int kBits, typename Words = IntVec>
+  Words word(const uint8_t* part, int64_t b, int g, int v) const {
+    const uint8_t* at = block<kBits>(part, b, v);
+    if constexpr (kPanelRun == 4 || kBits == 1) {
+      return load_int(at + g % kBits * kGroupBytes);
+    } else {
+      at += g % kBits / 2 * 2 * kGroupBytes;
+      const Words first = load_int(at), second = load_int(at + 4 * kLanes);
+      return g % 2 == 0 ? even_lanes(first, second) : odd_lanes(first, second);
+    }
+  }
+
   /// kShift: where 4 bits begin.
   template <int kShift>
   Vec part_value(const uint8_t* values, const uint8_t* block_values, int64_t b, int s, int v) const {
