@@ -2,6 +2,7 @@
 
 #include "cpu/kernels/avx2/simd.h"
 #include "cpu/kernels/isa_kernels.h"
+#include "cpu/kernels/simd/vector_decoder.h"
 #include "quant/formats.h"
 
 namespace qwen2vl::cpu {

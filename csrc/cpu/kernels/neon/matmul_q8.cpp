@@ -1,10 +1,10 @@
-#include <string.h>
-
 #include <bit>
 
-#include "cpu/kernels/isa_kernels.h"
+// clang-format off: it is written in the names of simd.h
 #include "cpu/kernels/neon/simd.h"
-#include "quant/formats.h"
+#include "cpu/kernels/simd/vector_decoder.h"
+// clang-format on
+#include "cpu/kernels/isa_kernels.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -13,12 +13,6 @@ namespace {
 /// room for the float sums.
 constexpr int kQ8TilePanels = 1;
 constexpr int max_q8_tile_rows(int, int planes) { return planes == 2 ? 1 : 2; }
-
-inline int8x16_t broadcast_group(const int8_t* x) {
-  int32_t group;
-  memcpy(&group, x, sizeof group);
-  return as_bytes(set1_int(group));
-}
 
 /// smlal multiplies bytes and adds the products in 16 bits, where as many groups add up as fit. Weights with
 /// an offset go in without it: all but 8-bit ones fit a signed byte, and the correction takes it off.
@@ -43,7 +37,7 @@ struct Dot {
   static Weights weights(const auto& decoder, int64_t b, int g, int v) {
     return as_bytes(decoder.quants(b, g, v));
   }
-  static void load(int8x16_t& x, const int8_t* part, int64_t, int g) { x = broadcast_group(part + 4 * g); }
+  static void load(int8x16_t& x, const int8_t* part, int64_t, int g) { x = as_bytes(broadcast_group(part + 4 * g)); }
   static Acc start(const int32_t*) { return {vdupq_n_s16(0), vdupq_n_s16(0), set1_int(0), set1_int(0)}; }
   static void step(Acc& acc, Weights w, int8x16_t x, int g) {
     if (g % kRun == 0) {
