@@ -225,14 +225,17 @@ class Bench {
     if (!wanted(name) || !kernels_.has_grouped_matmul) return;
     const Matrix w = matrix(s);
     GroupedRows x;
+    x.rule = kernels_.group_rule;
     x.rows = rows;
     x.cols = s.cols;
     AlignedBuffer values(x.groups() * rows * kGroupColumns);
     std::vector<float> scales(x.groups() * rows), out(s.n * rows);
     std::vector<int32_t> corrections(scales.size());
+    std::vector<int16_t> sums(scales.size() * kGroupSums);
     x.values = values.as<int8_t>();
     x.scales = scales.data();
     x.corrections = corrections.data();
+    x.sums = sums.data();
     kernels_.quantize_groups(normal(rows * s.cols).data(), s.cols, rows, x, 0);
     std::vector<AlignedBuffer> scratch;
     for (int i = 0; i < pool_.size(); ++i) scratch.emplace_back(matmul_scratch_bytes(s.cols));

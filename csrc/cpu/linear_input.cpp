@@ -22,7 +22,7 @@ QuantizedInput quantize_input(Context& ctx, const PackedLinear& layer, const Inp
   const bool grouped = !fine && x.decoded == 0 && has_groups(ctx, layer), centered = !center.mean.empty();
   QuantizedInput input;
   if (grouped)
-    input.grouped = ctx.scratch.grouped_rows(x.rows, cols);
+    input.grouped = ctx.scratch.grouped_rows(ctx.kernels.group_rule, x.rows, cols);
   else
     input.rows = ctx.scratch.quantized_rows(x.rows, cols, fine ? 2 : 1);
   for (auto& found : ctx.scratch.outliers) found.clear();

@@ -23,15 +23,20 @@ QuantizedRows Scratch::quantized_rows(int64_t rows, int64_t cols, int planes) {
   return q;
 }
 
-GroupedRows Scratch::grouped_rows(int64_t rows, int64_t cols) {
+GroupedRows Scratch::grouped_rows(GroupRule rule, int64_t rows, int64_t cols) {
   GroupedRows x;
+  x.rule = rule;
   x.rows = rows;
   x.cols = cols;
-  const int64_t values = x.groups() * rows * kGroupColumns, per_group = round64(x.groups() * rows * 4);
-  uint8_t* p = grow(quantized, values + 2 * per_group);
+  const int64_t n = x.groups() * rows, values = n * kGroupColumns, per_group = round64(n * 4);
+  const int64_t sums = rule == GroupRule::Scales ? n * kGroupSums * 2 : per_group;
+  uint8_t* p = grow(quantized, values + per_group + sums);
   x.values = reinterpret_cast<int8_t*>(p);
   x.scales = reinterpret_cast<float*>(p + values);
-  x.corrections = reinterpret_cast<int32_t*>(p + values + per_group);
+  if (rule == GroupRule::Scales)
+    x.sums = reinterpret_cast<int16_t*>(p + values + per_group);
+  else
+    x.corrections = reinterpret_cast<int32_t*>(p + values + per_group);
   return x;
 }
 

@@ -38,7 +38,7 @@ struct Scratch {
   AlignedBuffer quantized;                     ///< what one of the following two has last returned
 
   QuantizedRows quantized_rows(int64_t rows, int64_t cols, int planes);
-  GroupedRows grouped_rows(int64_t rows, int64_t cols);
+  GroupedRows grouped_rows(GroupRule rule, int64_t rows, int64_t cols);
 
   /// Room for ThreadScratch::kernel of every thread, outside parallel loops; within one, at most so much is
   /// there.

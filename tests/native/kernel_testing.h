@@ -172,4 +172,14 @@ struct QuantizedBuffer {
   }
 };
 
+/// The error as a fraction of the energy.
+inline double nmse(const std::vector<double>& expected, const Floats& actual) {
+  double error = 0, energy = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    error += std::pow(actual[i] - expected[i], 2);
+    energy += expected[i] * expected[i];
+  }
+  return error / energy;
+}
+
 }  // namespace qwen2vl::cpu

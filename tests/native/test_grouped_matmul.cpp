@@ -1,4 +1,4 @@
-// Quantized matmul of many rows: weights requantized per group of columns (KernelTable::matmul_groups).
+// Quantized matmul of many rows: a scale per group of columns (KernelTable::matmul_groups).
 
 #include <doctest/doctest.h>
 
@@ -11,9 +11,11 @@ struct GroupedBuffer {
   AlignedBuffer values;
   Floats scales;
   std::vector<int32_t> corrections;
+  std::vector<int16_t> sums;
   GroupedRows rows;
 
-  GroupedBuffer(int64_t n, int64_t cols) {
+  GroupedBuffer(GroupRule rule, int64_t n, int64_t cols) {
+    rows.rule = rule;
     rows.rows = n;
     rows.cols = cols;
     values = AlignedBuffer(rows.groups() * n * kGroupColumns);
@@ -23,13 +25,21 @@ struct GroupedBuffer {
     rows.values = values.as<int8_t>();
     rows.scales = scales.data();
     rows.corrections = corrections.data();
+    sums.resize(rows.groups() * n * kGroupSums);
+    rows.sums = sums.data();
+  }
+
+  /// Of row m's column k.
+  int value(int64_t m, int64_t k) const {
+    const int8_t byte = rows.values[(k / kGroupColumns * rows.rows + m) * kGroupColumns + k % kGroupColumns];
+    return rows.rule == GroupRule::Scales ? static_cast<uint8_t>(byte) - 128 : byte;
   }
 };
 
 bool same(const GroupedBuffer& a, const GroupedBuffer& b) {
   return std::memcmp(a.values.data(), b.values.data(), a.values.size()) == 0 &&
          worst_mismatch(static_cast<int64_t>(a.scales.size()), a.scales, b.scales) == "" &&
-         a.corrections == b.corrections;
+         a.corrections == b.corrections && a.sums == b.sums;
 }
 
 Floats multiply(const KernelTable& kernels, const TestMatrix& w, const GroupedRows& x, Store store,
@@ -46,38 +56,50 @@ Floats multiply(const KernelTable& kernels, const TestMatrix& w, const GroupedRo
   return values;
 }
 
+constexpr GroupRule kRules[] = {GroupRule::Bytes, GroupRule::Scales};
+
+/// Every set's kernels of a rule; generic has both.
+std::vector<const KernelTable*> kernels_of(GroupRule rule) {
+  std::vector<const KernelTable*> tables;
+  for (const KernelTable* kernels : supported_kernels())
+    if (kernels->group_rule == rule || kernels->isa == "generic") tables.push_back(kernels);
+  return tables;
+}
+
 }  // namespace
 
 TEST_CASE("activations quantize per group of 256 columns, the same bits on every instruction set") {
   const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
-  for (const int64_t cols : {32, 256, 288, 1280}) {
-    const int64_t rows = 9, stride = cols + 5;
-    Floats x = random_floats(rows, stride, 3, true);
-    for (int64_t k = 0; k < cols; ++k) {
-      x[1 * stride + k] = 0;
-      x[2 * stride + k] = 1e-33f;
-    }
-    x[3 * stride + cols - 1] = inf;
-    x[4 * stride] = nan;
-    GroupedBuffer expected(rows, cols);
-    select_kernels("generic").quantize_groups(x.data(), stride, rows, expected.rows, 0);
-    const int64_t last = expected.rows.groups() - 1;
-    CHECK_EQ(expected.scales[1], 0.0f);
-    CHECK_EQ(expected.scales[2], 0.0f);
-    CHECK(std::isnan(expected.scales[last * rows + 3]));
-    CHECK(std::isnan(expected.scales[4]));
-    for (int64_t m = 5; m < rows; ++m)
+  for (const GroupRule rule : kRules) {
+    for (const int64_t cols : {32, 256, 288, 1280}) {
+      const int64_t rows = 9, stride = cols + 5;
+      Floats x = random_floats(rows, stride, 3, true);
       for (int64_t k = 0; k < cols; ++k) {
-        const int64_t at = k / kGroupColumns * rows + m;
-        const float back = expected.scales[at] * expected.rows.values[at * kGroupColumns + k % kGroupColumns];
-        CHECK(std::fabs(back - x[m * stride + k]) <= expected.scales[at] * 0.5001f);
+        x[1 * stride + k] = 0;
+        x[2 * stride + k] = 1e-33f;
       }
-    for (const KernelTable* kernels : supported_kernels()) {
-      CAPTURE(kernels->isa);
-      GroupedBuffer actual(rows, cols);
-      kernels->quantize_groups(x.data(), stride, 4, actual.rows, 0);
-      kernels->quantize_groups(x.data() + 4 * stride, stride, 5, actual.rows, 4);
-      CHECK(same(actual, expected));
+      x[3 * stride + cols - 1] = inf;
+      x[4 * stride] = nan;
+      GroupedBuffer expected(rule, rows, cols);
+      select_kernels("generic").quantize_groups(x.data(), stride, rows, expected.rows, 0);
+      const int64_t last = expected.rows.groups() - 1;
+      CHECK_EQ(expected.scales[1], 0.0f);
+      CHECK_EQ(expected.scales[2], 0.0f);
+      CHECK(std::isnan(expected.scales[last * rows + 3]));
+      CHECK(std::isnan(expected.scales[4]));
+      for (int64_t m = 5; m < rows; ++m)
+        for (int64_t k = 0; k < cols; ++k) {
+          const int64_t at = k / kGroupColumns * rows + m;
+          const float back = expected.scales[at] * static_cast<float>(expected.value(m, k));
+          CHECK(std::fabs(back - x[m * stride + k]) <= expected.scales[at] * 0.5001f);
+        }
+      for (const KernelTable* kernels : kernels_of(rule)) {
+        CAPTURE(kernels->isa);
+        GroupedBuffer actual(rule, rows, cols);
+        kernels->quantize_groups(x.data(), stride, 4, actual.rows, 0);
+        kernels->quantize_groups(x.data() + 4 * stride, stride, 5, actual.rows, 4);
+        CHECK(same(actual, expected));
+      }
     }
   }
 }
@@ -96,15 +118,17 @@ TEST_CASE("grouped matmul: every shape, the same bits on every instruction set")
         CAPTURE(cols);
         CAPTURE(n);
         const TestMatrix w(type, n, cols, static_cast<uint32_t>(n * 31 + cols));
-        GroupedBuffer x(rows, cols);
-        select_kernels("generic").quantize_groups(random_floats(rows, cols, 77).data(), cols, rows, x.rows,
-                                                  0);
         const Floats bias = random_floats(1, n, 5);
         const float* biases = with_bias ? bias.data() : nullptr;
-        const Floats expected = multiply(select_kernels("generic"), w, x.rows, store, biases);
-        for (const KernelTable* kernels : supported_kernels()) {
-          CAPTURE(kernels->isa);
-          CHECK_EQ(worst_mismatch(rows * n, multiply(*kernels, w, x.rows, store, biases), expected), "");
+        for (const GroupRule rule : kRules) {
+          GroupedBuffer x(rule, rows, cols);
+          select_kernels("generic").quantize_groups(random_floats(rows, cols, 77).data(), cols, rows, x.rows,
+                                                    0);
+          const Floats expected = multiply(select_kernels("generic"), w, x.rows, store, biases);
+          for (const KernelTable* kernels : kernels_of(rule)) {
+            CAPTURE(kernels->isa);
+            CHECK_EQ(worst_mismatch(rows * n, multiply(*kernels, w, x.rows, store, biases), expected), "");
+          }
         }
       }
     }
@@ -119,18 +143,19 @@ TEST_CASE("grouped matmul is near what the file's weights give") {
       CAPTURE(cols);
       const TestMatrix w(type, n, cols, 8);
       const Floats a = random_floats(rows, cols, 9), weights = w.dequantized();
-      GroupedBuffer x(rows, cols);
-      select_kernels("generic").quantize_groups(a.data(), cols, rows, x.rows, 0);
-      const Floats actual = multiply(select_kernels("generic"), w, x.rows, Store::Overwrite, nullptr);
-      double error = 0, energy = 0;
+      std::vector<double> expected;
       for (int64_t m = 0; m < rows; ++m)
         for (int64_t j = 0; j < n; ++j) {
           double value = 0;
           for (int64_t k = 0; k < cols; ++k) value += double{a[m * cols + k]} * weights[j * cols + k];
-          error += std::pow(actual[m * n + j] - value, 2);
-          energy += value * value;
+          expected.push_back(value);
         }
-      CHECK(error / energy < 1.2e-4);
+      for (const GroupRule rule : kRules) {
+        GroupedBuffer x(rule, rows, cols);
+        select_kernels("generic").quantize_groups(a.data(), cols, rows, x.rows, 0);
+        const Floats actual = multiply(select_kernels("generic"), w, x.rows, Store::Overwrite, nullptr);
+        CHECK(nmse(expected, actual) < (rule == GroupRule::Bytes ? 1.2e-4 : 6e-5));
+      }
     }
   }
 }
@@ -138,12 +163,12 @@ TEST_CASE("grouped matmul is near what the file's weights give") {
 TEST_CASE("grouped matmul writes its share of rows and panels alone") {
   const int64_t rows = 21, cols = 512, n = 170, stride = 176;
   const TestMatrix w(DType::Q8_0, n, cols, 4);
-  GroupedBuffer x(rows, cols);
-  select_kernels("generic").quantize_groups(random_floats(rows, cols, 6).data(), cols, rows, x.rows, 0);
   AlignedBuffer scratch(matmul_scratch_bytes(cols));
   for (const KernelTable* kernels : supported_kernels()) {
     CAPTURE(kernels->isa);
     const TestMatrix packed(w, kernels->layout);
+    GroupedBuffer x(kernels->group_rule, rows, cols);
+    kernels->quantize_groups(random_floats(rows, cols, 6).data(), cols, rows, x.rows, 0);
     Poisoned whole(rows * stride), part(rows * stride);
     kernels->matmul_groups(packed.panels, x.rows, {0, 11, 0, rows},
                            {whole.data(), stride, nullptr, Store::Overwrite}, scratch.as<std::byte>());
@@ -168,20 +193,21 @@ TEST_CASE("grouped matmul of extreme and damaged weights: the same bits, no over
           w.blocks[i] = 0x00, w.blocks[i + 1] = i / block % 2 ? 0x3c : 0xbc;
       }
       w.pack(type, n, cols);
-      GroupedBuffer x(rows, cols);
-      for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t k = 0; k < cols; ++k) x.rows.values[m * cols + k] = m % 2 ? -127 : 127;
-        x.scales[m] = 0.25f;
-        x.corrections[m] = (m % 2 ? 128 : -128) * 127 * static_cast<int32_t>(cols);
-      }
-      const Floats expected = multiply(select_kernels("generic"), w, x.rows, Store::Overwrite, nullptr);
-      if (fill == 0x80 && type == DType::Q8_0) CHECK_EQ(expected[0], 0.0f);  // as many of either sign
-      for (const KernelTable* kernels : supported_kernels()) {
-        CAPTURE(kernels->isa);
-        CAPTURE(dtype_traits(type).name);
-        CAPTURE(fill);
-        CHECK_EQ(worst_mismatch(rows * n, multiply(*kernels, w, x.rows, Store::Overwrite, nullptr), expected),
-                 "");
+      for (const GroupRule rule : kRules) {
+        GroupedBuffer x(rule, rows, cols);
+        Floats a;
+        for (int64_t m = 0; m < rows; ++m) a.insert(a.end(), cols, m % 2 ? -31.75f : 31.75f);
+        select_kernels("generic").quantize_groups(a.data(), cols, rows, x.rows, 0);
+        const Floats expected = multiply(select_kernels("generic"), w, x.rows, Store::Overwrite, nullptr);
+        if (fill == 0x80 && type == DType::Q8_0) CHECK_EQ(expected[0], 0.0f);  // as many of either sign
+        for (const KernelTable* kernels : kernels_of(rule)) {
+          CAPTURE(kernels->isa);
+          CAPTURE(dtype_traits(type).name);
+          CAPTURE(fill);
+          CHECK_EQ(
+              worst_mismatch(rows * n, multiply(*kernels, w, x.rows, Store::Overwrite, nullptr), expected),
+              "");
+        }
       }
     }
   }

@@ -31,15 +31,6 @@ struct Source {
   }
 };
 
-double nmse(const std::vector<double>& expected, const Floats& actual) {
-  double error = 0, energy = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    error += std::pow(actual[i] - expected[i], 2);
-    energy += expected[i] * expected[i];
-  }
-  return error / energy;
-}
-
 constexpr int64_t kCols = 256;
 
 /// What a layer loses to products of the file's weights in double precision.

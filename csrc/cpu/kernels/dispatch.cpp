@@ -107,6 +107,7 @@ struct Registry {
       avx2.isa = "avx2";
       avx2::add_quantize_rows(avx2);
       avx2::add_matmul_q8(avx2);
+      avx2::add_grouped_matmul(avx2);
       avx2::add_gemm(avx2);
       avx2::add_integer_gemm(avx2);
       avx2::add_rows(avx2);

@@ -23,6 +23,7 @@ void add_peaks(KernelTable& table);
 namespace avx2 {
 void add_quantize_rows(KernelTable& table);
 void add_matmul_q8(KernelTable& table);
+void add_grouped_matmul(KernelTable& table);
 void add_gemm(KernelTable& table);
 void add_integer_gemm(KernelTable& table);
 void add_rows(KernelTable& table);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -29,14 +30,42 @@ inline constexpr int64_t kGroupBlocks = kGroupColumns / kBlock32;
 /// Rows of one call of matmul_groups, at most.
 inline constexpr int64_t kMaxGroupedRows = 512;
 
+/// How matmul_groups gives a group of a row's weights one scale, so that its products with a row's group are
+/// one exact integer: the choice of the kernel table, as its products add up in 32 bits or in 16.
+enum class GroupRule {
+  /// The values are requantized to 8 bits. The group's scale is
+  ///   largest |scale| in it * 128 / 127 / 2^s,   s = 8 - the format's bits, 0 of signed values,
+  /// and the values (q * 2^s * m + 2^14) >> 15 with m = round(scale * kGroupMultiplier / largest), where
+  /// x = scale * q. Where the format has minima (x = scale * q - minimum), largest is that of |minimum| and
+  /// |scale * (2^bits - 1) - minimum|, the scale largest / 127 and the values (q * m + 2^7 - n) >> 8 with m
+  /// and n round(127 * 256 / largest * scale or minimum).
+  Bytes,
+  /// The values stay; the parts' scales become integers, round(scale * (limit / largest)) of the group's
+  /// largest |scale| and limit = largest_group_scale, and the group's scale is largest / limit. Where the
+  /// format has minima, x = scale * (q - 2^(bits - 1)) + middle, and the middles become integers likewise, up
+  /// to 2^15 - 1, with a scale of their own.
+  Scales,
+};
+
+/// The limit of GroupRule::Scales: a group's sum fits 32 bits, a scale 16.
+constexpr int32_t largest_group_scale(const QuantFormat& format) {
+  const int64_t values = int64_t{1} << ((format.is_signed() ? 8 : format.bits()) - 1);
+  return static_cast<int32_t>(std::min<int64_t>(INT32_MAX / (kGroupColumns * 127 * values), INT16_MAX));
+}
+
+/// A row's sums in GroupedRows: of 16 columns each, then of 32.
+inline constexpr int64_t kGroupSums = kGroupColumns / 16 + kGroupBlocks;
+
 /// Many rows' activations, quantized to 8 bits as QuantizedRows are but per row and group of 256 columns, and
 /// stored group by group.
 struct GroupedRows {
+  GroupRule rule = GroupRule::Bytes;
   int64_t rows = 0;
   int64_t cols = 0;                ///< a multiple of 32; the last group may be shorter
-  int8_t* values = nullptr;        ///< [groups][rows][256], 64-byte aligned
+  int8_t* values = nullptr;        ///< [groups][rows][256], 64-byte aligned; of Scales unsigned, 128 more
   float* scales = nullptr;         ///< [groups][rows]
-  int32_t* corrections = nullptr;  ///< [groups][rows]: -128 * sum of the group's values
+  int32_t* corrections = nullptr;  ///< of Bytes: [groups][rows]: -128 * sum of the group's values
+  int16_t* sums = nullptr;         ///< of Scales: [groups][rows][kGroupSums], of the values less their 128
 
   int64_t groups() const { return (cols + kGroupColumns - 1) / kGroupColumns; }
   /// Of group g.
@@ -46,7 +75,7 @@ struct GroupedRows {
   }
 };
 
-/// matmul_groups' largest multiplier: 2^15 * 127 / 128, so that -128 times it is still above -2^7 2^15.
+/// GroupRule::Bytes' largest multiplier: 2^15 * 127 / 128, so that -128 times it is still above -2^7 2^15.
 inline constexpr float kGroupMultiplier = 32511;
 
 /// Of the integer attention (below). Keys of one call of softmax_steps_*, at most, and of a piece of them.
@@ -110,17 +139,14 @@ struct KernelTable {
 
   /// Whether matmul_groups is faster than matmul_q8 for many rows here.
   bool has_grouped_matmul = false;
+  /// What GroupedRows::rule is to be. The generic kernels have both.
+  GroupRule group_rule = GroupRule::Bytes;
   /// As quantize_rows.
   void (*quantize_groups)(const float* x, int64_t x_stride, int64_t rows, const GroupedRows& out,
                           int64_t row_begin);
-  /// As matmul_q8, with the weights requantized on the way: a group of 256 columns of a row gets one scale,
-  ///   largest |scale| in it * 128 / 127 / 2^s,   s = 8 - the format's bits, 0 of signed values,
-  /// and the values (q * 2^s * m + 2^14) >> 15 with m = round(scale * kGroupMultiplier / largest), where
-  /// x = scale * q. Where the format has minima (x = scale * q - minimum), largest is that of |minimum| and
-  /// |scale * (2^bits - 1) - minimum|, the scale largest / 127 and the values (q * m + 2^7 - n) >> 8 with m
-  /// and n round(127 * 256 / largest * scale or minimum). Products within a group are then exact integers and
-  /// only groups cost float arithmetic; they are added as fma(sum, w_scale * x_scale, total), in order: the
-  /// same bits on every set.
+  /// As matmul_q8, with the weights as group_rule (and x.rule) says. Products within a group are exact
+  /// integers and only groups cost float arithmetic; they are added as fma(sum, w_scale * x_scale, total), in
+  /// order, and after each the sum of its middles likewise: the same bits on every set with that rule.
   /// `scratch`: matmul_scratch_bytes. The task has at most kMaxGroupedRows rows.
   void (*matmul_groups)(const PanelMatrix& w, const GroupedRows& x, const MatmulTask& task,
                         const MatmulOutput& out, std::byte* scratch);

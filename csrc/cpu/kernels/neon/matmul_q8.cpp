@@ -37,7 +37,9 @@ struct Dot {
   static Weights weights(const auto& decoder, int64_t b, int g, int v) {
     return as_bytes(decoder.quants(b, g, v));
   }
-  static void load(int8x16_t& x, const int8_t* part, int64_t, int g) { x = as_bytes(broadcast_group(part + 4 * g)); }
+  static void load(int8x16_t& x, const int8_t* part, int64_t, int g) {
+    x = as_bytes(broadcast_group(part + 4 * g));
+  }
   static Acc start(const int32_t*) { return {vdupq_n_s16(0), vdupq_n_s16(0), set1_int(0), set1_int(0)}; }
   static void step(Acc& acc, Weights w, int8x16_t x, int g) {
     if (g % kRun == 0) {

@@ -291,6 +291,7 @@ inline void matmul_groups(const PanelMatrix& w, const GroupedRows& x, const Matm
 
 inline void set_grouped_kernels(KernelTable& table) {
   table.has_grouped_matmul = true;
+  table.group_rule = GroupRule::Bytes;
   table.quantize_groups = quantize_groups;
   table.matmul_groups = matmul_groups;
 }
