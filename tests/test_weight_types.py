@@ -44,8 +44,8 @@ def test_fast_is_near_exact(
 ) -> None:
     monkeypatch.setenv("QWEN2VL_ISA", isa)
     path = with_weights(f32_model, tmp_path / "packed.gguf", name, as_f32=False)
-    # 8 bits in blocks of 32, or in groups of 256 with requantized weights.
-    tolerance = 4e-3 if isa.startswith("avx512") else 6e-4
+    # 8 bits in groups of 256, with weights as they are or requantized; elsewhere in blocks of 32.
+    tolerance = {"avx2": 2e-3, "avxvnni": 4e-3, "avx512": 4e-3, "avx512_bf16": 4e-3}.get(isa, 6e-4)
     for n in (5, 100):
         token_ids = conversation(7, [n]).token_ids
         exact = Qwen2VL.from_gguf(path, precision="exact").logits(token_ids)

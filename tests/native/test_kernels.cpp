@@ -27,8 +27,11 @@ std::vector<const KernelTable*> fast_kernels() {
 
 /// Its table is that of `base` but for what it speeds up.
 bool extends(const KernelTable& set, const KernelTable& base) {
-  constexpr std::pair<std::string_view, std::string_view> kExtensions[] = {
-      {"avxvnni", "avx2"}, {"avx512_bf16", "avx512"}, {"dotprod", "neon"}, {"i8mm", "dotprod"}, {"i8mm", "neon"}};
+  constexpr std::pair<std::string_view, std::string_view> kExtensions[] = {{"avxvnni", "avx2"},
+                                                                           {"avx512_bf16", "avx512"},
+                                                                           {"dotprod", "neon"},
+                                                                           {"i8mm", "dotprod"},
+                                                                           {"i8mm", "neon"}};
   return std::ranges::find(kExtensions, std::pair{set.isa, base.isa}) != std::end(kExtensions);
 }
 
