@@ -103,7 +103,10 @@ class Fetcher:
             with connection.getresponse() as response:
                 if response.status in _REDIRECTS and (target := response.getheader("Location")):
                     return target
-                return self._body(response, host, where)
+                body = self._body(response, host, where)
+                if monotonic() >= end:  # an end that was made here
+                    raise TimeoutError
+                return body
         except (HTTPException, OSError, ssl.SSLError) as error:
             if monotonic() >= end:
                 message = f"{where}: {host} has not sent it within {self.seconds:g} s"
