@@ -32,7 +32,8 @@ ROOM_USES = {
     "measure": {"base", "checkpoint", "vision", "chat", "engine", "model", "demo"},
     "demo": set(),
     "convert": {"base", "checkpoint", "vision", "text", "chat", "engine"},
-    "cli": {"base", "vision", "text", "chat", "engine", "hub", "model", "measure", "demo"},
+    "serve": {"base", "vision", "chat", "engine", "model"},
+    "cli": {"base", "vision", "text", "chat", "engine", "hub", "model", "measure", "demo", "serve"},
 }
 # Those that use the converter.
 COMMANDS_THAT_WRITE = {

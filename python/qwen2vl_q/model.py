@@ -271,14 +271,17 @@ class Qwen2VL(Chats):
         max_pixels: int | None = None,
         resized: tuple[int, int] | None = None,
         detail: Detail | None = None,
+        max_tokens: int | None = None,
     ) -> ProcessedImage:
         """Reads and resizes a picture once, for any number of calls that take images.
 
         The bounds replace the model's own for this picture, or bring it near to `resized` (height, width);
         of detail as of messages. It takes prod(grid_thw) // merge_size**2 tokens. Errors as of
-        `image_processor.load_image`, and ValueError for more tokens than n_ctx.
+        `image_processor.load_image`, and ValueError, before it is resized, for more than max_tokens (None:
+        n_ctx).
         """
-        return self._calls.load_image(ImagePart(image, min_pixels, max_pixels, resized, detail), self.n_ctx)
+        part = ImagePart(image, min_pixels, max_pixels, resized, detail)
+        return self._calls.load_image(part, self.n_ctx if max_tokens is None else max_tokens)
 
     def encode_image(self, image: ImageInput, progress: Progress | None = None) -> NDArray[np.float32]:
         """The vision tower's output, float32 [n_tokens, hidden_size]: a row for merge**2 patches of the grid.

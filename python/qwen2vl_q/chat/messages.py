@@ -10,7 +10,7 @@ image part may bound its size by "min_pixels" and "max_pixels", or ask for the o
 "detail", of an image or beside the url, is "low", LOW_DETAIL_PIXELS at most, or "high" or "auto", the model's
 own bounds.
 
-An assistant's message may have "tool_calls", [{"id": ..., "type": "function", "function": {"name": ...,
+The role "developer" is "system" by its later name. An assistant's message may have "tool_calls", [{"id": ..., "type": "function", "function": {"name": ...,
 "arguments": JSON text or an object}}], and a result's is {"role": "tool", "content": text, "tool_call_id":
 ...}. Other keys are refused, but for those that are None. Nothing is fetched from the network.
 """
@@ -199,6 +199,8 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"{where}: expected a dict with role and content, found {type(message).__name__}")
     role, content = message.get("role"), message.get("content")
+    if role == "developer":  # OpenAI's later name
+        role = "system"
     if role not in ROLES:
         raise ValueError(f"{where}: expected the role {', '.join(ROLES)}, found {printable(role)}")
     of_role = {"assistant": ["tool_calls"], "tool": ["tool_call_id", "name"]}.get(role, [])
@@ -219,7 +221,7 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
         raise ValueError(
             f"{where}: expected content as text or a list of parts, found {type(content).__name__}"
         )
-    parts = tuple(_part(part, f"{where}, part {i}") for i, part in enumerate(content))
+    parts = tuple(read_part(part, f"{where}, part {i}") for i, part in enumerate(content))
     if role == "tool" and not all(isinstance(part, TextPart) for part in parts):
         raise ValueError(f"{where}: expected text as a tool's result, found a picture")
     return Message(role, parts, calls, call_id)
@@ -250,7 +252,8 @@ def _tool_call(call: Any, where: str) -> ToolCall:
     return ToolCall(json_value(where, function["name"]), text, name if isinstance(name, str) else "")
 
 
-def _part(part: Any, where: str) -> TextPart | ImagePart:
+def read_part(part: Any, where: str) -> TextPart | ImagePart:
+    """A part of a message's content. ValueError, naming `where`, for what is none."""
     if not isinstance(part, Mapping):
         raise ValueError(f"{where}: expected a dict, found {type(part).__name__}")
     kind = part.get("type")

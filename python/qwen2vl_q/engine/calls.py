@@ -15,8 +15,10 @@ from qwen2vl_q.engine.config import Qwen2VLConfig
 from qwen2vl_q.engine.generation import Generation, TokenIds
 from qwen2vl_q.engine.model_parts import ModelParts
 from qwen2vl_q.engine.options import (
+    AnswerOptions,
     CallOptions,
     ChatOptions,
+    CompleteOptions,
     GenerateOptions,
     require_known,
     sampling_options,
@@ -139,20 +141,45 @@ class Calls:
             )
             prepared = self._generation.prepare(token_ids, images)
             for i in range(n):
-                request = self._request(
-                    prepared, sampling, self._text(options), 1024, options, constrain(), top, i
-                )
+                text = self._text(options, self._config.eos_token_ids)
+                request = self._request(prepared, sampling, text, 1024, options, constrain(), top, i)
                 reader = CallReader(names) if names and details else None
                 answers.append(self._generation.answer(request, self._parts.tokenizer, reader))
         return answers
 
+    def completions(
+        self, prompt: str | TokenIds, images: Iterable[ImageInput], n: int, options: CompleteOptions
+    ) -> list[Answer]:
+        """n of what may follow a text or tokens."""
+        require_known(options, CompleteOptions, "complete")
+        integer("n", n, 1, MAX_ANSWERS)
+        if n > 1 and options.get("constraint") is not None:
+            raise ValueError("constraint: expected one answer, found several")
+        sampling = self._sampling(self._parts.sampling, options)
+        top = top_logprobs(options)
+        constrain = self._constraints(options, None)
+        ends = () if options.get("ignore_eos") else self._config.eos_token_ids
+        if isinstance(prompt, str):
+            self._parts.tokenizer.require_room([prompt], self._n_ctx)
+            prompt = self._parts.tokenizer.encode(prompt)
+        prepared = self.prepare(prompt, images)
+        return [
+            self._generation.answer(
+                self._request(
+                    prepared, sampling, self._text(options, ends), 1024, options, constrain(), top, i
+                ),
+                self._parts.tokenizer,
+            )
+            for i in range(n)
+        ]
+
     def _sampling(self, own: Sampling, options: CallOptions) -> Sampling:
         return own.override(sampling_options(options)).within(self._config.vocab_size)
 
-    def _text(self, options: ChatOptions) -> TextStream:
+    def _text(self, options: AnswerOptions, ends: Sequence[int]) -> TextStream:
         """What an answer shows, and where it ends."""
         skip = options.get("skip_special_tokens") is not False
-        return TextStream(self._parts.tokenizer, options.get("stop"), self._config.eos_token_ids, skip)
+        return TextStream(self._parts.tokenizer, options.get("stop"), ends, skip)
 
     def _request(
         self,
@@ -173,7 +200,7 @@ class Calls:
             prepared, sampler, limit, text, options.get("progress"), constraint, top
         )
 
-    def _constraints(self, options: ChatOptions, tools: Tools | None) -> Callable[[], Constraint | None]:
+    def _constraints(self, options: AnswerOptions, tools: Tools | None) -> Callable[[], Constraint | None]:
         form = form_of(options, tools)
         return (lambda: None) if form is None else self._grammars.constraints(form)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from qwen2vl_q.chat.messages import Messages
 from qwen2vl_q.engine.answer import Answer, complete, complete_async, texts, texts_async
 from qwen2vl_q.engine.calls import Calls
-from qwen2vl_q.engine.options import ChatOptions
+from qwen2vl_q.engine.generation import TokenIds
+from qwen2vl_q.engine.options import ChatOptions, CompleteOptions
+from qwen2vl_q.vision.image_processor import ImageInput
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -140,6 +142,32 @@ class Chats:
         if several:
             return _whole_texts(answers)
         return texts_async(answers[0]) if stream else _whole_text(answers[0])
+
+    @overload
+    def complete(
+        self, prompt: str | TokenIds, images: Iterable[ImageInput] = ..., **options: Unpack[CompleteOptions]
+    ) -> Answer: ...
+    @overload
+    def complete(
+        self,
+        prompt: str | TokenIds,
+        images: Iterable[ImageInput] = ...,
+        *,
+        n: int,
+        **options: Unpack[CompleteOptions],
+    ) -> list[Answer]: ...
+    def complete(
+        self,
+        prompt: str | TokenIds,
+        images: Iterable[ImageInput] = (),
+        *,
+        n: int | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> Answer | list[Answer]:
+        """What follows a text, or tokens, as they are: no template. An `Answer`, or `n` of them, computed as
+        they are read. Images stand in tokens as of `generate`; a text's special tokens stay text."""
+        answers = self._calls.completions(prompt, images, 1 if n is None else n, options)
+        return answers[0] if n is None else answers
 
 
 def _are_several(messages: Any) -> bool:

@@ -43,19 +43,29 @@ class GenerateOptions(CallOptions, total=False):
     ignore_eos: bool  # end-of-turn tokens end nothing
 
 
-class ChatOptions(CallOptions, total=False):
-    """Of `chat` and `achat`."""
+class AnswerOptions(CallOptions, total=False):
+    """Of an `Answer`, whatever it continues."""
 
     skip_special_tokens: bool  # False: they are shown, but for the one that ends the answer
-    response_format: (
-        Mapping[str, Any] | None
-    )  # OpenAI's: {"type": "json_object"}, {"type": "json_schema", ...}
+    # OpenAI's: {"type": "json_object"}, {"type": "json_schema", ...}
+    response_format: Mapping[str, Any] | None
     regex: str | None  # that the whole answer matches
     grammar: str | None  # of the whole answer, in Lark as llguidance reads it
-    tools: Sequence[Mapping[str, Any]] | None  # OpenAI's: [{"type": "function", "function": {...}}]
-    tool_choice: str | Mapping[str, Any] | None  # "none", "auto", "required", {"type": "function", ...}
     logprobs: bool | None  # of each token; among the details
     top_logprobs: int | None  # and of so many of the likeliest, 20 at most
+
+
+class CompleteOptions(AnswerOptions, total=False):
+    """Of `complete`."""
+
+    ignore_eos: bool  # end-of-turn tokens end nothing
+
+
+class ChatOptions(AnswerOptions, total=False):
+    """Of `chat` and `achat`."""
+
+    tools: Sequence[Mapping[str, Any]] | None  # OpenAI's: [{"type": "function", "function": {...}}]
+    tool_choice: str | Mapping[str, Any] | None  # "none", "auto", "required", {"type": "function", ...}
     add_vision_id: bool  # numbers the pictures ("Picture 1: ")
     chat_template_kwargs: Mapping[str, Any] | None  # further variables of the file's own template
 
@@ -65,7 +75,7 @@ def sampling_options(options: CallOptions) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in SamplingOptions.__optional_keys__}
 
 
-def top_logprobs(options: ChatOptions) -> int | None:
+def top_logprobs(options: AnswerOptions) -> int | None:
     """How many log-probabilities are asked for beside a token's own; None: not even that."""
     asked, top = options.get("logprobs"), options.get("top_logprobs")
     if not isinstance(asked, bool | None):

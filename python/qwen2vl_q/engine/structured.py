@@ -14,7 +14,7 @@ from qwen2vl_q.base.errors import Qwen2VLError, UnsupportedError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.chat.json_values import json_value
 from qwen2vl_q.chat.tools import CLOSE, OPEN, Tools
-from qwen2vl_q.engine.options import ChatOptions
+from qwen2vl_q.engine.options import AnswerOptions
 from qwen2vl_q.engine.request import Constraint
 from qwen2vl_q.text.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class Form:
     kind: Literal["lark", "regex"] = "lark"
 
 
-def form_of(options: ChatOptions, tools: Tools | None) -> Form | None:
+def form_of(options: AnswerOptions, tools: Tools | None) -> Form | None:
     """The one that options ask for. ValueError for several, for what is none, and for one too large."""
     forms = [form for form in (*_asked(options), _of_calls(tools)) if form is not None]
     names = [form.option for form in forms] + (["constraint"] if options.get("constraint") else [])
@@ -51,7 +51,7 @@ def form_of(options: ChatOptions, tools: Tools | None) -> Form | None:
     return form
 
 
-def _asked(options: ChatOptions) -> list[Form | None]:
+def _asked(options: AnswerOptions) -> list[Form | None]:
     forms = [_of_response_format(options.get("response_format"))]
     kinds: tuple[tuple[Literal["regex", "grammar"], Literal["regex", "lark"]], ...] = (
         ("regex", "regex"),

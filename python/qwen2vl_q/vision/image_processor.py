@@ -240,18 +240,27 @@ def preprocess(
     return processor.patchify(processed), processed.grid_thw
 
 
+def encoded_size(data: bytes, name: str) -> tuple[int, int]:
+    """(width, height) of an encoded picture, as its header says: nothing is decoded. Errors of `load_image`."""
+    picture = _opened(io.BytesIO(data), name)
+    return picture.width, picture.height
+
+
 def _decode(file: IO[bytes], name: str) -> Image.Image:
+    return _to_rgb(_opened(file, name), name)
+
+
+def _opened(file: IO[bytes], name: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
         try:
-            picture = Image.open(file, formats=FORMATS)
+            return Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise UnsupportedError(f"{name}: {printable(str(error))}") from None
         except UnidentifiedImageError:
             raise FormatError(f"{name}: not an image (expected {', '.join(FORMATS)})") from None
         except Exception as error:
             raise _damaged(name, error) from error
-    return _to_rgb(picture, name)
 
 
 def _seekable(file: IO[bytes]) -> IO[bytes]:
