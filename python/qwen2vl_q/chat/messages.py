@@ -10,9 +10,10 @@ image part may bound its size by "min_pixels" and "max_pixels", or ask for the o
 "detail", of an image or beside the url, is "low", LOW_DETAIL_PIXELS at most, or "high" or "auto", the model's
 own bounds.
 
-The role "developer" is "system" by its later name. An assistant's message may have "tool_calls", [{"id": ..., "type": "function", "function": {"name": ...,
-"arguments": JSON text or an object}}], and a result's is {"role": "tool", "content": text, "tool_call_id":
-...}. Other keys are refused, but for those that are None. Nothing is fetched from the network.
+The role "developer" is "system" by its later name. An assistant's message may have "tool_calls", [{"id": ...,
+"type": "function", "function": {"name": ..., "arguments": JSON text or an object}}], and a result's is
+{"role": "tool", "content": text, "tool_call_id": ...}. Other keys are refused, but for those that are None.
+Nothing is fetched from the network.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import click
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.model_file import model_file, tower_file, tower_of
-from qwen2vl_q.cli.options import COUNT, FiniteRange, lora_option
+from qwen2vl_q.cli.options import COUNT, SECONDS, lora_option
 from qwen2vl_q.cli.output import say
 
 if TYPE_CHECKING:
@@ -42,12 +42,8 @@ _LIMITS = {
 
 def _limit_options(command: Any) -> Any:
     for name, (_, default, text) in reversed(_LIMITS.items()):
-        kind: Any = FiniteRange(0, 1e9) if isinstance(default, float) else COUNT
-        shown = (
-            f"{text}  [default: {default:g}]"
-            if isinstance(default, float)
-            else f"{text}  [default: {default:,}]"
-        )
+        kind: Any = SECONDS if isinstance(default, float) else COUNT
+        shown = f"{text}  [default: {default:,}]".replace(".0]", "]")
         option = f"--{name.replace('_', '-')}"
         command = click.option(option, name, type=kind, metavar="N", default=default, help=shown)(command)
     return command

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import time
 from typing import Any
@@ -47,11 +47,11 @@ _SPARE_THREADS = 16  # beside one for each answer: bodies, prompts and pictures 
 @dataclass(frozen=True)
 class Settings:
     """name: of the model, for clients. keys: none: everybody. hosts: of `Gate`. origins: of pages elsewhere
-    that may speak with it: none. fetcher: of pictures' addresses; None: none. log_line: a record as a line, for
+    that may speak with it. fetcher: of pictures' addresses; None: none. log_line: a record as a line, for
     `write`."""
 
     name: str
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     keys: Sequence[str] = ()
     hosts: Sequence[str] | None = ()
     origins: Sequence[str] = ()

@@ -241,7 +241,7 @@ def preprocess(
 
 
 def encoded_size(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) of an encoded picture, as its header says: nothing is decoded. Errors of `load_image`."""
+    """(width, height) of an encoded picture by its header; nothing is decoded. Errors of `load_image`."""
     picture = _opened(io.BytesIO(data), name)
     return picture.width, picture.height
 
