@@ -18,11 +18,12 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from qwen2vl_q.base.errors import Qwen2VLError
 from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.serve import log
 from qwen2vl_q.serve.body import read_body
 from qwen2vl_q.serve.completions import Completions, Service
-from qwen2vl_q.serve.errors import HttpError, response_of
+from qwen2vl_q.serve.errors import HttpError, as_http, response_of
 from qwen2vl_q.serve.gate import Gate
 from qwen2vl_q.serve.limits import Limits
 from qwen2vl_q.serve.metrics import CONTENT_TYPE
@@ -41,6 +42,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+_REFUSALS: tuple[Any, ...] = (HttpError, ValueError, OSError, Qwen2VLError, Exception)
 _SPARE_THREADS = 16  # beside one for each answer: bodies, prompts and pictures are read there
 
 
@@ -80,7 +82,7 @@ def make_app(model: Qwen2VL, settings: Settings) -> ASGIApp:
     app = Starlette(
         routes=routes,
         lifespan=_lifespan(model, limits),
-        exception_handlers={404: _not_found, 405: _not_found},
+        exception_handlers={404: _not_found, 405: _not_found, **dict.fromkeys(_REFUSALS, _refused)},
     )
 
     def write(record: log.Record) -> None:
@@ -185,6 +187,12 @@ def _page_file(name: str) -> Callable[[Request], Awaitable[Response]]:
         return FileResponse(PAGE / name, headers=_PAGE_HEADERS)
 
     return page_file
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    told = as_http(error)
+    request.scope["record"].error = f"{type(error).__name__}: {error}" if told.status == 500 else str(told)
+    return response_of(told)
 
 
 async def _not_found(request: Request, error: Any) -> Response:
