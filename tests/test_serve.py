@@ -65,7 +65,8 @@ def test_right_answers_whole_and_streamed(client: OpenAI) -> None:
         assert [piece.choices[0].finish_reason for piece in pieces[-2:]] == [None, "stop"]
 
 
-def test_usage_and_timings(client: OpenAI, talk: Any) -> None:
+def test_usage_and_timings(client: OpenAI, served: Serving, talk: Any) -> None:
+    served.model.reset()
     first = create(client, [{"role": "system", "content": "Be brief."}, *talk])
     again = create(client, [{"role": "system", "content": "Be brief."}, *talk])
     tokens = again.usage.prompt_tokens
@@ -76,7 +77,7 @@ def test_usage_and_timings(client: OpenAI, talk: Any) -> None:
     assert again.usage.total_tokens == tokens + again.usage.completion_tokens
     assert again.usage.prompt_tokens_details.image_tokens == 42
     assert again.usage.prompt_tokens_details.cached_tokens == tokens - 1
-    assert first.timings["encode_seconds"] > 0 or first.usage.prompt_tokens_details.cached_tokens > 42
+    assert first.timings["encode_seconds"] > 0
     assert again.timings["encode_seconds"] == 0
     assert again.timings["prefill_seconds"] > 0
     *pieces, last = create(client, talk, stream=True, stream_options={"include_usage": True})
@@ -92,7 +93,8 @@ def test_several_pictures_and_a_conversation(client: OpenAI) -> None:
     assert both.usage.prompt_tokens_details.image_tokens > 42
     talk = [*about(first), {"role": "assistant", "content": truth}]
     answer = create(client, [*talk, {"role": "user", "content": "How many shapes are there?"}])
-    assert answer.choices[0].message.content == f"{truth.count(' a') + 1} shapes."
+    count = len(re.findall(r"(?i)\ban? ", truth))
+    assert answer.choices[0].message.content == f"{count} shapes."
 
 
 def test_detail_and_pixels(client: OpenAI) -> None:
