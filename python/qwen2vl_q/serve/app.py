@@ -26,6 +26,7 @@ from qwen2vl_q.serve.completions import Completions, Service
 from qwen2vl_q.serve.errors import HttpError, as_http, response_of
 from qwen2vl_q.serve.gate import Gate
 from qwen2vl_q.serve.limits import Limits
+from qwen2vl_q.serve.memory import return_large_blocks
 from qwen2vl_q.serve.metrics import CONTENT_TYPE
 from qwen2vl_q.serve.pictures import PictureReader
 from qwen2vl_q.serve.schema import AnyBody, ChatCompletion, Completion, Detokenize, Tokenize, parse
@@ -102,6 +103,7 @@ def make_app(model: Qwen2VL, settings: Settings) -> ASGIApp:
 def _lifespan(model: Qwen2VL, limits: Limits) -> Callable[[Starlette], Any]:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        return_large_blocks()
         # Whoever waits for a token does so on a thread.
         executor = ThreadPoolExecutor(limits.answers + _SPARE_THREADS, thread_name_prefix="answer")
         asyncio.get_running_loop().set_default_executor(executor)

@@ -17,7 +17,7 @@ from qwen2vl_q.engine.answer import Answer, Part
 from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.serve.admission import Admission, Memory
 from qwen2vl_q.serve.body import read_body
-from qwen2vl_q.serve.errors import CLIENT_GONE, HttpError, as_http, body_of
+from qwen2vl_q.serve.errors import CLIENT_GONE, HttpError, as_http, body_of, forget
 from qwen2vl_q.serve.limits import Limits
 from qwen2vl_q.serve.log import Record
 from qwen2vl_q.serve.metrics import Metrics
@@ -79,6 +79,7 @@ class Completions:
                 await call.fail(HttpError(504, f"not done after {limit:g} seconds"))
             elif (error := work.exception()) is not None:
                 await call.fail(error)
+                forget(error)
         finally:
             await _stopped(work)
 

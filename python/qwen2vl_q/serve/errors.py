@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from traceback import clear_frames
 from typing import Any
 
 from pydantic import ValidationError
@@ -65,6 +66,16 @@ def as_http(error: BaseException) -> HttpError:
     if isinstance(error, Qwen2VLError):
         return HttpError(500, str(error))
     return HttpError(500, "internal error")
+
+
+def forget(error: BaseException | None) -> None:
+    """Lets go of what its frames hold, such as a picture: tasks and their errors refer to each other, and
+    Python's collector, which counts objects and not bytes, comes late."""
+    while error is not None:
+        if error.__traceback__ is not None:
+            clear_frames(error.__traceback__)
+            error.__traceback__ = None
+        error = error.__context__
 
 
 def _of_a_field(error: ValidationError) -> HttpError:
