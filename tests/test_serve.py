@@ -17,7 +17,7 @@ from serving import WHAT, Serving, about, card, serving
 from structured_cases import random_schema, schema_format
 
 SEED = 0
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "look_up",

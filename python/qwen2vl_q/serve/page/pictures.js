@@ -1,0 +1,61 @@
+// Pictures on their way into a question.
+
+const LARGEST_FILE = 8 * 2 ** 20; // bytes; more is encoded anew
+const LONGEST_SIDE = 4096;
+const KNOWN = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff"];
+
+/** A file's data: URI. Throws an Error with a message for people. */
+export async function picture(file) {
+  if (!file.type.startsWith("image/")) throw new Error(`${file.name || "This"} is not a picture.`);
+  if (KNOWN.includes(file.type) && file.size <= LARGEST_FILE) return dataUri(file);
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    throw new Error(`This browser cannot read ${file.name || "the picture"}.`);
+  }
+  return drawn(bitmap, bitmap.width, bitmap.height);
+}
+
+/** What a source (a bitmap, a video) shows, as a JPEG. */
+export function drawn(source, width, height) {
+  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(width * scale));
+  canvas.height = Math.max(1, Math.round(height * scale));
+  canvas.getContext("2d").drawImage(source, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/jpeg", 0.92);
+}
+
+function dataUri(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error(`${file.name} cannot be read.`));
+    reader.readAsDataURL(file);
+  });
+}
+
+/** A picture of the camera, or null. Throws an Error with a message for people. */
+export async function photograph(dialog) {
+  let stream;
+  try {
+    stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+  } catch {
+    throw new Error("There is no camera that this page may use.");
+  }
+  const video = dialog.querySelector("video");
+  video.srcObject = stream;
+  dialog.showModal();
+  try {
+    return await new Promise((resolve) => {
+      dialog.querySelector("#shoot").onclick = () => resolve(drawn(video, video.videoWidth, video.videoHeight));
+      dialog.querySelector("#no-shot").onclick = () => resolve(null);
+      dialog.oncancel = () => resolve(null);
+    });
+  } finally {
+    stream.getTracks().forEach((track) => track.stop());
+    video.srcObject = null;
+    dialog.close();
+  }
+}

@@ -1,0 +1,263 @@
+"""The page in a real browser, asking the packaged model; what it shows is held against the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo import cases
+from serving import WHAT, Serving, card, png, serving
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+
+Page = Any
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Serving]:
+    with serving() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(served: Serving, browser: Any) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1000, "height": 760}, color_scheme="light")
+    found = context.new_page()
+    wrong: list[str] = []
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("console", lambda line: wrong.append(line.text) if line.type == "error" else None)
+    found.goto(f"http://127.0.0.1:{served.port}/")
+    sync_api.expect(found.locator("#model")).to_have_text("demo")
+    found.wrong = wrong
+    yield found
+    context.close()
+    assert wrong == []
+
+
+def drop_in(page: Page, data: bytes, name: str = "card.png") -> None:
+    page.set_input_files("#files", {"name": name, "mimeType": "image/png", "buffer": data})
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
+
+
+def ask(page: Page, question: str) -> None:
+    page.fill("#question", question)
+    page.press("#question", "Enter")
+    sync_api.expect(page.locator("#send")).to_be_visible()
+
+
+def settings(page: Page, **values: str) -> None:
+    page.click("#open-settings")
+    for name, value in values.items():
+        page.fill(f"#{name}", value)
+        page.locator(f"#{name}").blur()
+    page.click("#open-settings")
+
+
+def last_answer(page: Page) -> Any:
+    return page.locator(".answer").last.locator("> div").first
+
+
+def test_a_right_answer_streams(page: Page, served: Serving) -> None:
+    picture, truth = card(0)
+    settings(page, temperature="0")
+    drop_in(page, png(picture))
+    ask(page, WHAT)
+    sync_api.expect(last_answer(page)).to_have_text(truth)
+    sync_api.expect(page.locator(".facts").last).to_contain_text(re.compile(r"first token .* tokens/s"))
+    ask(page, "How many shapes are there?")
+    sync_api.expect(last_answer(page)).to_have_text("2 shapes.")
+    page.reload()
+    sync_api.expect(last_answer(page)).to_have_text("2 shapes.")
+    sync_api.expect(page.locator(".question figure img")).to_have_count(1)
+    page.click("#open-talks")
+    assert WHAT in page.locator("#talks").inner_text()
+    page.click("#new")
+    sync_api.expect(page.locator(".welcome")).to_be_visible()
+
+
+def test_boxes_are_where_the_truth_is(page: Page) -> None:
+    settings(page, temperature="0")
+    found = cases.case("box", 900_000)
+    drop_in(page, found.images[0])
+    ask(page, found.turns[-1].question)
+    rect = page.locator(".question figure rect").first
+    x, y, width, height = (int(rect.get_attribute(name)) for name in ("x", "y", "width", "height"))
+    truth = found.turns[-1].box
+    assert truth is not None
+    assert cases.iou((x, y, x + width, y + height), truth) > 0.7
+    assert "box_start" not in last_answer(page).inner_text()
+
+
+def test_stop(page: Page, served: Serving) -> None:
+    """What has come stays; the server stops within a step."""
+    ends = {str(token): -100 for token in served.model.config.eos_token_ids}
+
+    def endless(route: Any) -> None:
+        body = {**route.request.post_data_json, "logit_bias": ends, "temperature": 2, "max_tokens": 3000}
+        route.continue_(post_data=json.dumps(body))
+
+    page.route("**/v1/chat/completions", endless)
+    page.fill("#question", "Go on.")
+    page.click("#send")
+    sync_api.expect(last_answer(page)).not_to_have_text("")
+    page.click("#stop")
+    sync_api.expect(page.locator(".facts").last).to_contain_text("stopped")
+    served.wait_until_idle()
+    assert len(last_answer(page).inner_text()) > 0
+
+
+def told(page: Page, text: str) -> None:
+    """The server's next answer is `text`."""
+    chunk = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}
+    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body),
+    )
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "<img src=x onerror=alert(1)>",
+        "<script>alert(1)</script>",
+        "**<b onclick=alert(1)>x</b>**",
+        "```\n<iframe src=javascript:alert(1)>\n```",
+        "| <img src=x onerror=alert(1)> |\n|---|\n| x |",
+        "[x](javascript:alert(1))",
+        '<|object_ref_start|><img src=x onerror="alert(1)"><|object_ref_end|>'
+        "<|box_start|>(1,1),(9,9)<|box_end|>",
+    ],
+)
+def test_a_hostile_answer_stays_text(page: Page, hostile: str) -> None:
+    page.on("dialog", lambda dialog: page.wrong.append("a dialog"))
+    drop_in(page, png(card(0)[0]))
+    told(page, hostile)
+    ask(page, "x")
+    sync_api.expect(last_answer(page)).not_to_have_text("")
+    assert page.locator(".answer :is(img, script, iframe, b, [onclick])").count() == 0
+    assert page.locator("a[href^=javascript]").count() == 0
+    shown = last_answer(page).inner_text()
+    assert "alert(1)" in shown
+
+
+def test_markdown(page: Page) -> None:
+    told(
+        page,
+        "# Title\n\nSome **bold** and *thin* `code` [link](https://example.org).\n\n"
+        "- a\n  - b\n- c\n\n3. d\n4. e\n\n"
+        "| x | y |\n|---|---|\n| 1 | 2 |\n\n```python\nprint(1)\n```\n> said",
+    )
+    ask(page, "x")
+    answer = last_answer(page)
+    for selector, text in {
+        "h3": "Title",
+        "strong": "bold",
+        "em": "thin",
+        "p code": "code",
+        "a[rel='noopener noreferrer']": "link",
+        "ul ul li": "b",
+        "ol[start='3'] li >> nth=1": "e",
+        "td >> nth=1": "2",
+        "pre code": "print(1)",
+        "blockquote p": "said",
+    }.items():
+        sync_api.expect(answer.locator(selector)).to_have_text(text)
+
+
+def test_errors_are_shown(page: Page) -> None:
+    settings(page, max_tokens="999999")
+    ask(page, "hello")
+    sync_api.expect(page.locator(".answer .wrong")).to_contain_text("max_tokens")
+    page.wrong[:] = [line for line in page.wrong if "400" not in line]  # the browser's own note
+    settings(page, max_tokens="3")
+    page.click(".again:visible")
+    sync_api.expect(page.locator(".facts").last).to_contain_text("cut at its longest")
+
+
+def test_a_key(browser: Any) -> None:
+    with serving(keys=["a-long-key"]) as served:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{served.port}/")
+        sync_api.expect(page.locator("#key")).to_be_focused()
+        page.fill("#key", "a-long-key")
+        page.locator("#key").blur()
+        sync_api.expect(page.locator("#model")).to_have_text("demo")
+        ask(page, "hello")
+        sync_api.expect(page.locator(".answer .wrong")).to_have_count(0)
+        page.close()
+
+
+def test_conversations(page: Page) -> None:
+    settings(page, max_tokens="2")
+    ask(page, "first one")
+    page.click("#new")
+    ask(page, "second one")
+    page.click("#open-talks")
+    entries = page.locator("#talks li button:first-child")
+    sync_api.expect(entries).to_have_text(["second one", "first one"])
+    entries.nth(1).click()
+    sync_api.expect(page.locator(".question p")).to_have_text("first one")
+    page.on("dialog", lambda dialog: dialog.accept("renamed"))
+    page.get_by_label("Rename first one").click()
+    page.get_by_label("Delete second one").click()
+    sync_api.expect(entries).to_have_text(["renamed"])
+
+
+def test_a_picture_is_pasted(page: Page) -> None:
+    page.evaluate(
+        """async (bytes) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "card.png", {type: "image/png"}));
+            document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data, bubbles: true}));
+        }""",
+        list(png(card(0)[0])),
+    )
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
+    page.get_by_label("Remove picture 1").click()
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(0)
+
+
+@pytest.mark.parametrize("width", [320, 390, 1000])
+def test_it_fits_and_can_be_used_without_a_mouse(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 640})
+    settings(page, max_tokens="2")
+    ask(page, "hello " * 40 + "x" * 200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    names = page.evaluate(
+        """[...document.querySelectorAll("button, input, textarea, select, img")].map((node) =>
+            (node.ariaLabel || node.labels?.[0]?.textContent || node.alt || node.textContent).trim())"""
+    )
+    assert all(names)
+    page.locator("#question").focus()
+    page.keyboard.type("typed")
+    page.keyboard.press("Shift+Enter")
+    assert page.input_value("#question") == "typed\n"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "choose"
+
+
+def test_nothing_comes_from_elsewhere(served: Serving) -> None:
+    from qwen2vl_q.serve.app import PAGE
+
+    for file in Path(PAGE).iterdir():
+        text = file.read_text("utf-8")
+        addresses = set(re.findall(r"https?://[a-z][^\s\"'`)]*\.[a-z]+", text))
+        assert addresses <= {"http://www.w3.org"}, file
+        assert "innerHTML" not in text
