@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen2vl_q.cli.serve import serve
+from qwen2vl_q.serve.limits import Limits
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 pytestmark = pytest.mark.skipif(not DEPLOY.is_dir(), reason="needs the source tree")
@@ -30,8 +31,7 @@ def test_the_unit_starts_the_server_with_options_that_it_has() -> None:
     assert command[1] == "serve"
     assert {word for word in command if word.startswith("-")} <= OPTIONS
     assert unit["Service"]["DynamicUser"] == "yes"
-    grace = next(p.default for p in serve.params if p.name == "stop_seconds")
-    assert int(unit["Service"]["TimeoutStopSec"]) > grace
+    assert int(unit["Service"]["TimeoutStopSec"]) > Limits().stop_seconds
 
 
 def test_the_image_starts_the_server_as_nobody_special() -> None:
