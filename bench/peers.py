@@ -81,7 +81,7 @@ class Task:
 
 
 TASKS = [
-    Task("image encode, 1024 x 683", "image", 0, 1, 512),
+    Task("image encode, 1024 x 683", "image", 0, 1, 1024),
     Task("photo question, first token", "question", 0, 1, _MEMORY_CONTEXT),
     Task("prefill 512", "prefill", 512, 2, 1024),
     Task("prefill 2048", "prefill", 2048, 1, 2304),
