@@ -37,8 +37,8 @@ class Shares:
     row: float
 
 
-# Measured (bench/README.md); other sets of vectors are between these. Images can be above 1: the floor has the
-# tower's attention in floats, these sets have it in integers.
+# Measured (bench/README.md); other sets of vectors are between these. Images can be above 1: the floor has
+# the tower's attention in floats, these sets have it in integers.
 _SHARES = {
     "avx512_bf16": Shares(0.77, 0.78, 0.32),
     "avx512": Shares(1.15, 0.78, 0.32),
