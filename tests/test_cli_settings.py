@@ -23,6 +23,7 @@ NAMES = [
     "seed",
     "min-pixels",
     "max-pixels",
+    "vision-tokens",
 ]
 
 

@@ -265,6 +265,19 @@ def test_texts_and_tokens_are_continued(client: Any, served: Serving) -> None:
     assert "".join(piece.choices[0].text for piece in pieces) == text.choices[0].text
 
 
+def test_what_load_generators_send(served: Serving) -> None:
+    """The bodies of `vllm bench serve`, for its backends openai and openai-chat."""
+    common = {"model": "demo", "stream": True, "stream_options": {"include_usage": True}}
+    body = {**common, "prompt": "What is", "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 4}
+    status, answer = served.ask("/v1/completions", {**body, "logprobs": None, "ignore_eos": True})
+    assert (status, answer.count(b"data: "), answer.endswith(b"data: [DONE]\n\n")) == (200, 7, True)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What is"}]}]
+    status, answer = served.ask(
+        "/v1/chat/completions", {**common, "messages": messages, "max_completion_tokens": 4}
+    )
+    assert (status, b'"completion_tokens":' in answer) == (200, True)
+
+
 def test_a_conversation_as_tokens(served: Serving, talk: Any) -> None:
     status, found = served.ask("/tokenize", {"messages": talk})
     assert status == 200

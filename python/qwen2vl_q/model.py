@@ -18,7 +18,7 @@ from qwen2vl_q.base.arguments import integer
 from qwen2vl_q.base.errors import Qwen2VLError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.chat.chat_template import ChatTemplate
-from qwen2vl_q.chat.messages import Detail, ImagePart, Messages
+from qwen2vl_q.chat.messages import Detail, Fetch, ImagePart, Messages
 from qwen2vl_q.chat.tools import Tools
 from qwen2vl_q.engine.adapters import AdapterPaths, native_updates, open_adapters
 from qwen2vl_q.engine.calls import Calls
@@ -37,6 +37,8 @@ from qwen2vl_q.vision.image_processor import ImageInput, ImageProcessor, Process
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from qwen2vl_q.vision.fetch import Fetcher
 
 TRAINED_CONTEXT = 32768
 MOST_CELLS = 2**24
@@ -66,6 +68,7 @@ class Qwen2VL(Chats):
         sampling: Sampling,
         n_ctx: int | None = None,
         cache_bytes: int | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
         """From its parts; `from_gguf` is the usual way."""
         self.config = Qwen2VLConfig.from_native(
@@ -83,7 +86,7 @@ class Qwen2VL(Chats):
         self._native = native
         self._generation = Generation(native, self.config, processor, self.n_ctx)
         parts = ModelParts(tokenizer, template, sampling, processor)
-        self._calls = Calls(self._generation, self.config, parts, self.n_ctx)
+        self._calls = Calls(self._generation, self.config, parts, self.n_ctx, fetch)
 
     @classmethod
     def from_gguf(
@@ -99,6 +102,7 @@ class Qwen2VL(Chats):
         device: str = "cpu",
         cache_bytes: int | None = None,
         lora: AdapterPaths = (),
+        fetch: Fetcher | bool = False,
         progress: Progress | None = None,
     ) -> Qwen2VL:
         """Loads a GGUF file.
@@ -114,7 +118,9 @@ class Qwen2VL(Chats):
         "cuda:N", or "auto" (cuda where it works, else the CPU; `note` then says why). lora: folders of PEFT
         adapters, each perhaps with a number that multiplies its own scale: (folder, 0.5). What they add is
         computed beside the weights, of whatever types these are, on the CPU alone; it belongs to this model,
-        so that every call has it and what one has computed is found by the next as ever. The vision tower is
+        so that every call has it and what one has computed is found by the next as ever. fetch: whether
+        pictures may be named by http(s) addresses, of any host that is public; a `vision.fetch.Fetcher` says
+        of which, and how large and slow they may be. The vision tower is
         read when the first picture comes: until then its file has to stay as it is. The environment variable
         QWEN2VL_ISA forces an instruction set.
 
@@ -149,7 +155,16 @@ class Qwen2VL(Chats):
             updates=native_updates(adapters, _native.read_config(path, tower.path)) if adapters else (),
         )
         processor = fitted(processor, native.config["vision_config"], vision_path)
-        model = cls(native, parts.tokenizer, parts.template, processor, parts.sampling, n_ctx, cache_bytes)
+        model = cls(
+            native,
+            parts.tokenizer,
+            parts.template,
+            processor,
+            parts.sampling,
+            n_ctx,
+            cache_bytes,
+            _fetch_of(fetch),
+        )
         model.mmproj, model._passed_over = tower.path, tower.passed_over
         return model
 
@@ -283,6 +298,13 @@ class Qwen2VL(Chats):
         part = ImagePart(image, min_pixels, max_pixels, resized, detail)
         return self._calls.load_image(part, self.n_ctx if max_tokens is None else max_tokens)
 
+    def load_images(
+        self, images: Iterable[ImageInput], vision_tokens: int | None = None
+    ) -> list[ProcessedImage]:
+        """`load_image` of several; vision_tokens: that they may take together. All get the same share, and
+        what small ones leave goes to the others."""
+        return self._calls.load_images(map(ImagePart, images), vision_tokens)
+
     def encode_image(self, image: ImageInput, progress: Progress | None = None) -> NDArray[np.float32]:
         """The vision tower's output, float32 [n_tokens, hidden_size]: a row for merge**2 patches of the grid.
 
@@ -372,6 +394,18 @@ class Qwen2VL(Chats):
     def reset(self) -> None:
         """Forgets what has been computed, and the images' embeddings. Calls under way go on."""
         self._generation.reset()
+
+
+def _fetch_of(fetch: Fetcher | bool) -> Fetch | None:
+    if fetch is False:
+        return None
+    if fetch is True:
+        from qwen2vl_q.vision.fetch import Fetcher  # brings ssl in
+
+        fetch = Fetcher(frozenset({"*"}))
+    if not callable(getattr(fetch, "fetch", None)):
+        raise ValueError(f"fetch: expected True, False or a Fetcher, found {printable(fetch)}")
+    return fetch.fetch
 
 
 _CLOSED = "this model has been closed"

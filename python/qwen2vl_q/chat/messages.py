@@ -13,7 +13,8 @@ own bounds.
 The role "developer" is "system" by its later name. An assistant's message may have "tool_calls", [{"id": ...,
 "type": "function", "function": {"name": ..., "arguments": JSON text or an object}}], and a result's is
 {"role": "tool", "content": text, "tool_call_id": ...}. Other keys are refused, but for those that are None.
-Nothing is fetched from the network.
+An http(s) address is
+fetched where the model has been told that it may (`fetch` of `from_gguf`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -38,6 +39,7 @@ from qwen2vl_q.vision.image_processor import MAX_BOUND, ImageInput, require_imag
 
 Detail: TypeAlias = Literal["low", "high", "auto"]
 Messages: TypeAlias = "Iterable[Mapping[str, Any]]"
+Fetch: TypeAlias = "Callable[[str, str], bytes]"  # a picture's file, of its address; whose it is, for errors
 
 ROLES = ("system", "user", "assistant", "tool")
 LOW_DETAIL_PIXELS = 512 * 512  # OpenAI's size; some 330 tokens
@@ -144,27 +146,30 @@ class Message:
         ]
 
 
-def normalize(messages: Messages) -> list[Message]:
-    """Checks a conversation. ValueError naming the message's (and part's) index for what is not as above."""
+def normalize(messages: Messages, fetch: Fetch | None = None) -> list[Message]:
+    """Checks a conversation. fetch: of http(s) addresses. ValueError naming the message's (and part's) index
+    for what is not as above."""
     if isinstance(messages, (str, bytes, Mapping)):
         raise ValueError(f"messages must be a list of messages, found {type(messages).__name__}")
-    normalized = [_message(message, f"message {i}") for i, message in enumerate(messages)]
+    normalized = [_message(message, f"message {i}", fetch) for i, message in enumerate(messages)]
     if not normalized:
         raise ValueError("messages must not be empty")
     return normalized
 
 
-def read_source(source: Any, where: str = "image") -> ImageInput:
-    """A picture from what a message names it by. ValueError for an http(s) address: nothing is fetched."""
+def read_source(source: Any, where: str = "image", fetch: Fetch | None = None) -> ImageInput:
+    """A picture from what a message names it by. fetch: of an http(s) address; ValueError for one without."""
     if isinstance(source, str):
         scheme = source[:8].lower()
         if scheme.startswith("data:"):
             return _data_uri(source, where)
         if scheme.startswith(("http:", "https:")):
-            raise ValueError(
-                f"{where}: nothing is fetched from the network; "
-                f"download {printable(source)} and give its path"
-            )
+            if fetch is None:
+                raise ValueError(
+                    f"{where}: nothing is fetched from the network (from_gguf(..., fetch=True) allows it): "
+                    f"{printable(source)}"
+                )
+            return fetch(source, where)
         if scheme.startswith("file:"):
             try:
                 parts = urlsplit(source)
@@ -196,7 +201,7 @@ def _path(source: str, where: str) -> str:
     return source
 
 
-def _message(message: Mapping[str, Any], where: str) -> Message:
+def _message(message: Mapping[str, Any], where: str, fetch: Fetch | None) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"{where}: expected a dict with role and content, found {type(message).__name__}")
     role, content = message.get("role"), message.get("content")
@@ -222,7 +227,7 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
         raise ValueError(
             f"{where}: expected content as text or a list of parts, found {type(content).__name__}"
         )
-    parts = tuple(read_part(part, f"{where}, part {i}") for i, part in enumerate(content))
+    parts = tuple(read_part(part, f"{where}, part {i}", fetch) for i, part in enumerate(content))
     if role == "tool" and not all(isinstance(part, TextPart) for part in parts):
         raise ValueError(f"{where}: expected text as a tool's result, found a picture")
     return Message(role, parts, calls, call_id)
@@ -253,7 +258,7 @@ def _tool_call(call: Any, where: str) -> ToolCall:
     return ToolCall(json_value(where, function["name"]), text, name if isinstance(name, str) else "")
 
 
-def read_part(part: Any, where: str) -> TextPart | ImagePart:
+def read_part(part: Any, where: str, fetch: Fetch | None = None) -> TextPart | ImagePart:
     """A part of a message's content. ValueError, naming `where`, for what is none."""
     if not isinstance(part, Mapping):
         raise ValueError(f"{where}: expected a dict, found {type(part).__name__}")
@@ -272,7 +277,7 @@ def read_part(part: Any, where: str) -> TextPart | ImagePart:
         source = part[keys[0]]
         if keys[0] == "base64":
             return _image_part(_from_base64(source, where), part, where)
-        return _image_part(read_source(source, where), part, where)
+        return _image_part(read_source(source, where, fetch), part, where)
     if kind == "image_url":
         _require_known(part, ("type", "image_url", *_SIZES[:-1]), where)
         address, detail = part.get("image_url"), None
@@ -282,7 +287,7 @@ def read_part(part: Any, where: str) -> TextPart | ImagePart:
             address = address.get("url")
         if not isinstance(address, str):
             raise ValueError(f"{where}: expected image_url with a url, found {type(address).__name__}")
-        return _image_part(read_source(address, where), {**part, "detail": detail}, where)
+        return _image_part(read_source(address, where, fetch), {**part, "detail": detail}, where)
     raise ValueError(f"{where}: expected the type text, image or image_url, found {printable(kind)}")
 
 

@@ -146,5 +146,5 @@ def _start(options: dict[str, Any]) -> Conversation:
     settings = Settings(**{field.name: options[field.name] for field in fields(Settings)})
     conversation = Conversation(model, options["system"], settings)
     for picture in pictures:
-        attach(conversation, picture, "--max-pixels", tell=options["verbose"])
+        attach(conversation, picture, "--vision-tokens 0", tell=options["verbose"])
     return conversation

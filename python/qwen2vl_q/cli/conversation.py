@@ -15,7 +15,9 @@ from qwen2vl_q.cli.progress import StageBars
 from qwen2vl_q.cli.settings import Settings
 from qwen2vl_q.engine.stats import GenerationStats
 from qwen2vl_q.model import Qwen2VL
-from qwen2vl_q.vision.image_processor import ProcessedImage
+from qwen2vl_q.vision.image_processor import ProcessedImage, picture_size
+
+DEFAULT_TOKENS = 1280  # of a picture: what the model card suggests for speed
 
 
 class Conversation:
@@ -37,22 +39,21 @@ class Conversation:
         settings = replace(self.settings, **changes)
         settings.in_use(self._model)
         self.settings = settings
-        if changes.keys() & {"min_pixels", "max_pixels"}:
-            self._pending = [self._load(self._bounded(self._sources[old.key].image)) for old in self._pending]
+        if changes.keys() & {"min_pixels", "max_pixels", "vision_tokens"}:
+            self._fit([self._sources[old.key].image for old in self._pending])
 
     def settings_in_use(self) -> dict[str, Any]:
         return self.settings.in_use(self._model)
 
     # --- pictures ---
 
-    def attach(self, picture: str | bytes) -> int:
+    def attach(self, picture: str | bytes) -> tuple[int, int]:
         """Puts a picture (a path, or a file's bytes) before the next question; returns the tokens that it
-        takes."""
+        takes, and those of its full resolution."""
         # Absolute: a saved conversation is good from any folder.
         source = str(Path(picture).absolute()) if isinstance(picture, str) else picture
-        image = self._load(self._bounded(source))
-        self._pending.append(image)
-        return self._tokens(image)
+        self._fit([*(self._sources[old.key].image for old in self._pending), source])
+        return self._tokens(self._pending[-1]), self._model.image_processor.tokens(*picture_size(source))
 
     def pending_tokens(self) -> list[int]:
         """Of each picture that waits for the next question."""
@@ -63,8 +64,23 @@ class Conversation:
         processor = self._model.image_processor
         return tokens * (processor.patch_size * processor.merge_size) ** 2
 
-    def _bounded(self, source: Any) -> ImagePart:
-        return ImagePart(source, self.settings.min_pixels, self.settings.max_pixels)
+    def _fit(self, sources: list[Any]) -> None:
+        """Makes them the next question's pictures, as large as the settings let them be."""
+        budget, most, least = self.settings.vision_tokens, self.settings.max_pixels, self.settings.min_pixels
+        if budget:
+            self._pending = self._model.load_images(sources, budget)
+            for source, image in zip(sources, self._pending, strict=True):
+                self._sources[image.key] = self._part_of(source, image)
+            return
+        if self.settings.shrinks_by_default:
+            most = max(min(self.pixels(DEFAULT_TOKENS), self._model.image_processor.max_pixels), least or 0)
+        self._pending = [self._load(ImagePart(source, least, most)) for source in sources]
+
+    def _part_of(self, source: Any, image: ProcessedImage) -> ImagePart:
+        """What makes the same picture again."""
+        side = self._model.image_processor.patch_size
+        _, rows, columns = image.grid_thw
+        return ImagePart(source, resized=(rows * side, columns * side))
 
     def _load(self, part: ImagePart) -> ProcessedImage:
         image = self._model.load_image(

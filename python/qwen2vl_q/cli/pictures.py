@@ -36,8 +36,10 @@ picture_file = _PictureFile()
 
 
 def picture_path(name: str) -> str:
-    """The path of what may be a file:// address or begin with ~. OSError where no such file is, ValueError
-    for an address on the network."""
+    """The path of what may be a file:// address or begin with ~; an http(s) address stays. OSError where no
+    such file is."""
+    if is_address(name):
+        return name
     if _ADDRESS.match(name):
         from qwen2vl_q.chat.messages import read_source
 
@@ -53,6 +55,27 @@ def picture_from_stdin() -> bytes:
     if len(data) > _MAX_BYTES:
         raise ValueError(f"--image -: expected a picture of {_MAX_BYTES // 2**20} MiB at most")
     return data
+
+
+def is_address(name: str) -> bool:
+    """Of the network."""
+    return name[:8].lower().startswith(("http://", "https://"))
+
+
+def fetched(address: str) -> bytes:
+    """What a typed address names: a picture of at most 64 MiB, from a public host, within 20 seconds."""
+    from qwen2vl_q.cli.output import say
+    from qwen2vl_q.vision.fetch import Fetcher
+
+    say(f"fetching {address}", dim=True)
+    return Fetcher(frozenset({"*"})).fetch(address, "picture")
+
+
+def typed_picture(name: str) -> str | bytes:
+    """A path, or what stdin (-) or an address holds."""
+    if name == "-":
+        return picture_from_stdin()
+    return fetched(name) if is_address(name) else name
 
 
 def is_picture(path: str) -> bool:

@@ -39,7 +39,7 @@ def _obey(conversation: Conversation, commands: SlashCommands, line: str, show_s
     """Answers a question or does a command; False for the end."""
     pictures, question = ([], line) if line.startswith(" ") else split_dropped(line)
     for picture in pictures:
-        attach(conversation, picture, "/set max-pixels")
+        attach(conversation, picture, "/set vision-tokens 0")
     if not pictures and line.startswith("/"):
         return commands.run(line)
     if question.strip():

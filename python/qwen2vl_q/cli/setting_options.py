@@ -64,7 +64,13 @@ _DECORATORS = (
         "--max-pixels",
         type=COUNT,
         metavar="N",
-        help="Shrink pictures with more.  [default: the file's]",
+        help="Shrink pictures with more.  [default: 1,280 tokens' worth]",
+    ),
+    click.option(
+        "--vision-tokens",
+        type=COUNT_OR_NONE,
+        metavar="N",
+        help="Tokens of a question's pictures together; 0: full resolution.  [default: 1,280 each]",
     ),
 )
 

@@ -10,6 +10,7 @@ from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.vision.image_processor import ImageProcessor
 
 _BOUNDS = ("min_pixels", "max_pixels")
+_OF_PICTURES = (*_BOUNDS, "vision_tokens")
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,16 @@ class Settings:
     seed: int | None = None
     min_pixels: int | None = None  # of pictures
     max_pixels: int | None = None
+    vision_tokens: int | None = None  # of a question's pictures together; 0: as many as they take
+
+    @property
+    def shrinks_by_default(self) -> bool:
+        """Nothing has been said of how large pictures may be."""
+        return self.max_pixels is None and self.vision_tokens is None
 
     def for_chat(self) -> dict[str, Any]:
         """Keyword arguments of Qwen2VL.chat."""
-        return {name: value for name, value in asdict(self).items() if name not in _BOUNDS}
+        return {name: value for name, value in asdict(self).items() if name not in _OF_PICTURES}
 
     def in_use(self, model: Qwen2VL) -> dict[str, Any]:
         """Every setting with the model's own values filled in. ValueError for bounds out of order."""

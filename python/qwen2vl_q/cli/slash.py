@@ -65,7 +65,7 @@ class SlashCommands:
         # A name with spaces as it is; several, or quoted by a terminal that a file was dropped on.
         whole = typed_path(rest).exists()
         for name in [rest] if whole else split_words(rest):
-            attach(self._conversation, picture_path(name), "/set max-pixels")
+            attach(self._conversation, picture_path(name), "/set vision-tokens 0")
 
     def _system(self, rest: str) -> None:
         if rest:

@@ -7,11 +7,10 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from qwen2vl_q.cli.output import harmless, say
+from qwen2vl_q.cli.pictures import fetched, is_address
 
 if TYPE_CHECKING:
     from qwen2vl_q.cli.conversation import Conversation
-
-_MANY_TOKENS = 1500  # of a picture: tens of seconds with the 2B model on two cores
 
 
 def answer(conversation: Conversation, question: str, prefix: str = "") -> None:
@@ -36,9 +35,11 @@ def answer(conversation: Conversation, question: str, prefix: str = "") -> None:
 
 def attach(conversation: Conversation, picture: str | bytes, option: str, tell: bool = True) -> None:
     """Shows a picture with the next question and says how many tokens it takes; without `tell` only where
-    they are many. `option` makes them fewer."""
-    tokens = conversation.attach(picture)
-    advice = f"; {option} {conversation.pixels(_MANY_TOKENS)} makes them {_MANY_TOKENS:,} at most"
-    if tell or tokens > _MANY_TOKENS:
+    nobody has said how many, and its full resolution, which `option` gives, would take more."""
+    address = isinstance(picture, str) and is_address(picture)
+    tokens, most = conversation.attach(fetched(str(picture)) if address else picture)
+    shrunk = tokens < most and conversation.settings.shrinks_by_default
+    less = f" of {most:,} at full resolution ({option})" if shrunk else ""
+    if tell or less:
         name = picture if isinstance(picture, str) else "stdin"
-        say(f"{name}: {tokens:,} tokens{advice if tokens > _MANY_TOKENS else ''}")
+        say(f"{name}: {tokens:,} tokens{less}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from qwen2vl_q.base.arguments import integer
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
-from qwen2vl_q.chat.messages import LOW_DETAIL_PIXELS, ImagePart, Messages, normalize, read_source
+from qwen2vl_q.chat.messages import LOW_DETAIL_PIXELS, Fetch, ImagePart, Messages, normalize, read_source
 from qwen2vl_q.chat.tools import CallReader, Tools, as_text
 from qwen2vl_q.engine.answer import Answer
 from qwen2vl_q.engine.config import Qwen2VLConfig
@@ -28,7 +29,14 @@ from qwen2vl_q.engine.request import Constraint, Prepared, Request
 from qwen2vl_q.engine.sampling import Sampling
 from qwen2vl_q.engine.structured import Grammars, form_of
 from qwen2vl_q.text.text_stream import TextStream
-from qwen2vl_q.vision.image_processor import ImageInput, ProcessedImage
+from qwen2vl_q.vision.budget import shares
+from qwen2vl_q.vision.image_processor import (
+    ImageInput,
+    ImageProcessor,
+    ProcessedImage,
+    load_image,
+    picture_size,
+)
 
 MAX_ANSWERS = 128  # to one prompt
 _INT32_MAX = 2**31 - 1
@@ -37,7 +45,16 @@ _INT32_MAX = 2**31 - 1
 class Calls:
     """Of one model."""
 
-    def __init__(self, generation: Generation, config: Qwen2VLConfig, parts: ModelParts, n_ctx: int) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        config: Qwen2VLConfig,
+        parts: ModelParts,
+        n_ctx: int,
+        fetch: Fetch | None = None,
+    ) -> None:
+        """fetch: of pictures' addresses."""
+        self._fetch = fetch
         self._generation = generation
         self._config = config
         self._parts = parts
@@ -47,23 +64,56 @@ class Calls:
 
     def load_image(self, part: ImagePart, max_tokens: int) -> ProcessedImage:
         """ValueError for one that takes more tokens."""
-        if self._config.vision_config is None:
-            raise UnsupportedError("this model file has no vision tower; give the tower's file as mmproj")
-        processor = self._parts.processor
-        most = part.max_pixels
-        if most is None and part.detail == "low":
-            most = max(LOW_DETAIL_PIXELS, part.min_pixels or processor.min_pixels)
-        processor = processor.bounded(part.min_pixels, most)
-        return processor.process(read_source(part.image), max_tokens, part.resized)
+        processor = self._processor(part)
+        return processor.process(read_source(part.image, fetch=self._fetch), max_tokens, part.resized)
 
-    def load_images(self, parts: Iterable[ImagePart]) -> list[ProcessedImage]:
-        """Of one prompt. ValueError at the first that the context has no room for."""
+    def load_images(
+        self, parts: Iterable[ImagePart], vision_tokens: int | None = None
+    ) -> list[ProcessedImage]:
+        """Of one prompt; vision_tokens: of all together, at most. ValueError at the first that the context
+        has no room for."""
+        if vision_tokens is not None:
+            parts = self._fitted(list(parts), integer("vision_tokens", vision_tokens, 1, _INT32_MAX))
         images: list[ProcessedImage] = []
         room = self._n_ctx
         for part in parts:
             images.append(self.load_image(part, room))
             room = max(0, room - self._generation.token_count(images[-1]))
         return images
+
+    def _processor(self, part: ImagePart) -> ImageProcessor:
+        """With the part's bounds."""
+        if self._config.vision_config is None:
+            raise UnsupportedError("this model file has no vision tower; give the tower's file as mmproj")
+        processor = self._parts.processor
+        most = part.max_pixels
+        if most is None and part.detail == "low":
+            most = max(LOW_DETAIL_PIXELS, part.min_pixels or processor.min_pixels)
+        return processor.bounded(part.min_pixels, most)
+
+    def _fitted(self, parts: list[ImagePart], budget: int) -> list[ImagePart]:
+        """With bounds under which they take no more than the budget; processed pictures stay as they are."""
+        found, wanted = [], []
+        for part in parts:
+            image = read_source(part.image, fetch=self._fetch)
+            if isinstance(image, ProcessedImage):
+                budget -= self._generation.token_count(image)
+            else:
+                if hasattr(image, "read"):  # once
+                    image = load_image(image)
+                height, width = part.resized or picture_size(image)[::-1]
+                wanted.append(self._processor(part).tokens(width, height))
+            found.append(replace(part, image=image))
+        given = iter(shares(wanted, budget))
+        return [
+            part if isinstance(part.image, ProcessedImage) else self._bounded(part, next(given))
+            for part in found
+        ]
+
+    def _bounded(self, part: ImagePart, tokens: int) -> ImagePart:
+        processor = self._processor(part)
+        most = min(processor.max_pixels, tokens * (processor.patch_size * processor.merge_size) ** 2)
+        return replace(part, min_pixels=min(processor.min_pixels, most), max_pixels=most, detail=None)
 
     # --- prompts ---
 
@@ -76,16 +126,17 @@ class Calls:
         add_vision_id: bool = False,
         variables: Mapping[str, Any] | None = None,
         tools: Tools | None = None,
+        vision_tokens: int | None = None,
     ) -> tuple[list[int], list[ProcessedImage]]:
         """The tokens of a conversation's prompt, pad tokens expanded, and its images."""
-        conversation = normalize(messages)
+        conversation = normalize(messages, self._fetch)
         template, tokenizer = self._parts.template, self._parts.tokenizer
         if not template.takes_tools:
             conversation = as_text(conversation, tools)
         elif tools is not None:
             variables = {**(variables or {}), "tools": tools.definitions}
         tokenizer.require_room((text for m in conversation for text in m.texts), self._n_ctx)
-        images = self.load_images(part for message in conversation for part in message.images)
+        images = self.load_images((p for message in conversation for p in message.images), vision_tokens)
         pieces = template.render(
             [message.for_template() for message in conversation],
             add_vision_id=add_vision_id,
@@ -137,7 +188,11 @@ class Calls:
         answers = []
         for messages in conversations:
             token_ids, images = self.encode_chat(
-                messages, options.get("add_vision_id", False), options.get("chat_template_kwargs"), tools
+                messages,
+                options.get("add_vision_id", False),
+                options.get("chat_template_kwargs"),
+                tools,
+                options.get("vision_tokens"),
             )
             prepared = self._generation.prepare(token_ids, images)
             for i in range(n):

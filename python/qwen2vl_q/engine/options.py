@@ -66,6 +66,7 @@ class ChatOptions(AnswerOptions, total=False):
 
     tools: Sequence[Mapping[str, Any]] | None  # OpenAI's: [{"type": "function", "function": {...}}]
     tool_choice: str | Mapping[str, Any] | None  # "none", "auto", "required", {"type": "function", ...}
+    vision_tokens: int | None  # of all pictures of the prompt together, at most: larger ones are shrunk alike
     add_vision_id: bool  # numbers the pictures ("Picture 1: ")
     chat_template_kwargs: Mapping[str, Any] | None  # further variables of the file's own template
 

@@ -33,7 +33,13 @@ MAX_BOUND = 2**24 * 14 * 14  # of what max_pixels may say: as many patches
 MAX_DECODED_PIXELS = 2**27
 MAX_STREAM_BYTES = 2**29  # of a stream that cannot seek, which is read whole
 # Formats with maintained decoders; the rest of Pillow's list is attack surface for files from the net.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+try:
+    from PIL import AvifImagePlugin  # since Pillow 11.3, where it was built with libavif
+except ImportError:
+    pass
+else:
+    FORMATS += ("AVIF",) if AvifImagePlugin.SUPPORTED else ()
 
 _ORIENTATION_TAG = 0x0112  # EXIF; 1 is upright
 
@@ -48,7 +54,8 @@ class ProcessedImage:
 
 
 EncodedImage: TypeAlias = "str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
-ImageInput: TypeAlias = "EncodedImage | Image.Image | NDArray[np.uint8] | ProcessedImage"
+Picture: TypeAlias = "EncodedImage | Image.Image | NDArray[np.uint8]"
+ImageInput: TypeAlias = "Picture | ProcessedImage"
 
 
 def smart_resize(
@@ -89,9 +96,9 @@ def require_image(image: Any) -> None:
         )
 
 
-def load_image(image: EncodedImage | Image.Image | NDArray[np.uint8]) -> Image.Image:
-    """An upright RGB picture from a path, an encoded file's bytes, a binary file, a Pillow image, or uint8
-    [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (with alpha).
+def load_image(image: Picture) -> Image.Image:
+    """An upright RGB picture from a path, an encoded file's bytes, a binary file, a Pillow image, or an array
+    of uint8, or of floats from 0 to 1, [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (with alpha).
 
     EXIF orientation is applied and transparency composited on white; of an animation, the first frame counts.
     16 bits of grey are scaled to 8, where transformers cuts them off at 255; other pixels of more than 8 bits
@@ -204,6 +211,12 @@ class ImageProcessor:
             pixels, (1, height // self.patch_size, width // self.patch_size), digest.digest()
         )
 
+    def tokens(self, width: int, height: int) -> int:
+        """That a picture of this size takes. Errors of `smart_resize`."""
+        factor = self.patch_size * self.merge_size
+        rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        return rows * columns // factor**2
+
     def levels(self) -> NDArray[np.float32]:
         """float32 [3, 256]: what a byte of each channel becomes.
 
@@ -246,6 +259,19 @@ def encoded_size(data: bytes, name: str) -> tuple[int, int]:
     return picture.width, picture.height
 
 
+def picture_size(image: Picture) -> tuple[int, int]:
+    """(width, height), nothing being decoded, of what is no file object. Errors of `load_image`."""
+    if isinstance(image, Image.Image):
+        return image.size
+    if isinstance(image, np.ndarray):
+        return _from_array(image[:1, :1]).size if image.ndim < 2 else (image.shape[1], image.shape[0])
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return encoded_size(bytes(image), f"the image ({memoryview(image).nbytes} bytes)")
+    assert isinstance(image, (str, PathLike))
+    with Path(image).open("rb") as file:
+        return _opened(file, printable(fspath(image), 1000)).size
+
+
 def _decode(file: IO[bytes], name: str) -> Image.Image:
     return _to_rgb(_opened(file, name), name)
 
@@ -258,9 +284,30 @@ def _opened(file: IO[bytes], name: str) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise UnsupportedError(f"{name}: {printable(str(error))}") from None
         except UnidentifiedImageError:
+            if _is_heif(file):
+                return _heif(file, name)
             raise FormatError(f"{name}: not an image (expected {', '.join(FORMATS)})") from None
         except Exception as error:
             raise _damaged(name, error) from error
+
+
+def _is_heif(file: IO[bytes]) -> bool:
+    """By the brand in its first box (ISO/IEC 23008-12)."""
+    file.seek(0)
+    head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in (b"heic", b"heix", b"heim", b"mif1", b"msf1", b"avif")
+
+
+def _heif(file: IO[bytes], name: str) -> Image.Image:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise UnsupportedError(
+            f"{name}: HEIC and AVIF pictures need another package: pip install 'qwen2vl-q[heif]'"
+        ) from None
+    pillow_heif.register_heif_opener()
+    file.seek(0)
+    return Image.open(file, formats=("HEIF",))
 
 
 def _seekable(file: IO[bytes]) -> IO[bytes]:
@@ -278,11 +325,17 @@ def _seekable(file: IO[bytes]) -> IO[bytes]:
 def _from_array(array: NDArray[Any]) -> Image.Image:
     pixels = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or not pixels.size:
+    is_float = np.issubdtype(pixels.dtype, np.floating)
+    known = pixels.dtype == np.uint8 or is_float
+    if not known or pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or not pixels.size:
         raise ValueError(
-            "an image array must be uint8 [height, width] with 1, 3 or 4 channels, "
+            "an image array must be uint8, or floats from 0 to 1, [height, width] with 1, 3 or 4 channels, "
             f"found {array.dtype} {list(array.shape)}"
         )
+    if is_float:
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # also nan
+            raise ValueError("an image array of floats must have values from 0 to 1")
+        pixels = np.rint(pixels * 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
