@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from qwen2vl_q.base.errors import FormatError as FormatError
     from qwen2vl_q.base.errors import Qwen2VLError as Qwen2VLError
     from qwen2vl_q.base.errors import UnsupportedError as UnsupportedError
+    from qwen2vl_q.chat.grounding import Region as Region
+    from qwen2vl_q.chat.grounding import parse_grounding as parse_grounding
     from qwen2vl_q.engine.config import Qwen2VLConfig as Qwen2VLConfig
     from qwen2vl_q.model import Qwen2VL as Qwen2VL
 
@@ -26,7 +28,9 @@ _HOME = {
     "Qwen2VL": "model",
     "Qwen2VLConfig": "engine.config",
     "Qwen2VLError": "base.errors",
+    "Region": "chat.grounding",
     "UnsupportedError": "base.errors",
+    "parse_grounding": "chat.grounding",
 }
 __all__ = [
     "DEMO_MODEL",
@@ -36,8 +40,10 @@ __all__ = [
     "Qwen2VL",
     "Qwen2VLConfig",
     "Qwen2VLError",
+    "Region",
     "UnsupportedError",
     "__version__",
+    "parse_grounding",
 ]
 
 

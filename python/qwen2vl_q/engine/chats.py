@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from qwen2vl_q.chat.grounding import Region, parse_grounding
 from qwen2vl_q.chat.messages import Messages
 from qwen2vl_q.engine.answer import Answer, complete, complete_async, texts, texts_async
 from qwen2vl_q.engine.calls import Calls
 from qwen2vl_q.engine.generation import TokenIds
 from qwen2vl_q.engine.options import ChatOptions, CompleteOptions
-from qwen2vl_q.vision.image_processor import ImageInput
+from qwen2vl_q.vision.image_processor import ImageInput, Picture, load_image
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+GROUND = "Give the box of {}."
 
 
 class Chats:
@@ -142,6 +145,22 @@ class Chats:
         if several:
             return _whole_texts(answers)
         return texts_async(answers[0]) if stream else _whole_text(answers[0])
+
+    def ground(
+        self, image: Picture, phrase: str, *, question: str = GROUND, **options: Unpack[ChatOptions]
+    ) -> list[Region]:
+        """Where a thing is in a picture: boxes and points in the pixels of the picture as it stands upright,
+        none where the model names none.
+
+        question: what is asked, with {} for the phrase. Greedy, where the options say nothing; they and
+        errors are `chat`'s.
+        """
+        picture = load_image(image)
+        asked: ChatOptions = {"temperature": 0, **options}
+        text = question.replace("{}", phrase)
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        answer = self.chat([{"role": "user", "content": content}], stream=False, **asked)
+        return parse_grounding(answer, picture.size)
 
     @overload
     def complete(
