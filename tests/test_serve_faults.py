@@ -180,8 +180,10 @@ def test_malformed_bodies_are_the_client_s_fault() -> None:
 
 
 @pytest.mark.parametrize("length", ["short", pytest.param("long", marks=pytest.mark.soak)])
-def test_a_crowd(length: str) -> None:
+def test_a_crowd(length: str, request: pytest.FixtureRequest) -> None:
     """Every answer is the one given alone; nothing is lost, and memory stays."""
+    if length == "long" and "soak" not in request.config.option.markexpr:
+        pytest.skip("half an hour: asked for with -m soak")
     over, begin = Event(), time.monotonic()
     seconds = float(os.environ.get("QWEN2VL_CROWD_SECONDS", SECONDS[length]))
     with serving(limits=Limits(answers=ANSWERS, queued=20, output_tokens=512)) as served:
