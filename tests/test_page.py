@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from demo import cases
 from serving import WHAT, Serving, card, png, serving
@@ -18,7 +19,13 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 
+FAKE_CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 Page = Any
+ANSWER_WITH_BOXES = (
+    "<|object_ref_start|>a<|object_ref_end|><|box_start|>(10,20),(40,60)<|box_end|>"
+    "<|box_start|>(500, 500),(600, 600)<|box_end|> and <|object_ref_start|>b<|object_ref_end|>; "
+    "<|object_ref_start|>c<|object_ref_end|><|box_start|>(750,760),(700,700)<|box_end|>.<|box_start|>(1,2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,7 @@ def served() -> Iterator[Serving]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *FAKE_CAMERA])
         yield found
         found.close()
 
@@ -261,3 +268,147 @@ def test_nothing_comes_from_elsewhere(served: Serving) -> None:
         addresses = set(re.findall(r"https?://[a-z][^\s\"'`)]*\.[a-z]+", text))
         assert addresses <= {"http://www.w3.org"}, file
         assert "innerHTML" not in text
+
+
+def test_what_is_announced_has_no_markers(page: Page) -> None:
+    drop_in(page, png(card(0)[0]))
+    told(page, ANSWER_WITH_BOXES)
+    ask(page, "x")
+    sync_api.expect(page.locator("#status")).to_have_text("Answer: a and b; c.")
+
+
+def test_every_box_of_an_answer_is_drawn(page: Page) -> None:
+    """Two under one label, one without, one with its corners the other way round; the last is not whole."""
+    drop_in(page, png(card(0)[0]))
+    told(page, ANSWER_WITH_BOXES)
+    ask(page, "x")
+    rects = page.locator(".question figure rect:nth-of-type(even)")
+    found = rects.evaluate_all(
+        "nodes => nodes.map(n => ['x', 'y', 'width', 'height'].map(name => n.getAttribute(name)).join())"
+    )
+    assert found == ["10,20,30,40", "500,500,100,100", "700,700,50,60"]
+    sync_api.expect(page.locator(".question figcaption")).to_have_text(["a", "a", "c"])
+    sync_api.expect(last_answer(page)).to_have_text("a and b; c.")
+
+
+@pytest.mark.parametrize("size", [(40, 900), (900, 40), (30, 30)])
+def test_a_picture_keeps_its_shape(page: Page, size: tuple[int, int]) -> None:
+    """And boxes, which are over the figure, are over the picture."""
+    drop_in(page, png(Image.new("RGB", size, "grey")))
+    told(page, "x")
+    ask(page, "x")
+    image, figure = page.evaluate(
+        """['.question img', '.question figure'].map((selector) => {
+            const {width, height} = document.querySelector(selector).getBoundingClientRect();
+            return [width, height];
+        })"""
+    )
+    assert image == pytest.approx(figure, abs=0.5)
+    assert image[0] / image[1] == pytest.approx(size[0] / size[1], rel=0.1)
+
+
+def test_what_is_no_picture_is_said(page: Page) -> None:
+    page.set_input_files("#files", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"x"})
+    sync_api.expect(page.locator("#pictures .wrong")).to_have_text("a.txt is not a picture.")
+    drop_in(page, png(card(0)[0]))
+    sync_api.expect(page.locator("#pictures .wrong")).to_have_count(0)
+
+
+def test_pictures_are_dropped(page: Page) -> None:
+    page.evaluate(
+        """(bytes) => {
+            const data = new DataTransfer();
+            for (const name of ["a.png", "b.png"])
+                data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
+            document.querySelector("#log").dispatchEvent(
+                new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+        }""",
+        list(png(card(0)[0])),
+    )
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(2)
+
+
+def test_the_camera(page: Page) -> None:
+    page.click("#take")
+    page.click("#shoot")
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
+    assert page.evaluate("document.querySelector('video').srcObject") is None
+
+
+def test_without_a_camera_the_device_is_asked(page: Page) -> None:
+    """Browsers give pages without TLS no camera; a phone's own may still take a picture."""
+    page.evaluate("Object.defineProperty(navigator, 'mediaDevices', {value: undefined})")
+    with page.expect_file_chooser() as chooser:
+        page.click("#take")
+    assert chooser.value.element.get_attribute("capture") == "environment"
+    chooser.value.set_files({"name": "a.png", "mimeType": "image/png", "buffer": png(card(0)[0])})
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
+
+
+@pytest.mark.parametrize(
+    "part", [b"data: {", b'data: {"choices": [{"index": 0, "delta": {"content": "so"}}]}\n\n']
+)
+def test_an_answer_that_breaks_off_is_an_error(page: Page, part: bytes) -> None:
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=part),
+    )
+    ask(page, "x")
+    sync_api.expect(page.locator(".answer .wrong")).to_have_text("The answer broke off.")
+
+
+def test_a_deep_answer_is_shown(page: Page) -> None:
+    told(page, ">" * 20_000 + "\n\nend")
+    ask(page, "x")
+    sync_api.expect(last_answer(page)).to_contain_text("end")
+
+
+def begin_endless(page: Page) -> None:
+    """An answer of which a part has come, and nothing more will."""
+    page.evaluate(
+        """() => {
+            const real = window.fetch;
+            window.fetch = async (path, options) => {
+                if (!path.includes("completions")) return real(path, options);
+                const chunk = {choices: [{index: 0, delta: {content: "A part"}}]};
+                return new Response(new ReadableStream({start(stream) {
+                    stream.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(chunk)}\\n\\n`));
+                    options.signal.onabort = () => stream.error(options.signal.reason);
+                }}));
+            };
+        }"""
+    )
+    page.fill("#question", "Go on.")
+    page.click("#send")
+    sync_api.expect(last_answer(page)).to_have_text(re.compile("A part"))
+
+
+def test_leaving_a_conversation_stops_and_keeps_its_answer(page: Page) -> None:
+    begin_endless(page)
+    page.click("#new")
+    page.click("#open-talks")
+    entries = page.locator("#talks li button:first-child")
+    sync_api.expect(entries).to_have_text(["Go on."])
+    entries.first.click()
+    sync_api.expect(page.locator(".facts")).to_contain_text("stopped")
+    sync_api.expect(last_answer(page)).to_have_text("A part")
+
+
+def test_a_deleted_conversation_does_not_come_back(page: Page) -> None:
+    page.click("#open-talks")
+    begin_endless(page)
+    page.get_by_label("Delete Go on.").click()
+    sync_api.expect(page.locator(".welcome")).to_be_visible()
+    page.reload()
+    sync_api.expect(page.locator("#model")).to_have_text("demo")
+    page.click("#open-talks")
+    sync_api.expect(page.locator("#talks li")).to_have_count(0)
+
+
+def test_a_question_outlives_its_page(page: Page) -> None:
+    begin_endless(page)
+    page.reload()
+    sync_api.expect(page.locator(".question p")).to_have_text("Go on.")
+    settings(page, max_tokens="2")
+    page.click(".again:visible")
+    sync_api.expect(page.locator(".facts")).to_contain_text("first token")

@@ -1,7 +1,9 @@
 // Boxes that the model writes, in thousandths of the picture's sides.
 
-const REGION =
-  /(?:<\|object_ref_start\|>([\s\S]*?)<\|object_ref_end\|>)?((?:<\|box_start\|>(?:\(\d+,\d+\),?)+<\|box_end\|>)+)/g;
+const BOX = String.raw`<\|box_start\|>(?:\(\s*\d+\s*,\s*\d+\s*\)[\s,]*)+<\|box_end\|>`;
+const LABEL = String.raw`<\|object_ref_start\|>((?:(?!<\|object_ref_)[\s\S])*)<\|object_ref_end\|>\s*`;
+const REGION = new RegExp(`(?:${LABEL})?((?:${BOX})+)`, "g");
+const UNFINISHED = /<\|box_start\|>[\d\s(),]*$/;
 const MARK = /<\|(?:object_ref|box|quad)_(?:start|end)\|>/g;
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -9,13 +11,13 @@ const SVG = "http://www.w3.org/2000/svg";
 export function grounding(answer) {
   const regions = [];
   const text = answer.replace(REGION, (_, label, boxes) => {
-    for (const box of boxes.matchAll(/<\|box_start\|>([\s\S]*?)<\|box_end\|>/g)) {
-      const points = [...box[1].matchAll(/\((\d+),(\d+)\)/g)].map(([, x, y]) => [clamp(x), clamp(y)]);
+    for (const box of boxes.matchAll(new RegExp(BOX, "g"))) {
+      const points = [...box[0].matchAll(/\(\s*(\d+)\s*,\s*(\d+)\s*\)/g)].map(([, x, y]) => [clamp(x), clamp(y)]);
       if (points.length <= 2) regions.push({ label: (label ?? "").trim(), points });
     }
     return label ?? boxes.replace(MARK, "");
   });
-  return { text: text.replace(MARK, ""), regions };
+  return { text: text.replace(UNFINISHED, "").replace(MARK, ""), regions };
 }
 
 const clamp = (digits) => Math.min(1000, Number(digits));

@@ -1,6 +1,7 @@
 // The page: a conversation, those before it, and what is typed.
 
-import { photograph, picture } from "./pictures.js";
+import { grounding } from "./boxes.js";
+import { hasCamera, photograph, picture } from "./pictures.js";
 import { ServerError, complete, modelName } from "./server.js";
 import * as store from "./store.js";
 import * as view from "./view.js";
@@ -32,17 +33,18 @@ function body() {
 }
 
 async function ask() {
+  const mine = talk;
   const message = { role: "assistant", text: "", coming: true };
   const asked = body();
   talk.messages.push(message);
   const node = append(message);
-  running = new AbortController();
+  const stopping = (running = new AbortController());
   show();
   const start = performance.now();
   try {
     model ?? (await connect());
     asked.model = model;
-    for await (const chunk of complete(asked, at("key").value, running.signal)) {
+    for await (const chunk of complete(asked, at("key").value, stopping.signal)) {
       const choice = chunk.choices[0];
       if (choice?.delta.content) {
         message.firstToken ??= (performance.now() - start) / 1000;
@@ -57,14 +59,15 @@ async function ask() {
     else message.error = told(error);
   }
   delete message.coming;
-  running = null;
+  if (running === stopping) running = null;
   follow(() => view.update(node, message));
-  at("status").textContent = message.error ?? `Answer: ${message.text}`;
+  if (talk === mine) at("status").textContent = message.error ?? `Answer: ${grounding(message.text).text}`;
   show();
-  await keep();
+  await keep(mine);
 }
 
 function told(error) {
+  if (error.status === 404) model = null; // another may be served by now
   if (!(error instanceof ServerError)) return `The page has failed: ${error.message}`;
   if (error.status !== 401) return error.message;
   toggle("settings", true);
@@ -89,6 +92,7 @@ async function submit() {
   pictures = [];
   at("question").value = "";
   showPictures();
+  keep(talk);
   await ask();
 }
 
@@ -162,10 +166,13 @@ function toggle(id, open = at(id).hidden) {
 
 // --- conversations ---
 
-async function keep() {
-  talk.time = Date.now();
+const removed = new Set(); // ids: what still comes of these is not kept
+
+async function keep(kept) {
+  if (removed.has(kept.id)) return;
+  kept.time = Date.now();
   try {
-    await store.save(structuredClone(talk));
+    await store.save(structuredClone(kept));
   } catch {
     at("status").textContent = "This browser keeps no more conversations.";
   }
@@ -183,15 +190,16 @@ function entry(found) {
   open.className = "quiet";
   open.textContent = found.title;
   open.setAttribute("aria-current", String(found.id === talk.id));
-  open.onclick = () => change(found);
+  open.onclick = async () => (found.id === talk.id ? closeOnPhone() : change((await store.get(found.id)) ?? found));
   const rename = small("Rename", found, async () => {
     const title = prompt("Name of the conversation", found.title)?.trim();
     if (!title) return;
-    await store.save({ ...found, title });
+    await store.save({ ...(await store.get(found.id)), title });
     if (found.id === talk.id) talk.title = title;
     await list();
   });
   const drop = small("Delete", found, async () => {
+    removed.add(found.id);
     await store.remove(found.id);
     if (found.id === talk.id) change(store.newTalk());
     await list();
@@ -212,29 +220,37 @@ function small(word, found, act) {
 
 function change(next) {
   running?.abort();
+  running = null;
   talk = next;
+  if (talk.messages.at(-1)?.role === "user") talk.messages.push({ role: "assistant", text: "", finish: "stopped" });
   localStorage.setItem("talk", talk.id);
   render();
   list();
+  closeOnPhone();
+}
+
+function closeOnPhone() {
   if (matchMedia("(max-width: 44rem)").matches) toggle("talks", false);
 }
 
 // --- pictures ---
 
 async function add(files) {
+  const wrong = [];
   for (const file of files) {
     try {
       pictures.push(await picture(file));
     } catch (error) {
-      at("status").textContent = error.message;
-      alertOnce(error.message);
+      wrong.push(error.message);
     }
   }
   showPictures();
+  wrong.forEach(complain);
   at("question").focus();
 }
 
-function alertOnce(text) {
+function complain(text) {
+  at("status").textContent = text;
   const node = document.createElement("p");
   node.className = "wrong";
   node.textContent = text;
@@ -276,14 +292,16 @@ at("new").onclick = () => change(store.newTalk());
 at("open-talks").onclick = () => toggle("talks");
 at("open-settings").onclick = () => toggle("settings");
 at("choose").onclick = () => at("files").click();
-at("files").onchange = async () => (await add([...at("files").files]), (at("files").value = ""));
+for (const id of ["files", "capture"])
+  at(id).onchange = async () => (await add([...at(id).files]), (at(id).value = ""));
 at("take").onclick = async () => {
+  if (!hasCamera()) return at("capture").click();
   try {
     const shot = await photograph(at("camera"));
     if (shot) pictures.push(shot);
     showPictures();
   } catch (error) {
-    alertOnce(error.message);
+    complain(error.message);
   }
 };
 document.addEventListener("paste", (event) => {
@@ -292,6 +310,7 @@ document.addEventListener("paste", (event) => {
 });
 for (const name of ["dragover", "dragleave", "drop"])
   document.addEventListener(name, (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
     at("ask").classList.toggle("over", name === "dragover");
     if (name === "drop") add([...event.dataTransfer.files]);

@@ -1,13 +1,14 @@
 // Markdown as DOM nodes: what a model writes never becomes HTML.
 
-const INLINE = /(`+)([\s\S]+?)\1|\*\*([\s\S]+?)\*\*|(?<![\w*])\*([^*\s][^*]*?)\*(?!\w)|\[([^\]]+)\]\(([^)\s]+)\)/;
+const INLINE = /(`+)([\s\S]+?)\1|\*\*([\s\S]+?)\*\*|(?<![\w*])\*([^*\s][^*]*?)\*(?!\w)|\[([^[\]]+)\]\(([^)\s]+)\)/;
+const DEEPEST = 16; // quotes inside quotes; more stay text
 
-/** Nodes of a text. */
-export function markdown(text) {
+/** Nodes of a text; depth: of the quotes it stands in. */
+export function markdown(text, depth = 0) {
   const lines = text.split("\n");
   const found = document.createDocumentFragment();
   for (let i = 0; i < lines.length; ) {
-    const [node, next] = block(lines, i);
+    const [node, next] = block(lines, i, depth);
     if (node) found.append(node);
     i = next;
   }
@@ -15,14 +16,14 @@ export function markdown(text) {
 }
 
 /** The block that begins at line i, and the line behind it. */
-function block(lines, i) {
+function block(lines, i, depth) {
   const line = lines[i];
   if (!line.trim()) return [null, i + 1];
   if (/^\s*```/.test(line)) return fenced(lines, i);
   const heading = /^#{1,6}\s+(.*)$/.exec(line);
   if (heading) return [element("h3", heading[1]), i + 1];
   if (/^\s*([-*_])(\s*\1){2,}\s*$/.test(line)) return [document.createElement("hr"), i + 1];
-  if (/^>/.test(line)) return quoted(lines, i);
+  if (/^>/.test(line) && depth < DEEPEST) return quoted(lines, i, depth);
   if (item(line)) return list(lines, i);
   if (line.includes("|") && /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/.test(lines[i + 1] ?? "")) return table(lines, i);
   let end = i + 1;
@@ -40,11 +41,11 @@ function fenced(lines, i) {
   return [pre, end + 1];
 }
 
-function quoted(lines, i) {
+function quoted(lines, i, depth) {
   let end = i;
   while (end < lines.length && /^>/.test(lines[end])) end++;
   const quote = document.createElement("blockquote");
-  quote.append(markdown(lines.slice(i, end).map((line) => line.replace(/^>\s?/, "")).join("\n")));
+  quote.append(markdown(lines.slice(i, end).map((line) => line.replace(/^>\s?/, "")).join("\n"), depth + 1));
   return [quote, end];
 }
 

@@ -36,6 +36,9 @@ function dataUri(file) {
   });
 }
 
+/** Whether pages get a camera here: over http, from this machine's own server alone. */
+export const hasCamera = () => Boolean(navigator.mediaDevices?.getUserMedia);
+
 /** A picture of the camera, or null. Throws an Error with a message for people. */
 export async function photograph(dialog) {
   let stream;
@@ -45,11 +48,14 @@ export async function photograph(dialog) {
     throw new Error("There is no camera that this page may use.");
   }
   const video = dialog.querySelector("video");
+  const shoot = dialog.querySelector("#shoot");
+  shoot.disabled = true;
+  video.onloadeddata = () => (shoot.disabled = false);
   video.srcObject = stream;
   dialog.showModal();
   try {
     return await new Promise((resolve) => {
-      dialog.querySelector("#shoot").onclick = () => resolve(drawn(video, video.videoWidth, video.videoHeight));
+      shoot.onclick = () => resolve(drawn(video, video.videoWidth, video.videoHeight));
       dialog.querySelector("#no-shot").onclick = () => resolve(null);
       dialog.oncancel = () => resolve(null);
     });

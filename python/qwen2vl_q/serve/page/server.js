@@ -29,6 +29,11 @@ export async function modelName(key) {
   return (await answer.json()).data[0].id;
 }
 
+function brokenOff(error) {
+  if (error?.name === "AbortError") throw error;
+  throw new ServerError(0, "The answer broke off.");
+}
+
 /** Yields the chunks of a streamed answer. */
 export async function* complete(body, key, signal) {
   const answer = await request("v1/chat/completions", {
@@ -40,8 +45,8 @@ export async function* complete(body, key, signal) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
+    const { value, done } = await reader.read().catch(brokenOff);
+    if (done) brokenOff();
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {

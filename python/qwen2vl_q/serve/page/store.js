@@ -23,6 +23,7 @@ async function run(mode, act) {
 }
 
 export const save = (talk) => run("readwrite", (store) => store.put(talk));
+export const get = (id) => run("readonly", (store) => store.get(id));
 export const remove = (id) => run("readwrite", (store) => store.delete(id));
 /** All, the latest first. */
 export const all = async () => (await run("readonly", (store) => store.getAll())).sort((a, b) => b.time - a.time);

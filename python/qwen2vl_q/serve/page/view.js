@@ -3,6 +3,8 @@
 import { draw, grounding } from "./boxes.js";
 import { markdown } from "./markdown.js";
 
+const SMALL = 320; // pixels of the longer side; smaller pictures are enlarged to it
+
 export function figure(uri, name) {
   const node = document.createElement("figure");
   const img = document.createElement("img");
@@ -20,12 +22,18 @@ export function question(message) {
     const shown = document.createElement("div");
     shown.className = "shown";
     shown.append(...message.pictures.map((uri, i) => figure(uri, `Picture ${i + 1}`)));
+    shown.querySelectorAll("img").forEach((img) => (img.onload = () => enlarge(img)));
     node.append(shown);
   }
   const text = document.createElement("p");
   text.textContent = message.text;
   node.append(text);
   return node;
+}
+
+function enlarge(img) {
+  const longer = Math.max(img.naturalWidth, img.naturalHeight);
+  if (longer < SMALL) img.style.width = `${(img.naturalWidth * SMALL) / longer}px`;
 }
 
 /** An answer's node; retry: called by its button. */
