@@ -305,6 +305,21 @@ class Qwen2VL(Chats):
         what small ones leave goes to the others."""
         return self._calls.load_images(map(ImagePart, images), vision_tokens)
 
+    def load_pages(
+        self,
+        document: str | os.PathLike[str] | bytes,
+        pages: str | None = None,
+        vision_tokens: int | None = None,
+    ) -> list[ProcessedImage]:
+        """Pages of a PDF (extra: pdf) or a TIFF, for any number of calls that take images.
+
+        pages: "3", "3-5", "1,4-", None for all; 64 at most. vision_tokens: that they may take together.
+        Errors of `vision.documents.load_pages`.
+        """
+        from qwen2vl_q.vision.documents import load_pages
+
+        return self.load_images([page for _, page in load_pages(document, pages)], vision_tokens)
+
     def encode_image(self, image: ImageInput, progress: Progress | None = None) -> NDArray[np.float32]:
         """The vision tower's output, float32 [n_tokens, hidden_size]: a row for merge**2 patches of the grid.
 

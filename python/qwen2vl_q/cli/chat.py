@@ -12,9 +12,9 @@ from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.model_file import model_file, tower_file, tower_of
 from qwen2vl_q.cli.options import COUNT, lora_option
 from qwen2vl_q.cli.output import say
-from qwen2vl_q.cli.pictures import picture_file, picture_from_stdin
+from qwen2vl_q.cli.pictures import picture_file, typed_pictures
 from qwen2vl_q.cli.setting_options import setting_options
-from qwen2vl_q.cli.turn import answer, attach
+from qwen2vl_q.cli.turn import answer, show
 
 if TYPE_CHECKING:
     from qwen2vl_q.cli.conversation import Conversation
@@ -47,7 +47,7 @@ _DEMO_NOTE = (
     type=picture_file,
     multiple=True,
     metavar="FILE",
-    help="A picture; - reads it from stdin. May be repeated.",
+    help="A picture, an http(s) address, pages of a document (doc.pdf#3-5); - reads stdin. May be repeated.",
 )
 @click.option("-p", "--prompt", help="Ask this, print the answer and exit; - reads it from stdin.")
 @click.option("--system", help="The system prompt.  [default: the template's]")
@@ -80,6 +80,7 @@ def chat(**options: Any) -> None:
       qwen2vl-q chat -m Qwen2-VL-2B-Instruct-Q4_K_M.gguf --mmproj mmproj-Qwen2-VL-2B-Instruct-f16.gguf
       qwen2vl-q chat -m Qwen/Qwen2-VL-2B-Instruct --image photo.jpg       # fetched from the hub, once
       qwen2vl-q chat -m m.gguf --image page1.png --image page2.png --stats
+      qwen2vl-q chat -m m.gguf --image report.pdf#3-5 -p "What changed?"  # pages of a PDF or a TIFF
       qwen2vl-q chat -m m.gguf --lora ./adapter --lora ./another:0.5
       cat question.txt | qwen2vl-q chat -m m.gguf -p -
       curl https://example.org/photo.jpg | qwen2vl-q chat -m m.gguf --image - -p "What is this?"
@@ -122,7 +123,7 @@ def _start(options: dict[str, Any]) -> Conversation:
     from qwen2vl_q.cli.settings import Settings
     from qwen2vl_q.model import Qwen2VL
 
-    pictures = [picture_from_stdin() if name == "-" else name for name in options["images"]]
+    pictures = [found for name in options["images"] for found in typed_pictures(name)]
     file = options["model"]
     if file is None:
         say(_DEMO_NOTE)
@@ -145,6 +146,6 @@ def _start(options: dict[str, Any]) -> Conversation:
         say(f"{file}: {model!r}, weights {model.weight_bytes / 1e9:.2f} GB")
     settings = Settings(**{field.name: options[field.name] for field in fields(Settings)})
     conversation = Conversation(model, options["system"], settings)
-    for picture in pictures:
-        attach(conversation, picture, "--vision-tokens 0", tell=options["verbose"])
+    for name, picture in pictures:
+        show(conversation, name, picture, "--vision-tokens 0", tell=options["verbose"])
     return conversation

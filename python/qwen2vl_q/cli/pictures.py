@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwen2vl_q.cli.paths import typed_path
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _ADDRESS = re.compile("(file|https?):", re.IGNORECASE)
-_SUFFIX = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)(?=\s|$)", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic|pdf)(?=\s|$)", re.IGNORECASE)
 _QUOTED = r'"[^"]*"|[^\s"]' if os.name == "nt" else r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|[^\s'"\\]"""
 _WORD = re.compile(rf"(?:{_QUOTED})+(?=\s|$)")
 _LONGEST_PATH = 4096
@@ -44,9 +48,12 @@ def picture_path(name: str) -> str:
         from qwen2vl_q.chat.messages import read_source
 
         name = str(read_source(name, "picture"))
-    path = typed_path(name)
+    from qwen2vl_q.vision.documents import split_pages
+
+    file, pages = split_pages(name)
+    path = typed_path(file)
     path.stat()
-    return str(path)
+    return str(path) if pages is None else f"{path}#{pages}"
 
 
 def picture_from_stdin() -> bytes:
@@ -69,6 +76,23 @@ def fetched(address: str) -> bytes:
 
     say(f"fetching {address}", dim=True)
     return Fetcher(frozenset({"*"})).fetch(address, "picture")
+
+
+def typed_pictures(name: str) -> list[tuple[str, str | bytes]]:
+    """What is shown for a typed name, each with what to call it: a picture, or a document's pages
+    (doc.pdf#3-5)."""
+    from qwen2vl_q.vision.documents import load_pages, split_pages
+
+    path, pages = split_pages(name)
+    if pages is None and not path.lower().endswith(".pdf"):
+        return [("stdin" if name == "-" else name, typed_picture(name))]
+    return [(f"{path}#{number}", _png(picture)) for number, picture in load_pages(path, pages)]
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def typed_picture(name: str) -> str | bytes:

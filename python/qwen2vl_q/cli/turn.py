@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from qwen2vl_q.cli.output import harmless, say
-from qwen2vl_q.cli.pictures import fetched, is_address
+from qwen2vl_q.cli.pictures import typed_pictures
 
 if TYPE_CHECKING:
     from qwen2vl_q.cli.conversation import Conversation
@@ -33,13 +33,17 @@ def answer(conversation: Conversation, question: str, prefix: str = "") -> None:
         say(why, dim=True)
 
 
-def attach(conversation: Conversation, picture: str | bytes, option: str, tell: bool = True) -> None:
+def attach(conversation: Conversation, typed: str, option: str, tell: bool = True) -> None:
+    """`show` of what a typed name stands for."""
+    for name, picture in typed_pictures(typed):
+        show(conversation, name, picture, option, tell)
+
+
+def show(conversation: Conversation, name: str, picture: str | bytes, option: str, tell: bool = True) -> None:
     """Shows a picture with the next question and says how many tokens it takes; without `tell` only where
     nobody has said how many, and its full resolution, which `option` gives, would take more."""
-    address = isinstance(picture, str) and is_address(picture)
-    tokens, most = conversation.attach(fetched(str(picture)) if address else picture)
+    tokens, most = conversation.attach(picture)
     shrunk = tokens < most and conversation.settings.shrinks_by_default
     less = f" of {most:,} at full resolution ({option})" if shrunk else ""
     if tell or less:
-        name = picture if isinstance(picture, str) else "stdin"
         say(f"{name}: {tokens:,} tokens{less}")
