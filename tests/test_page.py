@@ -129,14 +129,18 @@ def test_stop(page: Page, served: Serving) -> None:
     assert len(last_answer(page).inner_text()) > 0
 
 
-def told(page: Page, text: str) -> None:
-    """The server's next answer is `text`."""
-    chunk = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}
-    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+def streamed(page: Page, text: str, rest: str) -> None:
+    """The server's next answer is `text`, and `rest` as it is."""
+    chunk = {"choices": [{"index": 0, "delta": {"content": text}}]}
+    body = f"data: {json.dumps(chunk)}\n\n{rest}"
     page.route(
         "**/v1/chat/completions",
         lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body),
     )
+
+
+def told(page: Page, text: str) -> None:
+    streamed(page, text, "data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize(
@@ -227,18 +231,26 @@ def test_conversations(page: Page) -> None:
     sync_api.expect(entries).to_have_text(["renamed"])
 
 
-def test_a_picture_is_pasted(page: Page) -> None:
+@pytest.mark.parametrize(
+    "event",
+    [
+        "new ClipboardEvent('paste', {clipboardData: data, bubbles: true})",
+        "new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})",
+    ],
+)
+def test_pictures_are_pasted_and_dropped(page: Page, event: str) -> None:
     page.evaluate(
-        """async (bytes) => {
+        """(bytes) => {
             const data = new DataTransfer();
-            data.items.add(new File([new Uint8Array(bytes)], "card.png", {type: "image/png"}));
-            document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data, bubbles: true}));
-        }""",
+            for (const name of ["a.png", "b.png"])
+                data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
+            document.querySelector("#log").dispatchEvent(EVENT);
+        }""".replace("EVENT", event),
         list(png(card(0)[0])),
     )
-    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(2)
     page.get_by_label("Remove picture 1").click()
-    sync_api.expect(page.locator("#pictures figure")).to_have_count(0)
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
 
 
 @pytest.mark.parametrize("width", [320, 390, 1000])
@@ -314,20 +326,6 @@ def test_what_is_no_picture_is_said(page: Page) -> None:
     sync_api.expect(page.locator("#pictures .wrong")).to_have_count(0)
 
 
-def test_pictures_are_dropped(page: Page) -> None:
-    page.evaluate(
-        """(bytes) => {
-            const data = new DataTransfer();
-            for (const name of ["a.png", "b.png"])
-                data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
-            document.querySelector("#log").dispatchEvent(
-                new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
-        }""",
-        list(png(card(0)[0])),
-    )
-    sync_api.expect(page.locator("#pictures figure")).to_have_count(2)
-
-
 def test_the_camera(page: Page) -> None:
     page.click("#take")
     page.click("#shoot")
@@ -345,14 +343,9 @@ def test_without_a_camera_the_device_is_asked(page: Page) -> None:
     sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
 
 
-@pytest.mark.parametrize(
-    "part", [b"data: {", b'data: {"choices": [{"index": 0, "delta": {"content": "so"}}]}\n\n']
-)
-def test_an_answer_that_breaks_off_is_an_error(page: Page, part: bytes) -> None:
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=part),
-    )
+@pytest.mark.parametrize("rest", ["", 'data: {"choices"'])
+def test_an_answer_that_breaks_off_is_an_error(page: Page, rest: str) -> None:
+    streamed(page, "so", rest)
     ask(page, "x")
     sync_api.expect(page.locator(".answer .wrong")).to_have_text("The answer broke off.")
 
