@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,14 +14,24 @@ import pytest
 from PIL import Image
 
 from demo import cases
+from pages import (
+    Page,
+    ask,
+    begin_endless,
+    drop_in,
+    last_answer,
+    sent_picture,
+    settings,
+    streamed,
+    sync_api,
+    told,
+)
 from serving import WHAT, Serving, card, png, serving
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 
 FAKE_CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
-Page = Any
 ANSWER_WITH_BOXES = (
     "<|object_ref_start|>a<|object_ref_end|><|box_start|>(10,20),(40,60)<|box_end|>"
     "<|box_start|>(500, 500),(600, 600)<|box_end|> and <|object_ref_start|>b<|object_ref_end|>; "
@@ -55,29 +66,6 @@ def page(served: Serving, browser: Any) -> Iterator[Page]:
     yield found
     context.close()
     assert wrong == []
-
-
-def drop_in(page: Page, data: bytes, name: str = "card.png") -> None:
-    page.set_input_files("#files", {"name": name, "mimeType": "image/png", "buffer": data})
-    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
-
-
-def ask(page: Page, question: str) -> None:
-    page.fill("#question", question)
-    page.press("#question", "Enter")
-    sync_api.expect(page.locator("#send")).to_be_visible()
-
-
-def settings(page: Page, **values: str) -> None:
-    page.click("#open-settings")
-    for name, value in values.items():
-        page.fill(f"#{name}", value)
-        page.locator(f"#{name}").blur()
-    page.click("#open-settings")
-
-
-def last_answer(page: Page) -> Any:
-    return page.locator(".answer").last.locator("> div").first
 
 
 def test_a_right_answer_streams(page: Page, served: Serving) -> None:
@@ -127,20 +115,6 @@ def test_stop(page: Page, served: Serving) -> None:
     sync_api.expect(page.locator(".facts").last).to_contain_text("stopped")
     served.wait_until_idle()
     assert len(last_answer(page).inner_text()) > 0
-
-
-def streamed(page: Page, text: str, rest: str) -> None:
-    """The server's next answer is `text`, and `rest` as it is."""
-    chunk = {"choices": [{"index": 0, "delta": {"content": text}}]}
-    body = f"data: {json.dumps(chunk)}\n\n{rest}"
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body),
-    )
-
-
-def told(page: Page, text: str) -> None:
-    streamed(page, text, "data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize(
@@ -319,6 +293,26 @@ def test_a_picture_keeps_its_shape(page: Page, size: tuple[int, int]) -> None:
     assert image[0] / image[1] == pytest.approx(size[0] / size[1], rel=0.1)
 
 
+def test_a_small_picture_is_sent_as_it_is(page: Page) -> None:
+    data = png(card(0)[0])
+    assert sent_picture(page, data) == data
+
+
+def test_a_photo_is_made_smaller(page: Page) -> None:
+    """A phone's has more pixels than a request may bring, and conversations have to be kept."""
+    with Image.open(io.BytesIO(sent_picture(page, png(Image.new("RGB", (4000, 3000), "teal"))))) as sent:
+        assert 2**20 < sent.width * sent.height <= 2**21
+        assert sent.width / sent.height == pytest.approx(4 / 3, rel=0.01)
+        assert sent.getpixel((sent.width - 1, sent.height - 1)) == pytest.approx((0, 128, 128), abs=4)
+
+
+def test_escape_stops(page: Page) -> None:
+    begin_endless(page)
+    page.keyboard.press("Escape")
+    sync_api.expect(page.locator(".facts")).to_contain_text("stopped")
+    sync_api.expect(page.locator("#send")).to_be_visible()
+
+
 def test_what_is_no_picture_is_said(page: Page) -> None:
     page.set_input_files("#files", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"x"})
     sync_api.expect(page.locator("#pictures .wrong")).to_have_text("a.txt is not a picture.")
@@ -354,26 +348,6 @@ def test_a_deep_answer_is_shown(page: Page) -> None:
     told(page, ">" * 20_000 + "\n\nend")
     ask(page, "x")
     sync_api.expect(last_answer(page)).to_contain_text("end")
-
-
-def begin_endless(page: Page) -> None:
-    """An answer of which a part has come, and nothing more will."""
-    page.evaluate(
-        """() => {
-            const real = window.fetch;
-            window.fetch = async (path, options) => {
-                if (!path.includes("completions")) return real(path, options);
-                const chunk = {choices: [{index: 0, delta: {content: "A part"}}]};
-                return new Response(new ReadableStream({start(stream) {
-                    stream.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(chunk)}\\n\\n`));
-                    options.signal.onabort = () => stream.error(options.signal.reason);
-                }}));
-            };
-        }"""
-    )
-    page.fill("#question", "Go on.")
-    page.click("#send")
-    sync_api.expect(last_answer(page)).to_have_text(re.compile("A part"))
 
 
 def test_leaving_a_conversation_stops_and_keeps_its_answer(page: Page) -> None:
