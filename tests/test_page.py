@@ -379,3 +379,36 @@ def test_a_question_outlives_its_page(page: Page) -> None:
     settings(page, max_tokens="2")
     page.click(".again:visible")
     sync_api.expect(page.locator(".facts")).to_contain_text("first token")
+
+
+def test_settings_are_sent(page: Page) -> None:
+    wanted = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7, "seed": 3}
+    settings(page, system="Be short.", **{name: str(value) for name, value in wanted.items()})
+    page.reload()
+    told(page, "x")
+    with page.expect_request("**/v1/chat/completions") as request:
+        ask(page, "hello")
+    body = request.value.post_data_json
+    assert {name: body[name] for name in wanted} == wanted
+    assert body["messages"] == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "hello"},
+    ]
+
+
+def test_colours(page: Page) -> None:
+    """The system's, unless others are chosen; also after a reload."""
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    page.emulate_media(color_scheme="dark")
+    dark = page.evaluate(background)
+    assert dark != light
+    page.click("#open-settings")
+    page.select_option("#theme", "light")
+    assert page.evaluate(background) == light
+    page.reload()
+    assert page.evaluate(background) == light
+    page.emulate_media(color_scheme="light")
+    page.click("#open-settings")
+    page.select_option("#theme", "dark")
+    assert page.evaluate(background) == dark
