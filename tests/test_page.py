@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,14 +14,24 @@ import pytest
 from PIL import Image
 
 from demo import cases
+from pages import (
+    Page,
+    ask,
+    begin_endless,
+    drop_in,
+    last_answer,
+    sent_picture,
+    settings,
+    streamed,
+    sync_api,
+    told,
+)
 from serving import WHAT, Serving, card, png, serving
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 
 FAKE_CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
-Page = Any
 ANSWER_WITH_BOXES = (
     "<|object_ref_start|>a<|object_ref_end|><|box_start|>(10,20),(40,60)<|box_end|>"
     "<|box_start|>(500, 500),(600, 600)<|box_end|> and <|object_ref_start|>b<|object_ref_end|>; "
@@ -55,29 +66,6 @@ def page(served: Serving, browser: Any) -> Iterator[Page]:
     yield found
     context.close()
     assert wrong == []
-
-
-def drop_in(page: Page, data: bytes, name: str = "card.png") -> None:
-    page.set_input_files("#files", {"name": name, "mimeType": "image/png", "buffer": data})
-    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
-
-
-def ask(page: Page, question: str) -> None:
-    page.fill("#question", question)
-    page.press("#question", "Enter")
-    sync_api.expect(page.locator("#send")).to_be_visible()
-
-
-def settings(page: Page, **values: str) -> None:
-    page.click("#open-settings")
-    for name, value in values.items():
-        page.fill(f"#{name}", value)
-        page.locator(f"#{name}").blur()
-    page.click("#open-settings")
-
-
-def last_answer(page: Page) -> Any:
-    return page.locator(".answer").last.locator("> div").first
 
 
 def test_a_right_answer_streams(page: Page, served: Serving) -> None:
@@ -127,16 +115,6 @@ def test_stop(page: Page, served: Serving) -> None:
     sync_api.expect(page.locator(".facts").last).to_contain_text("stopped")
     served.wait_until_idle()
     assert len(last_answer(page).inner_text()) > 0
-
-
-def told(page: Page, text: str) -> None:
-    """The server's next answer is `text`."""
-    chunk = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}
-    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body),
-    )
 
 
 @pytest.mark.parametrize(
@@ -227,18 +205,26 @@ def test_conversations(page: Page) -> None:
     sync_api.expect(entries).to_have_text(["renamed"])
 
 
-def test_a_picture_is_pasted(page: Page) -> None:
+@pytest.mark.parametrize(
+    "event",
+    [
+        "new ClipboardEvent('paste', {clipboardData: data, bubbles: true})",
+        "new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})",
+    ],
+)
+def test_pictures_are_pasted_and_dropped(page: Page, event: str) -> None:
     page.evaluate(
-        """async (bytes) => {
+        """(bytes) => {
             const data = new DataTransfer();
-            data.items.add(new File([new Uint8Array(bytes)], "card.png", {type: "image/png"}));
-            document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: data, bubbles: true}));
-        }""",
+            for (const name of ["a.png", "b.png"])
+                data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
+            document.querySelector("#log").dispatchEvent(EVENT);
+        }""".replace("EVENT", event),
         list(png(card(0)[0])),
     )
-    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(2)
     page.get_by_label("Remove picture 1").click()
-    sync_api.expect(page.locator("#pictures figure")).to_have_count(0)
+    sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
 
 
 @pytest.mark.parametrize("width", [320, 390, 1000])
@@ -307,25 +293,31 @@ def test_a_picture_keeps_its_shape(page: Page, size: tuple[int, int]) -> None:
     assert image[0] / image[1] == pytest.approx(size[0] / size[1], rel=0.1)
 
 
+def test_a_small_picture_is_sent_as_it_is(page: Page) -> None:
+    data = png(card(0)[0])
+    assert sent_picture(page, data) == data
+
+
+def test_a_photo_is_made_smaller(page: Page) -> None:
+    """A phone's has more pixels than a request may bring, and conversations have to be kept."""
+    with Image.open(io.BytesIO(sent_picture(page, png(Image.new("RGB", (4000, 3000), "teal"))))) as sent:
+        assert 2**20 < sent.width * sent.height <= 2**21
+        assert sent.width / sent.height == pytest.approx(4 / 3, rel=0.01)
+        assert sent.getpixel((sent.width - 1, sent.height - 1)) == pytest.approx((0, 128, 128), abs=4)
+
+
+def test_escape_stops(page: Page) -> None:
+    begin_endless(page)
+    page.keyboard.press("Escape")
+    sync_api.expect(page.locator(".facts")).to_contain_text("stopped")
+    sync_api.expect(page.locator("#send")).to_be_visible()
+
+
 def test_what_is_no_picture_is_said(page: Page) -> None:
     page.set_input_files("#files", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"x"})
     sync_api.expect(page.locator("#pictures .wrong")).to_have_text("a.txt is not a picture.")
     drop_in(page, png(card(0)[0]))
     sync_api.expect(page.locator("#pictures .wrong")).to_have_count(0)
-
-
-def test_pictures_are_dropped(page: Page) -> None:
-    page.evaluate(
-        """(bytes) => {
-            const data = new DataTransfer();
-            for (const name of ["a.png", "b.png"])
-                data.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
-            document.querySelector("#log").dispatchEvent(
-                new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
-        }""",
-        list(png(card(0)[0])),
-    )
-    sync_api.expect(page.locator("#pictures figure")).to_have_count(2)
 
 
 def test_the_camera(page: Page) -> None:
@@ -345,14 +337,9 @@ def test_without_a_camera_the_device_is_asked(page: Page) -> None:
     sync_api.expect(page.locator("#pictures figure")).to_have_count(1)
 
 
-@pytest.mark.parametrize(
-    "part", [b"data: {", b'data: {"choices": [{"index": 0, "delta": {"content": "so"}}]}\n\n']
-)
-def test_an_answer_that_breaks_off_is_an_error(page: Page, part: bytes) -> None:
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=part),
-    )
+@pytest.mark.parametrize("rest", ["", 'data: {"choices"'])
+def test_an_answer_that_breaks_off_is_an_error(page: Page, rest: str) -> None:
+    streamed(page, "so", rest)
     ask(page, "x")
     sync_api.expect(page.locator(".answer .wrong")).to_have_text("The answer broke off.")
 
@@ -361,26 +348,6 @@ def test_a_deep_answer_is_shown(page: Page) -> None:
     told(page, ">" * 20_000 + "\n\nend")
     ask(page, "x")
     sync_api.expect(last_answer(page)).to_contain_text("end")
-
-
-def begin_endless(page: Page) -> None:
-    """An answer of which a part has come, and nothing more will."""
-    page.evaluate(
-        """() => {
-            const real = window.fetch;
-            window.fetch = async (path, options) => {
-                if (!path.includes("completions")) return real(path, options);
-                const chunk = {choices: [{index: 0, delta: {content: "A part"}}]};
-                return new Response(new ReadableStream({start(stream) {
-                    stream.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(chunk)}\\n\\n`));
-                    options.signal.onabort = () => stream.error(options.signal.reason);
-                }}));
-            };
-        }"""
-    )
-    page.fill("#question", "Go on.")
-    page.click("#send")
-    sync_api.expect(last_answer(page)).to_have_text(re.compile("A part"))
 
 
 def test_leaving_a_conversation_stops_and_keeps_its_answer(page: Page) -> None:
@@ -412,3 +379,36 @@ def test_a_question_outlives_its_page(page: Page) -> None:
     settings(page, max_tokens="2")
     page.click(".again:visible")
     sync_api.expect(page.locator(".facts")).to_contain_text("first token")
+
+
+def test_settings_are_sent(page: Page) -> None:
+    wanted = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7, "seed": 3}
+    settings(page, system="Be short.", **{name: str(value) for name, value in wanted.items()})
+    page.reload()
+    told(page, "x")
+    with page.expect_request("**/v1/chat/completions") as request:
+        ask(page, "hello")
+    body = request.value.post_data_json
+    assert {name: body[name] for name in wanted} == wanted
+    assert body["messages"] == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "hello"},
+    ]
+
+
+def test_colours(page: Page) -> None:
+    """The system's, unless others are chosen; also after a reload."""
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    page.emulate_media(color_scheme="dark")
+    dark = page.evaluate(background)
+    assert dark != light
+    page.click("#open-settings")
+    page.select_option("#theme", "light")
+    assert page.evaluate(background) == light
+    page.reload()
+    assert page.evaluate(background) == light
+    page.emulate_media(color_scheme="light")
+    page.click("#open-settings")
+    page.select_option("#theme", "dark")
+    assert page.evaluate(background) == dark

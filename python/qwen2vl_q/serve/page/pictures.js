@@ -1,29 +1,30 @@
 // Pictures on their way into a question.
 
-const LARGEST_FILE = 8 * 2 ** 20; // bytes; more is encoded anew
-const LONGEST_SIDE = 4096;
-const KNOWN = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff"];
+const LARGEST_FILE = 2 ** 21; // bytes; what has more, of these or of pixels, is encoded anew
+const MOST_PIXELS = 2 ** 21; // some 2,700 tokens: several fit into what a request may bring
+const KNOWN = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff"]; // to the server
 
 /** A file's data: URI. Throws an Error with a message for people. */
 export async function picture(file) {
   if (!file.type.startsWith("image/")) throw new Error(`${file.name || "This"} is not a picture.`);
-  if (KNOWN.includes(file.type) && file.size <= LARGEST_FILE) return dataUri(file);
-  let bitmap;
-  try {
-    bitmap = await createImageBitmap(file);
-  } catch {
-    throw new Error(`This browser cannot read ${file.name || "the picture"}.`);
-  }
+  const light = KNOWN.includes(file.type) && file.size <= LARGEST_FILE;
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  if (!bitmap && !light) throw new Error(`This browser cannot read ${file.name || "the picture"}.`);
+  if (!bitmap || (light && bitmap.width * bitmap.height <= MOST_PIXELS)) return dataUri(file);
   return drawn(bitmap, bitmap.width, bitmap.height);
 }
 
 /** What a source (a bitmap, a video) shows, as a JPEG. */
 export function drawn(source, width, height) {
-  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
+  const scale = Math.min(1, Math.sqrt(MOST_PIXELS / (width * height)));
   const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, Math.round(width * scale));
-  canvas.height = Math.max(1, Math.round(height * scale));
-  canvas.getContext("2d").drawImage(source, 0, 0, canvas.width, canvas.height);
+  canvas.width = Math.max(1, Math.floor(width * scale));
+  canvas.height = Math.max(1, Math.floor(height * scale));
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#fff"; // what is transparent is white, as the server has it
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(source, 0, 0, canvas.width, canvas.height);
   return canvas.toDataURL("image/jpeg", 0.92);
 }
 
