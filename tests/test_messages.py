@@ -24,7 +24,8 @@ BASE64 = base64.b64encode(PNG).decode()
 
 def image_of(part: dict[str, Any]) -> ImagePart:
     [message] = normalize([{"role": "user", "content": [part]}])
-    [image] = message.images
+    [image] = message.visuals
+    assert isinstance(image, ImagePart)
     return image
 
 
@@ -39,7 +40,7 @@ def test_texts() -> None:
     assert user.content == (TextPart("a"), TextPart(""))
     assert assistant.for_template() == {"role": "assistant", "content": "b"}
     assert user.for_template() == given[1]
-    assert user.images == []
+    assert user.visuals == []
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,22 @@ A message is {"role": ..., "content": text or a list of parts}; a part is one of
     {"type": "text", "text": text}
     {"type": "image", "image": picture}                  also with the key "url", "path" or "base64"
     {"type": "image_url", "image_url": {"url": address}}  or the address itself
+    {"type": "video", "video": clip}
 where a picture is what `Qwen2VL.encode_image` takes, a path from ~, a file:// address or a data: URI. An
 image part may bound its size by "min_pixels" and "max_pixels", or ask for the one nearest to
 "resized_height" x "resized_width" (as qwen-vl-utils does: in whole cells, within the model's own bounds).
 "detail", of an image or beside the url, is "low", LOW_DETAIL_PIXELS at most, or "high" or "auto", the model's
 own bounds.
 
+A clip is a file's path, its bytes, or a list of
+pictures; beside it "fps" or "nframes", "min_frames", "max_frames", "video_start", "video_end" (seconds),
+"min_pixels", "max_pixels" (of a frame), "total_pixels", "resized_height" and "resized_width", as
+qwen-vl-utils has them.
+
 The role "developer" is "system" by its later name. An assistant's message may have "tool_calls", [{"id": ...,
 "type": "function", "function": {"name": ..., "arguments": JSON text or an object}}], and a result's is
 {"role": "tool", "content": text, "tool_call_id": ...}. Other keys are refused, but for those that are None.
-An http(s) address is
-fetched where the model has been told that it may (`fetch` of `from_gguf`).
+An http(s) address is fetched where the model has been told that it may (`fetch` of `from_gguf`).
 """
 
 from __future__ import annotations
@@ -35,7 +40,8 @@ from numpy.typing import NDArray
 from qwen2vl_q.base.arguments import integer
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.chat.json_values import json_value
-from qwen2vl_q.vision.image_processor import MAX_BOUND, ImageInput, require_image
+from qwen2vl_q.vision.image_processor import MAX_BOUND, ImageInput, ProcessedImage, require_image
+from qwen2vl_q.vision.video import VideoInput, VideoOptions
 
 Detail: TypeAlias = Literal["low", "high", "auto"]
 Messages: TypeAlias = "Iterable[Mapping[str, Any]]"
@@ -83,6 +89,23 @@ class ImagePart:
         return {"type": "image", "image": self.image, **asked}
 
 
+@dataclass(frozen=True, eq=False)
+class VideoPart:
+    video: VideoInput
+    options: VideoOptions = field(default_factory=VideoOptions)
+
+    def for_message(self) -> dict[str, Any]:
+        """As a message has it."""
+        asked = {key: getattr(self.options, name) for key, name in _VIDEO_KEYS.items()}
+        height, width = self.options.resized or (None, None)
+        asked |= {"resized_height": height, "resized_width": width}
+        given = {key: value for key, value in asked.items() if value is not None}
+        return {"type": "video", "video": self.video, **given}
+
+
+Visual: TypeAlias = "ImagePart | VideoPart"
+
+
 @dataclass(frozen=True)
 class ToolCall:
     name: str
@@ -103,13 +126,14 @@ class ToolCall:
 @dataclass(frozen=True, eq=False)
 class Message:
     role: str
-    content: str | tuple[TextPart | ImagePart, ...]
+    content: str | tuple[TextPart | Visual, ...]
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
 
     @property
-    def images(self) -> list[ImagePart]:
-        return [part for part in self.content if isinstance(part, ImagePart)]
+    def visuals(self) -> list[Visual]:
+        """Pictures and clips."""
+        return [part for part in self.content if isinstance(part, (ImagePart, VideoPart))]
 
     @property
     def text(self) -> str:
@@ -141,7 +165,7 @@ class Message:
         return [
             {"type": "text", "text": part.text}
             if isinstance(part, TextPart)
-            else {"type": "image", "image": ""}
+            else {"type": (kind := "image" if isinstance(part, ImagePart) else "video"), kind: ""}
             for part in self.content
         ]
 
@@ -258,7 +282,7 @@ def _tool_call(call: Any, where: str) -> ToolCall:
     return ToolCall(json_value(where, function["name"]), text, name if isinstance(name, str) else "")
 
 
-def read_part(part: Any, where: str, fetch: Fetch | None = None) -> TextPart | ImagePart:
+def read_part(part: Any, where: str, fetch: Fetch | None = None) -> TextPart | Visual:
     """A part of a message's content. ValueError, naming `where`, for what is none."""
     if not isinstance(part, Mapping):
         raise ValueError(f"{where}: expected a dict, found {type(part).__name__}")
@@ -288,7 +312,38 @@ def read_part(part: Any, where: str, fetch: Fetch | None = None) -> TextPart | I
         if not isinstance(address, str):
             raise ValueError(f"{where}: expected image_url with a url, found {type(address).__name__}")
         return _image_part(read_source(address, where, fetch), {**part, "detail": detail}, where)
-    raise ValueError(f"{where}: expected the type text, image or image_url, found {printable(kind)}")
+    if kind == "video":
+        return _video_part(part, where)
+    raise ValueError(f"{where}: expected the type text, image, image_url or video, found {printable(kind)}")
+
+
+_IN_MEMORY = (bytes, bytearray, memoryview)
+_VIDEO_KEYS = {
+    "fps": "fps", "nframes": "nframes", "min_frames": "min_frames", "max_frames": "max_frames",
+    "video_start": "start", "video_end": "end", "min_pixels": "min_pixels", "max_pixels": "max_pixels",
+    "total_pixels": "total_pixels",
+}  # fmt: skip
+
+
+def _video_part(part: Mapping[str, Any], where: str) -> VideoPart:
+    video: Any = part.get("video")
+    sizes = ("resized_height", "resized_width")
+    _require_known(part, ("type", "video", *_VIDEO_KEYS, *sizes), where)
+    if isinstance(video, str):
+        if video[:8].lower().startswith(("http:", "https:", "data:")):
+            raise ValueError(f"{where}: expected a clip's path, its bytes or a list of pictures")
+        video = read_source(video, where)
+    elif isinstance(video, (list, tuple)):
+        video = [read_source(frame, f"{where}, frame {i}") for i, frame in enumerate(video)]
+    elif not (isinstance(video, (*_IN_MEMORY, os.PathLike, ProcessedImage)) or hasattr(video, "read")):
+        found = type(video).__name__
+        raise ValueError(f"{where}: expected a clip's path, its bytes or a list of pictures, found {found}")
+    bounds = _image_part("", {key: part.get(key) for key in ("min_pixels", "max_pixels", *sizes)}, where)
+    given = {name: part[key] for key, name in _VIDEO_KEYS.items() if part.get(key) is not None}
+    try:
+        return VideoPart(video, VideoOptions(**given, resized=bounds.resized))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _require_known(found: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwen2vl_q.chat.messages import ImagePart, Message
+from qwen2vl_q.chat.messages import ImagePart, Message, TextPart
 from qwen2vl_q.cli import transcript
 from qwen2vl_q.cli.output import count
 from qwen2vl_q.cli.progress import StageBars
@@ -168,6 +168,8 @@ class Conversation:
             {"type": "image", "image": self._load(part)}
             if isinstance(part, ImagePart)
             else {"type": "text", "text": part.text}
+            if isinstance(part, TextPart)
+            else part.for_message()
             for part in message.content
         ]
 

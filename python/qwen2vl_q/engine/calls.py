@@ -9,7 +9,15 @@ from typing import Any
 
 from qwen2vl_q.base.arguments import integer
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
-from qwen2vl_q.chat.messages import LOW_DETAIL_PIXELS, Fetch, ImagePart, Messages, normalize, read_source
+from qwen2vl_q.chat.messages import (
+    LOW_DETAIL_PIXELS,
+    Fetch,
+    ImagePart,
+    Messages,
+    Visual,
+    normalize,
+    read_source,
+)
 from qwen2vl_q.chat.tools import CallReader, Tools, as_text
 from qwen2vl_q.engine.answer import Answer
 from qwen2vl_q.engine.config import Qwen2VLConfig
@@ -37,6 +45,7 @@ from qwen2vl_q.vision.image_processor import (
     load_image,
     picture_size,
 )
+from qwen2vl_q.vision.video import process_video
 
 MAX_ANSWERS = 128  # to one prompt
 _INT32_MAX = 2**31 - 1
@@ -80,6 +89,20 @@ class Calls:
             images.append(self.load_image(part, room))
             room = max(0, room - self._generation.token_count(images[-1]))
         return images
+
+    def _load_visuals(self, parts: list[Visual], vision_tokens: int | None) -> list[ProcessedImage]:
+        """Pictures, which share vision_tokens, and clips, in their order."""
+        pictures = [part for part in parts if isinstance(part, ImagePart)]
+        loaded = iter(self.load_images(pictures, vision_tokens))
+        found: list[ProcessedImage] = []
+        for part in parts:
+            if isinstance(part, ImagePart):
+                found.append(next(loaded))
+            else:
+                room = self._n_ctx - sum(map(self._generation.token_count, found))
+                processor = self._processor(ImagePart(""))
+                found.append(process_video(part.video, processor, part.options, max(0, room)))
+        return found
 
     def _processor(self, part: ImagePart) -> ImageProcessor:
         """With the part's bounds."""
@@ -136,23 +159,31 @@ class Calls:
         elif tools is not None:
             variables = {**(variables or {}), "tools": tools.definitions}
         tokenizer.require_room((text for m in conversation for text in m.texts), self._n_ctx)
-        images = self.load_images((p for message in conversation for p in message.images), vision_tokens)
+        images = self._load_visuals([p for message in conversation for p in message.visuals], vision_tokens)
         pieces = template.render(
             [message.for_template() for message in conversation],
             add_vision_id=add_vision_id,
             variables=variables,
         )
         ids = tokenizer.encode_pieces(pieces)
-        pad = self._config.image_token_id
-        places = sum(token == pad for token in ids)
+        config = self._config
+        pads = {config.image_token_id, config.video_token_id} - {None}
+        places = sum(token in pads for token in ids)
         if places != len(images):
             raise FormatError(
-                f"the chat template has to place {len(images)} image(s), but wrote {places} <|image_pad|>"
+                f"the chat template has to place {len(images)} picture(s) or clip(s), but wrote {places} "
+                "<|image_pad|> or <|video_pad|>"
             )
-        counts = iter([self._generation.token_count(image) for image in images])
+        kept = iter(images)
         expanded: list[int] = []
         for token in ids:
-            expanded += [token] * next(counts) if token == pad else [token]
+            if token not in pads:
+                expanded.append(token)
+                continue
+            image = next(kept)
+            if (token == config.video_token_id) != image.is_video:
+                raise FormatError("the chat template has placed a clip as a picture, or a picture as a clip")
+            expanded += [token] * self._generation.token_count(image)
         return expanded, images
 
     # --- requests ---

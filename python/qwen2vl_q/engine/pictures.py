@@ -58,6 +58,8 @@ class Pictures:
         return found
 
     def begin(self, image: ProcessedImage) -> _native.VisionPass:
+        if image.is_video:
+            return _native.VisionPass(self._native, self._processor.patchify(image), image.grid_thw)
         return _native.VisionPass.of_pixels(
             self._native, image.pixels, self._processor.levels(), image.grid_thw
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2vl_q.chat.messages import ImagePart, Message
+from qwen2vl_q.chat.messages import Message, TextPart
 from qwen2vl_q.demo import cards
 from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.vision.image_processor import ProcessedImage
@@ -85,7 +85,7 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
     if isinstance(message.content, str):
         return message.content
     return [
-        part.for_message() if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
+        {"type": "text", "text": part.text} if isinstance(part, TextPart) else part.for_message()
         for part in message.content
     ]
 

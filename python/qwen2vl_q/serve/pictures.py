@@ -41,6 +41,8 @@ class PictureReader:
         for i, message in enumerate(messages):
             parts: list[Any] = []
             for j, part in enumerate(_parts(message)):
+                if isinstance(part, Mapping) and part.get("type") == "video":
+                    raise ValueError(f"message {i}, part {j}: clips are not served; send frames as pictures")
                 if _is_picture(part):
                     picture = self._load(part, f"message {i}, part {j}", room)
                     room -= math.prod(picture.grid_thw) // self._model.image_processor.merge_size**2

@@ -46,11 +46,16 @@ _ORIENTATION_TAG = 0x0112  # EXIF; 1 is upright
 
 @dataclass(frozen=True, eq=False)
 class ProcessedImage:
-    """A picture at the size that the vision tower sees it."""
+    """A picture at the size that the vision tower sees it, or a clip."""
 
-    pixels: NDArray[np.uint8]  # RGB [grid_h * patch_size, grid_w * patch_size, 3]
+    # RGB [grid_h * patch_size, grid_w * patch_size, 3]; of a clip [grid_t * temporal_patch_size, ...]
+    pixels: NDArray[np.uint8]
     grid_thw: tuple[int, int, int]  # in patches
     key: bytes  # 128-bit hash of the size and the pixels: equal keys, equal embeddings
+
+    @property
+    def is_video(self) -> bool:
+        return self.pixels.ndim == 4
 
 
 EncodedImage: TypeAlias = "str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
@@ -231,17 +236,15 @@ class ImageProcessor:
         """float32 [n_patches, 3 * temporal_patch_size * patch_size**2], values in the order channel, time,
         row, column; the four patches that will be merged are neighbours."""
         side, merge, frames = self.patch_size, self.merge_size, self.temporal_patch_size
-        _, grid_h, grid_w = image.grid_thw
-        blocks = image.pixels.reshape(grid_h // merge, merge, side, grid_w // merge, merge, side, 3)
-        blocks = blocks.transpose(
-            6, 0, 3, 1, 4, 2, 5
-        )  # channel, block row and column, patch row and column, y, x
-        patches = np.empty((*blocks.shape[1:5], 3, frames, side, side), np.float32)
+        grid_t, grid_h, grid_w = image.grid_thw
+        pixels = image.pixels if image.is_video else np.stack([image.pixels] * frames)  # a still repeats
+        blocks = pixels.reshape(grid_t, frames, grid_h // merge, merge, side, grid_w // merge, merge, side, 3)
+        # channel, step, block row and column, patch row and column, frame, y, x
+        blocks = blocks.transpose(8, 0, 2, 5, 3, 6, 1, 4, 7)
+        patches = np.empty((*blocks.shape[1:6], 3, frames, side, side), np.float32)
         for channel, table in enumerate(self.levels()):
-            patches[:, :, :, :, channel] = table[blocks[channel]][
-                :, :, :, :, None
-            ]  # a still repeats its frame
-        return patches.reshape(grid_h * grid_w, -1)
+            patches[:, :, :, :, :, channel] = table[blocks[channel]]
+        return patches.reshape(grid_t * grid_h * grid_w, -1)
 
 
 def preprocess(
