@@ -303,10 +303,10 @@ def test_what_is_not_an_image(tmp_path: Path) -> None:
     for array in (
         np.zeros((4, 4, 2), np.uint8),
         np.zeros(4, np.uint8),
-        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.int32),
         np.zeros((0, 4, 3), np.uint8),
     ):
-        with pytest.raises(ValueError, match=r"must be uint8 \[height, width\] with 1, 3 or 4 channels"):
+        with pytest.raises(ValueError, match=r"must be uint8, .* \[height, width\] with 1, 3 or 4 channels"):
             load_image(array)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="found int"):
         load_image(3)  # type: ignore[arg-type]

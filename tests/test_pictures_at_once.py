@@ -72,7 +72,7 @@ def test_a_stream_takes_no_turns_from_a_picture(
     demo: Qwen2VL, slices: list[bytes], rows: list[list[int]]
 ) -> None:
     """One step between two slices, though another thread reads without a pause."""
-    picture = cases.case("what", SEED).images[0]
+    picture = demo.load_image(cases.case("what", SEED).images[0])  # which takes no turn
     demo.encode_image(picture)
     demo.reset()
     stream = demo.generate(IDS, max_new_tokens=3000, ignore_eos=True)

@@ -72,9 +72,17 @@ class Conversation:
             for source, image in zip(sources, self._pending, strict=True):
                 self._sources[image.key] = self._part_of(source, image)
             return
-        if self.settings.shrinks_by_default:
-            most = max(min(self.pixels(DEFAULT_TOKENS), self._model.image_processor.max_pixels), least or 0)
-        self._pending = [self._load(ImagePart(source, least, most)) for source in sources]
+        self._pending = [
+            self._load(ImagePart(source, least, self._most_of(source) if most is None else most))
+            for source in sources
+        ]
+
+    def _most_of(self, source: Any) -> int | None:
+        """max_pixels of a picture, where nothing has been said: of one that takes no more, none."""
+        processor = self._model.image_processor
+        if not self.settings.shrinks_by_default or processor.tokens(*picture_size(source)) <= DEFAULT_TOKENS:
+            return None
+        return max(self.pixels(DEFAULT_TOKENS), self.settings.min_pixels or 0)
 
     def _part_of(self, source: Any, image: ProcessedImage) -> ImagePart:
         """What makes the same picture again."""
