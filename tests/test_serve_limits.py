@@ -97,6 +97,30 @@ def test_limits_of_a_request(small: Serving) -> None:
     assert small.ask(CHAT, HELLO)[0] == 200
 
 
+def test_an_error_names_a_field_or_none(small: Serving) -> None:
+    wide = image_part(png(Image.new("L", (300, 1))))
+    cases: list[tuple[str, Any, str | None]] = [
+        (CHAT, {**HELLO, "temperature": -1}, "temperature"),
+        (CHAT, {**HELLO, "messages": [{"role": "nobody", "content": "a"}]}, "messages"),
+        (CHAT, with_parts(wide), None),
+        (CHAT, {**HELLO, "messages": [{"role": "user", "content": "x" * 100_000}]}, None),
+        ("/v1/completions", {"prompt": [-1]}, "prompt"),
+    ]
+    for path, body, field in cases:
+        status, answer = small.ask(path, body)
+        assert (status, answer["error"]["param"]) == (400, field), answer
+
+
+def test_no_text_is_tokenized_that_no_prompt_could_hold(small: Serving) -> None:
+    """Megabytes of one would hold everybody up. Nor are more tokens made text."""
+    status, answer = small.ask("/tokenize", {"prompt": "x" * 100_000})
+    assert (status, "more than the 600 tokens" in error_of(answer)) == (400, True), answer
+    status, answer = small.ask("/detokenize", {"tokens": [5] * 601})
+    assert (status, error_of(answer)) == (400, "tokens: expected at most 600, found 601"), answer
+    assert small.ask("/tokenize", {"prompt": "x" * 2000})[0] == 200
+    assert small.ask("/detokenize", {"tokens": [5] * 600})[0] == 200
+
+
 def test_never_a_file_of_this_machine(small: Serving, tmp_path: Path) -> None:
     file = tmp_path / "card.png"
     file.write_bytes(png(card(0)[0]))

@@ -160,6 +160,7 @@ class _Handlers:
             model = self._service.model
             if asked.messages is None:
                 assert asked.prompt is not None
+                model.tokenizer.require_room([asked.prompt], self._service.limits.prompt_tokens)
                 return model.tokenize(asked.prompt)
             messages = self._service.pictures.read(asked.messages)
             kwargs = asked.chat_template_kwargs
@@ -173,6 +174,9 @@ class _Handlers:
 
     async def detokenize(self, request: Request) -> Response:
         asked = await self._body(request, Detokenize)
+        most, found = self._service.limits.prompt_tokens, len(asked.tokens)
+        if found > most:
+            raise HttpError(400, f"tokens: expected at most {most}, found {found}", "tokens")
         text = await asyncio.to_thread(self._service.model.detokenize, asked.tokens)
         return JSONResponse({"prompt": text})
 

@@ -23,8 +23,8 @@ _KINDS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_FIELD = re.compile(r"(?:message|tool|logit_bias)?[a-z_]+(?=[:\[ ,])")
-_RENAMED = {"message": "messages", "max_new_tokens": "max_tokens"}
+_FIELD = re.compile(r"[a-z_]+(?=[:\[])|message(?= \d)")  # at the head of a message, if it names one
+_RENAMED = {"message": "messages", "max_new_tokens": "max_tokens", "token_ids": "prompt"}
 _LONGEST = 1000  # characters of a message
 
 
