@@ -23,7 +23,7 @@ from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.serve import log
 from qwen2vl_q.serve.body import read_body
 from qwen2vl_q.serve.completions import Completions, Service
-from qwen2vl_q.serve.errors import HttpError, as_http, response_of
+from qwen2vl_q.serve.errors import HttpError, as_http, for_log, response_of
 from qwen2vl_q.serve.gate import Gate
 from qwen2vl_q.serve.limits import Limits
 from qwen2vl_q.serve.memory import return_large_blocks
@@ -197,7 +197,7 @@ def _page_file(name: str) -> Callable[[Request], Awaitable[Response]]:
 
 async def _refused(request: Request, error: Exception) -> Response:
     told = as_http(error)
-    request.scope["record"].error = f"{type(error).__name__}: {error}" if told.status == 500 else str(told)
+    request.scope["record"].error = for_log(error, told)
     return response_of(told)
 
 

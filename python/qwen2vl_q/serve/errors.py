@@ -68,6 +68,11 @@ def as_http(error: BaseException) -> HttpError:
     return HttpError(500, "internal error")
 
 
+def for_log(error: BaseException, told: HttpError) -> str:
+    """What a client is told; of the server's own failures, which ones."""
+    return f"{type(error).__name__}: {error}" if told.status == 500 else str(told)
+
+
 def forget(error: BaseException | None) -> None:
     """Lets go of what its frames hold, such as a picture: tasks and their errors refer to each other, and
     Python's collector, which counts objects and not bytes, comes late."""
