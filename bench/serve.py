@@ -3,7 +3,7 @@
 Open loop: requests come at random times (Poisson) whether or not earlier ones have been answered, texts and
 pictures mixed, the same for both by --seed; of each rate the times to the first token and between tokens,
 tokens a second, and memory. Then what is promised of fairness: a photo beside a stream, many streams beside
-one, crops of a page together and one by one.
+one, crops of a page together and one by one. It needs httpx (the extra dev).
 
 llama-server is built from llama.cpp's source (or llama-cpp-python's source package, which holds it):
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.model_file import model_file, tower_file, tower_of
 from qwen2vl_q.cli.options import COUNT, SECONDS, lora_option
 from qwen2vl_q.cli.output import say
+from qwen2vl_q.serve.limits import Limits
 
 if TYPE_CHECKING:
     from qwen2vl_q.serve.app import Settings
@@ -24,24 +24,25 @@ _KEY = "QWEN2VL_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SHORTEST_KEY = 8  # characters
 
-# Of qwen2vl_q.serve.limits.Limits, which --help must not wait for: a test holds that they are equal.
+# Fields of Limits.
 _LIMITS = {
-    "max_body_bytes": ("body_bytes", 32 * 2**20, "Bytes of a request's body."),
-    "max_images": ("images", 16, "Pictures of a request."),
-    "max_pixels": ("pixels", 2**26, "Pixels of a picture before it is decoded."),
-    "max_visual_tokens": ("visual_tokens", 8192, "Tokens that a request's pictures may take."),
-    "max_prompt_tokens": ("prompt_tokens", 32768, "Tokens of a prompt."),
-    "max_output_tokens": ("output_tokens", 8192, "Tokens that a request may ask for."),
-    "max_answers": ("answers", 16, "Answers that are computed together."),
-    "max_queued": ("queued", 64, "Requests that wait; more are told to come again."),
-    "max_queue_bytes": ("queue_bytes", 256 * 2**20, "Bytes of all bodies that are held."),
-    "max_seconds": ("seconds", 600.0, "Seconds of a request, its waiting included."),
-    "stop_seconds": ("stop_seconds", 30.0, "Seconds that requests may go on after Ctrl-C or SIGTERM."),
+    "max_body_bytes": ("body_bytes", "Bytes of a request's body."),
+    "max_images": ("images", "Pictures of a request."),
+    "max_pixels": ("pixels", "Pixels of a picture before it is decoded."),
+    "max_visual_tokens": ("visual_tokens", "Tokens that a request's pictures may take."),
+    "max_prompt_tokens": ("prompt_tokens", "Tokens of a prompt."),
+    "max_output_tokens": ("output_tokens", "Tokens that a request may ask for."),
+    "max_answers": ("answers", "Answers that are computed together."),
+    "max_queued": ("queued", "Requests that wait; more are told to come again."),
+    "max_queue_bytes": ("queue_bytes", "Bytes of all bodies that are held."),
+    "max_seconds": ("seconds", "Seconds of a request, its waiting included."),
+    "stop_seconds": ("stop_seconds", "Seconds that requests may go on after Ctrl-C or SIGTERM."),
 }
 
 
 def _limit_options(command: Any) -> Any:
-    for name, (_, default, text) in reversed(_LIMITS.items()):
+    for name, (field, text) in reversed(_LIMITS.items()):
+        default = getattr(Limits(), field)
         kind: Any = SECONDS if isinstance(default, float) else COUNT
         shown = f"{text}  [default: {default:,}]".replace(".0]", "]")
         option = f"--{name.replace('_', '-')}"
@@ -188,11 +189,9 @@ def _load(options: dict[str, Any]) -> tuple[str, Any]:
 def _settings(options: dict[str, Any], file: str, keys: list[str]) -> Settings:
     from qwen2vl_q.serve import log
     from qwen2vl_q.serve.app import Settings
-    from qwen2vl_q.serve.limits import Limits
     from qwen2vl_q.vision.fetch import Fetcher
 
-    assert {field.name for field in fields(Limits)} == {field for field, _, _ in _LIMITS.values()}
-    limits = Limits(**{field: options[name] for name, (field, _, _) in _LIMITS.items()})
+    limits = Limits(**{field: options[name] for name, (field, _) in _LIMITS.items()})
     local = options["host"] in _LOOPBACK
     return Settings(
         name=options["alias"] or Path(file).stem,

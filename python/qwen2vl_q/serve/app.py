@@ -23,7 +23,7 @@ from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.serve import log
 from qwen2vl_q.serve.body import read_body
 from qwen2vl_q.serve.completions import Completions, Service
-from qwen2vl_q.serve.errors import HttpError, as_http, response_of
+from qwen2vl_q.serve.errors import HttpError, as_http, for_log, response_of
 from qwen2vl_q.serve.gate import Gate
 from qwen2vl_q.serve.limits import Limits
 from qwen2vl_q.serve.memory import return_large_blocks
@@ -160,6 +160,7 @@ class _Handlers:
             model = self._service.model
             if asked.messages is None:
                 assert asked.prompt is not None
+                model.tokenizer.require_room([asked.prompt], self._service.limits.prompt_tokens)
                 return model.tokenize(asked.prompt)
             messages = self._service.pictures.read(asked.messages)
             kwargs = asked.chat_template_kwargs
@@ -173,6 +174,9 @@ class _Handlers:
 
     async def detokenize(self, request: Request) -> Response:
         asked = await self._body(request, Detokenize)
+        most, found = self._service.limits.prompt_tokens, len(asked.tokens)
+        if found > most:
+            raise HttpError(400, f"tokens: expected at most {most}, found {found}", "tokens")
         text = await asyncio.to_thread(self._service.model.detokenize, asked.tokens)
         return JSONResponse({"prompt": text})
 
@@ -193,7 +197,7 @@ def _page_file(name: str) -> Callable[[Request], Awaitable[Response]]:
 
 async def _refused(request: Request, error: Exception) -> Response:
     told = as_http(error)
-    request.scope["record"].error = f"{type(error).__name__}: {error}" if told.status == 500 else str(told)
+    request.scope["record"].error = for_log(error, told)
     return response_of(told)
 
 

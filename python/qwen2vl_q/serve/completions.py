@@ -17,7 +17,7 @@ from qwen2vl_q.engine.answer import Answer, Part
 from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.serve.admission import Admission, Memory
 from qwen2vl_q.serve.body import read_body
-from qwen2vl_q.serve.errors import CLIENT_GONE, HttpError, as_http, body_of, forget
+from qwen2vl_q.serve.errors import CLIENT_GONE, HttpError, as_http, body_of, for_log, forget
 from qwen2vl_q.serve.limits import Limits
 from qwen2vl_q.serve.log import Record
 from qwen2vl_q.serve.metrics import Metrics
@@ -121,9 +121,7 @@ class _Call:
     async def fail(self, error: BaseException) -> None:
         """Tells the client, as far as that is possible."""
         told = as_http(error)
-        own = told.status == 500  # nothing that the client has said
-        self._record.status = told.status
-        self._record.error = f"{type(error).__name__}: {error}" if own else str(told)
+        self._record.status, self._record.error = told.status, for_log(error, told)
         if told.status == CLIENT_GONE:
             return
         with suppress(OSError):

@@ -23,8 +23,8 @@ _KINDS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_FIELD = re.compile(r"(?:message|tool|logit_bias)?[a-z_]+(?=[:\[ ,])")
-_RENAMED = {"message": "messages", "max_new_tokens": "max_tokens"}
+_FIELD = re.compile(r"[a-z_]+(?=[:\[])|message(?= \d)")  # at the head of a message, if it names one
+_RENAMED = {"message": "messages", "max_new_tokens": "max_tokens", "token_ids": "prompt"}
 _LONGEST = 1000  # characters of a message
 
 
@@ -66,6 +66,11 @@ def as_http(error: BaseException) -> HttpError:
     if isinstance(error, Qwen2VLError):
         return HttpError(500, str(error))
     return HttpError(500, "internal error")
+
+
+def for_log(error: BaseException, told: HttpError) -> str:
+    """What a client is told; of the server's own failures, which ones."""
+    return f"{type(error).__name__}: {error}" if told.status == 500 else str(told)
 
 
 def forget(error: BaseException | None) -> None:

@@ -10,7 +10,7 @@ from time import perf_counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen2vl_q.serve.errors import CLIENT_GONE, HttpError, as_http, response_of
+from qwen2vl_q.serve.errors import CLIENT_GONE, HttpError, as_http, for_log, response_of
 from qwen2vl_q.serve.log import Record
 
 _OPEN = ("/", "/health")  # without a key, and what lies under /page/
@@ -60,8 +60,7 @@ class Gate:
             raise
         except Exception as error:
             told = as_http(error)
-            record.status = told.status
-            record.error = f"{type(error).__name__}: {error}" if told.status == 500 else str(told)
+            record.status, record.error = told.status, for_log(error, told)
             if not begun:
                 await response_of(told)(scope, receive, send)
         finally:
