@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import random
+import struct
+import sys
+import warnings
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +18,18 @@ import pytest
 from PIL import Image
 
 from qwen2vl_q import Qwen2VL
-from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.vision import video
 from qwen2vl_q.vision.image_processor import ImageProcessor
 from qwen2vl_q.vision.video import (
     TOTAL_PIXELS,
+    Plan,
     VideoOptions,
     frame_count,
     frame_indices,
     frame_size,
+    plan,
     process_video,
-    read_frames,
 )
 
 av = pytest.importorskip("av", reason="needs the extra video")
@@ -48,8 +56,10 @@ def clip(n: int, fps: int = 10, size: tuple[int, int] = (64, 48), kind: str = "m
     return file.getvalue()
 
 
-def levels(pictures: list[Image.Image]) -> list[int]:
-    return [int(np.asarray(picture).mean()) for picture in pictures]
+def levels(video: Any, **options: Any) -> list[int]:
+    """The mean of each frame that is shown."""
+    shown = process_video(video, ImageProcessor(), VideoOptions(**options))
+    return [int(frame.mean()) for frame in shown.pixels]
 
 
 @pytest.mark.parametrize(
@@ -97,34 +107,99 @@ def test_options_that_are_none(options: dict[str, Any]) -> None:
         VideoOptions(**options)
 
 
+def test_a_budget_takes_pixels_then_frames() -> None:
+    def planned(budget: int | None, **options: Any) -> Plan:
+        return plan(640, 480, 1000, 30.0, 28, VideoOptions(**options), budget)
+
+    whole = planned(None)
+    assert (whole.count, whole.tokens(28)) == (66, 33 * 17 * 23)
+    smaller = planned(8000)
+    assert smaller.count == 66 and 7000 < smaller.tokens(28) <= 8000
+    fewer = planned(2000)
+    assert fewer.count < 40 and 1700 < fewer.tokens(28) <= 2000
+    assert planned(50).count == 2 and planned(50).tokens(28) <= 50
+    assert planned(2000, resized=(280, 280)).tokens(28) == 2000
+
+
 @pytest.mark.parametrize("kind", ["mp4", "mov", "matroska", "webm", "avi"])
 def test_files(kind: str) -> None:
-    frames = read_frames(clip(40, kind=kind), VideoOptions())
-    found = levels(frames.pictures)
-    assert len(found) == 8
-    assert found == sorted(found)
-    assert found[0] < 12
-    assert found[-1] > 240
-    assert frames.seconds == pytest.approx([0, 0.6, 1.1, 1.7, 2.2, 2.8, 3.3, 3.9])
+    found = levels(clip(40, kind=kind))
+    assert found == pytest.approx([i * 255 / 39 for i in (0, 6, 11, 17, 22, 28, 33, 39)], abs=6)
+
+
+def test_far_frames_are_sought_and_the_same() -> None:
+    """More than one keyframe: what lies between is not decoded, and what is shown is what is there."""
+    data = clip(1200, fps=25)
+    assert levels(data, nframes=6) == pytest.approx([0, 51, 102, 153, 204, 255], abs=4)
+    assert levels(data, nframes=2, start=47.0) == pytest.approx([47 * 25 * 255 / 1199, 255], abs=4)
+
+
+def test_frames_that_last_differently() -> None:
+    """By time of the file, not by an assumed rate: as many frames a second as asked."""
+    file = io.BytesIO()
+    times = [0, 1, 2, 3, 4, 5, 30, 31, 60, 90]  # tenths of a second
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(grey(i * 28, (64, 48)), "rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 10)
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    assert levels(file.getvalue(), nframes=10) == pytest.approx([i * 28 for i in range(10)], abs=5)
+    assert levels(file.getvalue(), start=2.9, end=3.2, nframes=2) == pytest.approx([6 * 28, 7 * 28], abs=5)
+
+
+def turned(data: bytes) -> bytes:
+    """An mp4's picture track with the matrix of a phone held upright: a quarter to the right."""
+    unit = b"\x00\x01\x00\x00" + bytes(12) + b"\x00\x01\x00\x00" + bytes(12) + b"\x40\x00\x00\x00"
+    quarter = (
+        bytes(4) + b"\x00\x01\x00\x00" + bytes(4) + b"\xff\xff\x00\x00" + bytes(16) + b"\x40\x00\x00\x00"
+    )
+    at = data.index(unit, data.index(b"tkhd"))
+    return data[:at] + quarter + data[at + len(unit) :]
+
+
+def test_what_a_phone_has_turned() -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for _ in range(4):
+            pixels = np.zeros((64, 96, 3), np.uint8)
+            pixels[:, :24] = 255  # its left becomes the top
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    shown = process_video(turned(file.getvalue()), ImageProcessor(), VideoOptions(nframes=2)).pixels
+    count, height, width, _ = shown.shape
+    assert count == 2 and height > width
+    assert shown[0, : height // 8].mean() > 240 and shown[0, height // 2 :].mean() < 10
 
 
 def test_a_part_of_a_clip(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(clip(40))
-    found = read_frames(path, VideoOptions(start=1.0, end=2.0)).pictures
+    found = levels(path, start=1.0, end=2.0)
     assert len(found) == 4
-    assert all(55 < level < 140 for level in levels(found))
-    with pytest.raises(ValueError, match="no frames within"):
-        read_frames(path, VideoOptions(start=100.0))
+    assert all(55 < level < 140 for level in found)
+    with pytest.raises(ValueError, match=r"a\.mp4: no frames within"):
+        levels(path, start=100.0)
+    with pytest.raises(FileNotFoundError):
+        levels(tmp_path / "b.mp4")
 
 
 def test_animations() -> None:
     frames = [Image.fromarray(grey(level, (64, 48))) for level in (0, 80, 160, 240)]
-    for kind in ("GIF", "WEBP"):
+    for kind in ("GIF", "WEBP", "PNG"):
         file = io.BytesIO()
         frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=500)
-        found = levels(read_frames(file.getvalue(), VideoOptions(nframes=4)).pictures)
-        assert found == pytest.approx([0, 80, 160, 240], abs=6), kind
+        assert levels(file.getvalue(), nframes=4) == pytest.approx([0, 80, 160, 240], abs=6), kind
+        file.seek(0)
+        assert levels(file, start=0.9) == pytest.approx([160, 240], abs=6), kind
 
 
 def test_lists_of_frames_all_count() -> None:
@@ -136,9 +211,9 @@ def test_lists_of_frames_all_count() -> None:
         assert video.pixels.shape == ((n + 1) // 2 * 2, 56, 56, 3)
         assert video.pixels[:, 0, 0, 0].tolist() == [40 * min(i, n - 1) for i in range((n + 1) // 2 * 2)]
     with pytest.raises(ValueError, match="one size"):
-        read_frames([grey(1, (64, 48)), grey(1, (48, 64))], VideoOptions())
+        levels([grey(1, (64, 48)), grey(1, (48, 64))])
     with pytest.raises(ValueError, match="no frames"):
-        read_frames([], VideoOptions())
+        levels([])
 
 
 def test_patches_are_of_two_frames() -> None:
@@ -190,21 +265,93 @@ def test_in_a_conversation(tiny: Qwen2VL) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"not a video", clip(10)[:100], b"\x00\x00\x00\x20ftypisom" + bytes(500), b"RIFF" + bytes(99)],
-)
+    [
+        b"", b"not a video", clip(10)[:100], b"\x00\x00\x00\x20ftypisom" + bytes(500), b"RIFF" + bytes(99),
+        b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n",
+        b"ffconcat version 1.0\nfile '/etc/passwd'\n",
+    ],
+)  # fmt: skip
 def test_what_is_no_clip(data: bytes) -> None:
-    with pytest.raises(FormatError):
-        read_frames(data, VideoOptions())
+    """Playlists, which name other files and hosts, among it."""
+    with pytest.raises(FormatError, match="the video: not a video"):
+        levels(data)
 
 
 def test_a_clip_that_ends_early() -> None:
     """What could be read is shown, with a warning."""
     data = clip(200, kind="matroska", size=(160, 120))
     with pytest.warns(UserWarning, match="ends early or is damaged"):
-        found = read_frames(data[: len(data) * 2 // 3], VideoOptions(nframes=20))
-    assert 2 <= len(found.pictures) <= 20
+        found = levels(data[: len(data) * 2 // 3], nframes=20)
+    assert 2 <= len(found) <= 20 and len(found) % 2 == 0
+    assert found == sorted(found)
 
 
 def test_too_many_tokens() -> None:
-    with pytest.raises(ValueError, match="has room for 10"):
+    with pytest.raises(ValueError, match="room for 10"):
         process_video(clip(10), ImageProcessor(), VideoOptions(), 10)
+
+
+# --- files that mean harm ---
+
+
+def patched(data: bytes, box: bytes, offset: int, value: bytes) -> bytes:
+    at = data.index(box) + offset
+    return data[:at] + value + data[at + len(value) :]
+
+
+def test_a_clip_that_claims_a_billion_frames() -> None:
+    """What is there is shown, or it is refused: nothing is made room for."""
+    billion = struct.pack(">I", 10**9)
+    for box, offset in ((b"stts", 12), (b"stsz", 12)):
+        try:
+            assert len(levels(patched(clip(40), box, offset, billion))) <= 768
+        except (FormatError, UnsupportedError) as error:
+            assert str(error).startswith("the video: ")
+
+
+def test_frames_that_are_too_large() -> None:
+    """Headers tell, and nothing is decoded."""
+    with pytest.raises(UnsupportedError, match="67108864 pixels at most, found 16000 x 16000"):
+        levels(b"YUV4MPEG2 W16000 H16000 F25:1\nFRAME\n")
+    file = io.BytesIO()
+    frames = [Image.fromarray(grey(level, (64, 48))) for level in (0, 80)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    with pytest.raises((UnsupportedError, FormatError)):
+        levels(patched(file.getvalue(), b"GIF8", 6, struct.pack("<HH", 60_000, 60_000)))
+
+
+def test_a_decoder_that_does_not_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "SECONDS_A_FRAME", 0.01)
+    with pytest.raises(UnsupportedError, match=r"no frame within 0\.01 seconds"):
+        levels(clip(40))
+
+
+def test_a_decoder_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UnsupportedError, match="its decoder has failed"):
+        levels(clip(40))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(OSError, match=path.name):
+            levels(path)
+
+
+def test_damaged_clips_end_in_a_word() -> None:
+    """Bytes changed here and there: frames, or an error of ours."""
+    rng = random.Random(1)
+    for kind in ("mp4", "webm"):
+        data = bytearray(clip(20, kind=kind))
+        for _ in range(6):
+            broken = data.copy()
+            for _ in range(20):
+                broken[rng.randrange(len(broken))] = rng.randrange(256)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    levels(bytes(broken))
+                except (FormatError, UnsupportedError, ValueError) as error:
+                    assert str(error).startswith("the video: ")
