@@ -37,8 +37,8 @@ def test_names_of_pictures(
         (["--image", "file:///missing.png", "-p", "a"], 1, "/missing.png: No such file or directory"),
         (["--image", "~nobody-here/a.png", "-p", "a"], 1, "~nobody-here/a.png: No such file or directory"),
         (["--image", "-"], 2, "--image - takes stdin.*-p"),
-        (["--image", "-", "-p", "-"], 2, "only one of --image and -p may be -"),
-        (["--image", "-", "--image", "-", "-p", "a"], 2, "only one of --image and -p may be -"),
+        (["--image", "-", "-p", "-"], 2, "only one of --image, --video and -p may be -"),
+        (["--image", "-", "--image", "-", "-p", "a"], 2, "only one of --image, --video and -p may be -"),
     ],
 )
 def test_pictures_that_are_not_there(

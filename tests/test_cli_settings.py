@@ -24,6 +24,8 @@ NAMES = [
     "min-pixels",
     "max-pixels",
     "vision-tokens",
+    "fps",
+    "max-frames",
 ]
 
 
@@ -46,7 +48,8 @@ def test_settings_are_printed(commands: SlashCommands, capsys: pytest.CaptureFix
     commands.run("/set")
     lines = capsys.readouterr().err.splitlines()
     assert sorted(line.split()[0] for line in lines) == sorted(NAMES)
-    assert {"max-new-tokens 5", "seed drawn anew (default)"} <= set(lines)
+    assert {"max-new-tokens 5", "seed drawn anew (default)", "fps 2 (default)"} <= set(lines)
+    assert "vision-tokens 1,280 a picture, 5,120 a clip (default)" in lines
     commands.run("/set temp 0.7")
     commands.run("/set top_k 3")
     commands.run("/set seed 11")

@@ -9,7 +9,6 @@ import random
 import struct
 import sys
 import warnings
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clips import encoded, fade, grey
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
-from qwen2vl_q.vision import video
+from qwen2vl_q.vision import video_decoder
 from qwen2vl_q.vision.image_processor import ImageProcessor
 from qwen2vl_q.vision.video import (
     TOTAL_PIXELS,
@@ -32,28 +32,7 @@ from qwen2vl_q.vision.video import (
     process_video,
 )
 
-av = pytest.importorskip("av", reason="needs the extra video")
-
-
-def grey(level: int, size: tuple[int, int]) -> Any:
-    return np.full((size[1], size[0], 3), level, np.uint8)
-
-
-def clip(n: int, fps: int = 10, size: tuple[int, int] = (64, 48), kind: str = "mp4") -> bytes:
-    """Frames from black to white."""
-    codecs = {"mp4": "libx264", "mov": "libx264", "matroska": "libx264", "webm": "libvpx", "avi": "mpeg4"}
-    file = io.BytesIO()
-    with av.open(file, "w", format=kind) as container:
-        stream = container.add_stream(codecs[kind], rate=fps)
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for i in range(n):
-            frame = av.VideoFrame.from_ndarray(grey(i * 255 // max(1, n - 1), size), "rgb24")
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return file.getvalue()
+pytest.importorskip("av", reason="needs the extra video")
 
 
 def levels(video: Any, **options: Any) -> list[int]:
@@ -109,7 +88,7 @@ def test_options_that_are_none(options: dict[str, Any]) -> None:
 
 def test_a_budget_takes_pixels_then_frames() -> None:
     def planned(budget: int | None, **options: Any) -> Plan:
-        return plan(640, 480, 1000, 30.0, 28, VideoOptions(**options), budget)
+        return plan(640, 480, range(66, 0, -2), 28, VideoOptions(**options), budget)
 
     whole = planned(None)
     assert (whole.count, whole.tokens(28)) == (66, 33 * 17 * 23)
@@ -117,39 +96,30 @@ def test_a_budget_takes_pixels_then_frames() -> None:
     assert smaller.count == 66 and 7000 < smaller.tokens(28) <= 8000
     fewer = planned(2000)
     assert fewer.count < 40 and 1700 < fewer.tokens(28) <= 2000
-    assert planned(50).count == 2 and planned(50).tokens(28) <= 50
+    assert planned(50).count == 2 and 30 < planned(50).tokens(28) <= 50
+    assert plan(640, 480, [66], 28, VideoOptions(), 500).count == 66
     assert planned(2000, resized=(280, 280)).tokens(28) == 2000
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mov", "matroska", "webm", "avi"])
 def test_files(kind: str) -> None:
-    found = levels(clip(40, kind=kind))
+    found = levels(fade(40, kind=kind))
     assert found == pytest.approx([i * 255 / 39 for i in (0, 6, 11, 17, 22, 28, 33, 39)], abs=6)
 
 
 def test_far_frames_are_sought_and_the_same() -> None:
     """More than one keyframe: what lies between is not decoded, and what is shown is what is there."""
-    data = clip(1200, fps=25)
+    data = fade(1200, fps=25)
     assert levels(data, nframes=6) == pytest.approx([0, 51, 102, 153, 204, 255], abs=4)
     assert levels(data, nframes=2, start=47.0) == pytest.approx([47 * 25 * 255 / 1199, 255], abs=4)
 
 
 def test_frames_that_last_differently() -> None:
     """By time of the file, not by an assumed rate: as many frames a second as asked."""
-    file = io.BytesIO()
     times = [0, 1, 2, 3, 4, 5, 30, 31, 60, 90]  # tenths of a second
-    with av.open(file, "w", format="matroska") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(grey(i * 28, (64, 48)), "rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 10)
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    assert levels(file.getvalue(), nframes=10) == pytest.approx([i * 28 for i in range(10)], abs=5)
-    assert levels(file.getvalue(), start=2.9, end=3.2, nframes=2) == pytest.approx([6 * 28, 7 * 28], abs=5)
+    file = encoded([grey(i * 28) for i in range(10)], kind="matroska", times=times)
+    assert levels(file, nframes=10) == pytest.approx([i * 28 for i in range(10)], abs=5)
+    assert levels(file, start=2.9, end=3.2, nframes=2) == pytest.approx([6 * 28, 7 * 28], abs=5)
 
 
 def turned(data: bytes) -> bytes:
@@ -163,18 +133,9 @@ def turned(data: bytes) -> bytes:
 
 
 def test_what_a_phone_has_turned() -> None:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        for _ in range(4):
-            pixels = np.zeros((64, 96, 3), np.uint8)
-            pixels[:, :24] = 255  # its left becomes the top
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    shown = process_video(turned(file.getvalue()), ImageProcessor(), VideoOptions(nframes=2)).pixels
+    pixels = grey(0, (96, 64))
+    pixels[:, :24] = 255  # its left becomes the top
+    shown = process_video(turned(encoded([pixels] * 4)), ImageProcessor(), VideoOptions(nframes=2)).pixels
     count, height, width, _ = shown.shape
     assert count == 2 and height > width
     assert shown[0, : height // 8].mean() > 240 and shown[0, height // 2 :].mean() < 10
@@ -182,7 +143,7 @@ def test_what_a_phone_has_turned() -> None:
 
 def test_a_part_of_a_clip(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    path.write_bytes(clip(40))
+    path.write_bytes(fade(40))
     found = levels(path, start=1.0, end=2.0)
     assert len(found) == 4
     assert all(55 < level < 140 for level in found)
@@ -193,7 +154,7 @@ def test_a_part_of_a_clip(tmp_path: Path) -> None:
 
 
 def test_animations() -> None:
-    frames = [Image.fromarray(grey(level, (64, 48))) for level in (0, 80, 160, 240)]
+    frames = [Image.fromarray(grey(level)) for level in (0, 80, 160, 240)]
     for kind in ("GIF", "WEBP", "PNG"):
         file = io.BytesIO()
         frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=500)
@@ -205,7 +166,7 @@ def test_animations() -> None:
 def test_lists_of_frames_all_count() -> None:
     processor = ImageProcessor()
     for n in (1, 2, 3, 6):
-        frames = [Image.fromarray(grey(40 * i, (64, 48))) for i in range(n)]
+        frames = [Image.fromarray(grey(40 * i)) for i in range(n)]
         video = process_video(frames, processor, VideoOptions(resized=(56, 56)))
         assert video.grid_thw == ((n + 1) // 2, 4, 4)
         assert video.pixels.shape == ((n + 1) // 2 * 2, 56, 56, 3)
@@ -251,7 +212,7 @@ def test_steps_do_not_see_each_other(tiny: Qwen2VL) -> None:
 
 
 def test_in_a_conversation(tiny: Qwen2VL) -> None:
-    video = {"type": "video", "video": clip(40), "resized_height": 56, "resized_width": 84}
+    video = {"type": "video", "video": fade(40), "resized_height": 56, "resized_width": 84}
     image = {"type": "image", "image": grey(9, (56, 56))}
     ids, items = tiny.encode_chat(
         [{"role": "user", "content": [image, video, {"type": "text", "text": "a"}]}]
@@ -266,7 +227,7 @@ def test_in_a_conversation(tiny: Qwen2VL) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"not a video", clip(10)[:100], b"\x00\x00\x00\x20ftypisom" + bytes(500), b"RIFF" + bytes(99),
+        b"", b"not a video", fade(10)[:100], b"\x00\x00\x00\x20ftypisom" + bytes(500), b"RIFF" + bytes(99),
         b"#EXTM3U\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n",
         b"ffconcat version 1.0\nfile '/etc/passwd'\n",
     ],
@@ -279,7 +240,7 @@ def test_what_is_no_clip(data: bytes) -> None:
 
 def test_a_clip_that_ends_early() -> None:
     """What could be read is shown, with a warning."""
-    data = clip(200, kind="matroska", size=(160, 120))
+    data = fade(200, kind="matroska", size=(160, 120))
     with pytest.warns(UserWarning, match="ends early or is damaged"):
         found = levels(data[: len(data) * 2 // 3], nframes=20)
     assert 2 <= len(found) <= 20 and len(found) % 2 == 0
@@ -288,7 +249,7 @@ def test_a_clip_that_ends_early() -> None:
 
 def test_too_many_tokens() -> None:
     with pytest.raises(ValueError, match="room for 10"):
-        process_video(clip(10), ImageProcessor(), VideoOptions(), 10)
+        process_video(fade(10), ImageProcessor(), VideoOptions(), 10)
 
 
 # --- files that mean harm ---
@@ -304,7 +265,7 @@ def test_a_clip_that_claims_a_billion_frames() -> None:
     billion = struct.pack(">I", 10**9)
     for box, offset in ((b"stts", 12), (b"stsz", 12)):
         try:
-            assert len(levels(patched(clip(40), box, offset, billion))) <= 768
+            assert len(levels(patched(fade(40), box, offset, billion))) <= 768
         except (FormatError, UnsupportedError) as error:
             assert str(error).startswith("the video: ")
 
@@ -314,22 +275,22 @@ def test_frames_that_are_too_large() -> None:
     with pytest.raises(UnsupportedError, match="67108864 pixels at most, found 16000 x 16000"):
         levels(b"YUV4MPEG2 W16000 H16000 F25:1\nFRAME\n")
     file = io.BytesIO()
-    frames = [Image.fromarray(grey(level, (64, 48))) for level in (0, 80)]
+    frames = [Image.fromarray(grey(level)) for level in (0, 80)]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
     with pytest.raises((UnsupportedError, FormatError)):
         levels(patched(file.getvalue(), b"GIF8", 6, struct.pack("<HH", 60_000, 60_000)))
 
 
 def test_a_decoder_that_does_not_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "SECONDS_A_FRAME", 0.01)
+    monkeypatch.setattr(video_decoder, "SECONDS_A_FRAME", 0.01)
     with pytest.raises(UnsupportedError, match=r"no frame within 0\.01 seconds"):
-        levels(clip(40))
+        levels(fade(40))
 
 
 def test_a_decoder_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UnsupportedError, match="its decoder has failed"):
-        levels(clip(40))
+        levels(fade(40))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -344,7 +305,7 @@ def test_damaged_clips_end_in_a_word() -> None:
     """Bytes changed here and there: frames, or an error of ours."""
     rng = random.Random(1)
     for kind in ("mp4", "webm"):
-        data = bytearray(clip(20, kind=kind))
+        data = bytearray(fade(20, kind=kind))
         for _ in range(6):
             broken = data.copy()
             for _ in range(20):

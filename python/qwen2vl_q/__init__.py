@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwen2vl_q.chat.grounding import parse_grounding as parse_grounding
     from qwen2vl_q.engine.config import Qwen2VLConfig as Qwen2VLConfig
     from qwen2vl_q.model import Qwen2VL as Qwen2VL
+    from qwen2vl_q.vision.video import VideoOptions as VideoOptions
 
 DEMO_MODEL: Path = Path(__file__).with_name("data") / "demo.gguf"
 """A small model that comes with the package (9 MB, Q8_0). It knows nothing but cards as `qwen2vl-q demo`
@@ -30,6 +31,7 @@ _HOME = {
     "Qwen2VLError": "base.errors",
     "Region": "chat.grounding",
     "UnsupportedError": "base.errors",
+    "VideoOptions": "vision.video",
     "parse_grounding": "chat.grounding",
 }
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Qwen2VLError",
     "Region",
     "UnsupportedError",
+    "VideoOptions",
     "__version__",
     "parse_grounding",
 ]

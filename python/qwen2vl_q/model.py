@@ -18,7 +18,7 @@ from qwen2vl_q.base.arguments import integer
 from qwen2vl_q.base.errors import Qwen2VLError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.chat.chat_template import ChatTemplate
-from qwen2vl_q.chat.messages import Detail, Fetch, ImagePart, Messages
+from qwen2vl_q.chat.messages import Detail, Fetch, ImagePart, Messages, VideoPart
 from qwen2vl_q.chat.tools import Tools
 from qwen2vl_q.engine.adapters import AdapterPaths, native_updates, open_adapters
 from qwen2vl_q.engine.calls import Calls
@@ -34,6 +34,7 @@ from qwen2vl_q.engine.stats import GenerationStats, Stage
 from qwen2vl_q.engine.tower_file import TowerFile, TowerPath
 from qwen2vl_q.text.tokenizer import Tokenizer
 from qwen2vl_q.vision.image_processor import ImageInput, ImageProcessor, ProcessedImage
+from qwen2vl_q.vision.video import VideoInput, VideoOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -299,11 +300,29 @@ class Qwen2VL(Chats):
         return self._calls.load_image(part, self.n_ctx if max_tokens is None else max_tokens)
 
     def load_images(
-        self, images: Iterable[ImageInput], vision_tokens: int | None = None
+        self, images: Iterable[ImageInput | ImagePart | VideoPart], vision_tokens: int | None = None
     ) -> list[ProcessedImage]:
-        """`load_image` of several; vision_tokens: that they may take together. All get the same share, and
-        what small ones leave goes to the others."""
-        return self._calls.load_images(map(ImagePart, images), vision_tokens)
+        """`load_image` of several, with clips among them as `VideoPart`; vision_tokens: that they may take
+        together. All get the same share, and what small ones and clips leave goes to the other pictures."""
+        parts = [image if isinstance(image, (ImagePart, VideoPart)) else ImagePart(image) for image in images]
+        return self._calls.load_visuals(parts, vision_tokens)
+
+    def load_video(
+        self,
+        video: VideoInput,
+        options: VideoOptions | None = None,
+        vision_tokens: int | None = None,
+        max_tokens: int | None = None,
+    ) -> ProcessedImage:
+        """A clip (extra: video), for any number of calls that take images; in messages it is the "video" of a
+        part. video: a file, its bytes, or pictures in a row, which all count.
+
+        options: which frames, and their size; without, those of qwen-vl-utils: two frames a second, 768 at
+        most. vision_tokens: that it may take; frames get smaller for it, then fewer. Errors of
+        `vision.video.process_video`, among them ValueError for more than max_tokens (None: n_ctx).
+        """
+        part = VideoPart(video, options or VideoOptions())
+        return self._calls.load_video(part, self.n_ctx if max_tokens is None else max_tokens, vision_tokens)
 
     def load_pages(
         self,

@@ -11,10 +11,9 @@ image part may bound its size by "min_pixels" and "max_pixels", or ask for the o
 "detail", of an image or beside the url, is "low", LOW_DETAIL_PIXELS at most, or "high" or "auto", the model's
 own bounds.
 
-A clip is a file's path, its bytes, or a list of
-pictures; beside it "fps" or "nframes", "min_frames", "max_frames", "video_start", "video_end" (seconds),
-"min_pixels", "max_pixels" (of a frame), "total_pixels", "resized_height" and "resized_width", as
-qwen-vl-utils has them.
+A clip is a file, named as a picture's, or a list of pictures; beside it "fps" or "nframes", "min_frames",
+"max_frames", "video_start", "video_end" (seconds), "min_pixels", "max_pixels" (of a frame), "total_pixels",
+"resized_height" and "resized_width", as qwen-vl-utils has them.
 
 The role "developer" is "system" by its later name. An assistant's message may have "tool_calls", [{"id": ...,
 "type": "function", "function": {"name": ..., "arguments": JSON text or an object}}], and a result's is
@@ -45,7 +44,7 @@ from qwen2vl_q.vision.video import VideoInput, VideoOptions
 
 Detail: TypeAlias = Literal["low", "high", "auto"]
 Messages: TypeAlias = "Iterable[Mapping[str, Any]]"
-Fetch: TypeAlias = "Callable[[str, str], bytes]"  # a picture's file, of its address; whose it is, for errors
+Fetch: TypeAlias = "Callable[[str, str], bytes]"  # a file, of its address; whose it is, for errors
 
 ROLES = ("system", "user", "assistant", "tool")
 LOW_DETAIL_PIXELS = 512 * 512  # OpenAI's size; some 330 tokens
@@ -313,7 +312,7 @@ def read_part(part: Any, where: str, fetch: Fetch | None = None) -> TextPart | V
             raise ValueError(f"{where}: expected image_url with a url, found {type(address).__name__}")
         return _image_part(read_source(address, where, fetch), {**part, "detail": detail}, where)
     if kind == "video":
-        return _video_part(part, where)
+        return _video_part(part, where, fetch)
     raise ValueError(f"{where}: expected the type text, image, image_url or video, found {printable(kind)}")
 
 
@@ -325,16 +324,14 @@ _VIDEO_KEYS = {
 }  # fmt: skip
 
 
-def _video_part(part: Mapping[str, Any], where: str) -> VideoPart:
+def _video_part(part: Mapping[str, Any], where: str, fetch: Fetch | None) -> VideoPart:
     video: Any = part.get("video")
     sizes = ("resized_height", "resized_width")
     _require_known(part, ("type", "video", *_VIDEO_KEYS, *sizes), where)
     if isinstance(video, str):
-        if video[:8].lower().startswith(("http:", "https:", "data:")):
-            raise ValueError(f"{where}: expected a clip's path, its bytes or a list of pictures")
-        video = read_source(video, where)
+        video = read_source(video, where, fetch)
     elif isinstance(video, (list, tuple)):
-        video = [read_source(frame, f"{where}, frame {i}") for i, frame in enumerate(video)]
+        video = [read_source(frame, f"{where}, frame {i}", fetch) for i, frame in enumerate(video)]
     elif not (isinstance(video, (*_IN_MEMORY, os.PathLike, ProcessedImage)) or hasattr(video, "read")):
         found = type(video).__name__
         raise ValueError(f"{where}: expected a clip's path, its bytes or a list of pictures, found {found}")

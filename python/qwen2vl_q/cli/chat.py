@@ -12,9 +12,9 @@ from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.model_file import model_file, tower_file, tower_of
 from qwen2vl_q.cli.options import COUNT, lora_option
 from qwen2vl_q.cli.output import say
-from qwen2vl_q.cli.pictures import picture_file, typed_pictures
+from qwen2vl_q.cli.pictures import clip_file, is_clip, picture_file, typed_clip, typed_pictures
 from qwen2vl_q.cli.setting_options import setting_options
-from qwen2vl_q.cli.turn import answer, show
+from qwen2vl_q.cli.turn import answer, show, show_clip
 
 if TYPE_CHECKING:
     from qwen2vl_q.cli.conversation import Conversation
@@ -49,6 +49,14 @@ _DEMO_NOTE = (
     metavar="FILE",
     help="A picture, an http(s) address, pages of a document (doc.pdf#3-5); - reads stdin. May be repeated.",
 )
+@click.option(
+    "--video",
+    "videos",
+    type=clip_file,
+    multiple=True,
+    metavar="FILE",
+    help="A clip, or a part of it (clip.mp4#t=10,25: seconds); a GIF or WebP, too. May be repeated.",
+)
 @click.option("-p", "--prompt", help="Ask this, print the answer and exit; - reads it from stdin.")
 @click.option("--system", help="The system prompt.  [default: the template's]")
 @setting_options
@@ -81,6 +89,7 @@ def chat(**options: Any) -> None:
       qwen2vl-q chat -m Qwen/Qwen2-VL-2B-Instruct --image photo.jpg       # fetched from the hub, once
       qwen2vl-q chat -m m.gguf --image page1.png --image page2.png --stats
       qwen2vl-q chat -m m.gguf --image report.pdf#3-5 -p "What changed?"  # pages of a PDF or a TIFF
+      qwen2vl-q chat -m m.gguf --video clip.mp4#t=10,25 -p "What happens?"
       qwen2vl-q chat -m m.gguf --lora ./adapter --lora ./another:0.5
       cat question.txt | qwen2vl-q chat -m m.gguf -p -
       curl https://example.org/photo.jpg | qwen2vl-q chat -m m.gguf --image - -p "What is this?"
@@ -108,12 +117,13 @@ def chat(**options: Any) -> None:
 
 
 def _require_one_reader_of_stdin(options: dict[str, Any]) -> None:
-    if "-" not in options["images"]:
+    kind = next((kind for kind in ("image", "video") if "-" in options[f"{kind}s"]), None)
+    if kind is None:
         return
     if options["prompt"] is None:
-        raise click.UsageError("--image - takes stdin, which a conversation's lines come from: ask with -p")
-    if [*options["images"], options["prompt"]].count("-") > 1:
-        raise click.UsageError("only one of --image and -p may be -: stdin is read once")
+        raise click.UsageError(f"--{kind} - takes stdin, which a conversation's lines come from: ask with -p")
+    if [*options["images"], *options["videos"], options["prompt"]].count("-") > 1:
+        raise click.UsageError("only one of --image, --video and -p may be -: stdin is read once")
 
 
 def _start(options: dict[str, Any]) -> Conversation:
@@ -123,7 +133,10 @@ def _start(options: dict[str, Any]) -> Conversation:
     from qwen2vl_q.cli.settings import Settings
     from qwen2vl_q.model import Qwen2VL
 
-    pictures = [found for name in options["images"] for found in typed_pictures(name)]
+    images = [name for name in options["images"] if not is_clip(name)]
+    videos = [*(name for name in options["images"] if is_clip(name)), *options["videos"]]
+    pictures = [found for name in images for found in typed_pictures(name)]
+    clips = [(name, typed_clip(name, options["fps"], options["max_frames"])) for name in videos]
     file = options["model"]
     if file is None:
         say(_DEMO_NOTE)
@@ -148,4 +161,6 @@ def _start(options: dict[str, Any]) -> Conversation:
     conversation = Conversation(model, options["system"], settings)
     for name, picture in pictures:
         show(conversation, name, picture, "--vision-tokens 0", tell=options["verbose"])
+    for name, clip in clips:
+        show_clip(conversation, name, clip)
     return conversation

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwen2vl_q.chat.messages import ImagePart, Message, TextPart
+from qwen2vl_q.chat.messages import ImagePart, Message, TextPart, VideoPart, Visual
 from qwen2vl_q.cli import transcript
 from qwen2vl_q.cli.output import count
 from qwen2vl_q.cli.progress import StageBars
@@ -16,8 +16,18 @@ from qwen2vl_q.cli.settings import Settings
 from qwen2vl_q.engine.stats import GenerationStats
 from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.vision.image_processor import ProcessedImage, picture_size
+from qwen2vl_q.vision.video import VideoOptions
 
 DEFAULT_TOKENS = 1280  # of a picture: what the model card suggests for speed
+CLIP_TOKENS = 4 * DEFAULT_TOKENS
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """With the next question. asked: as it was attached."""
+
+    asked: Visual
+    image: ProcessedImage
 
 
 class Conversation:
@@ -30,8 +40,8 @@ class Conversation:
         self.settings = settings
         self._model = model
         self._history: list[dict[str, Any]] = []
-        self._pending: list[ProcessedImage] = []
-        self._sources: dict[bytes, ImagePart] = {}  # a loaded picture's key -> what was loaded
+        self._pending: list[_Shown] = []
+        self._sources: dict[bytes, Visual] = {}  # a loaded picture's key -> what makes the same again
 
     def set(self, **changes: Any) -> None:
         """Changes settings; the pictures of the next question follow other bounds. ValueError for a value out
@@ -40,7 +50,7 @@ class Conversation:
         settings.in_use(self._model)
         self.settings = settings
         if changes.keys() & {"min_pixels", "max_pixels", "vision_tokens"}:
-            self._fit([self._sources[old.key].image for old in self._pending])
+            self._pending = self._fitted([shown.asked for shown in self._pending])
 
     def settings_in_use(self) -> dict[str, Any]:
         return self.settings.in_use(self._model)
@@ -52,30 +62,51 @@ class Conversation:
         takes, and those of its full resolution."""
         # Absolute: a saved conversation is good from any folder.
         source = str(Path(picture).absolute()) if isinstance(picture, str) else picture
-        self._fit([*(self._sources[old.key].image for old in self._pending), source])
-        return self._tokens(self._pending[-1]), self._model.image_processor.tokens(*picture_size(source))
+        tokens = self._tokens(self._show(ImagePart(source)))
+        return tokens, self._model.image_processor.tokens(*picture_size(source))
+
+    def attach_clip(self, clip: VideoPart) -> tuple[int, int, int, int]:
+        """Puts a clip before the next question; returns how many frames of which width and height are shown,
+        and the tokens that they take."""
+        shown = self._show(clip)
+        frames, height, width, _ = shown.pixels.shape
+        return frames, width, height, self._tokens(shown)
 
     def pending_tokens(self) -> list[int]:
         """Of each picture that waits for the next question."""
-        return [self._tokens(image) for image in self._pending]
+        return [self._tokens(shown.image) for shown in self._pending]
 
     def pixels(self, tokens: int) -> int:
         """As max_pixels, it makes a picture take that many tokens at most."""
         processor = self._model.image_processor
         return tokens * (processor.patch_size * processor.merge_size) ** 2
 
-    def _fit(self, sources: list[Any]) -> None:
-        """Makes them the next question's pictures, as large as the settings let them be."""
-        budget, most, least = self.settings.vision_tokens, self.settings.max_pixels, self.settings.min_pixels
+    def _show(self, part: Visual) -> ProcessedImage:
+        if self.settings.vision_tokens:  # which they share
+            self._pending = self._fitted([*(shown.asked for shown in self._pending), part])
+        else:
+            self._pending += self._fitted([part])
+        return self._pending[-1].image
+
+    def _fitted(self, parts: list[Visual]) -> list[_Shown]:
+        """As large as the settings let them be."""
+        budget = self.settings.vision_tokens
+        bounded = [self._bounded(part) for part in parts]
         if budget:
-            self._pending = self._model.load_images(sources, budget)
-            for source, image in zip(sources, self._pending, strict=True):
-                self._sources[image.key] = self._part_of(source, image)
-            return
-        self._pending = [
-            self._load(ImagePart(source, least, self._most_of(source) if most is None else most))
-            for source in sources
-        ]
+            images = self._model.load_images(bounded, budget)
+        else:
+            images = [self._load(part) for part in bounded]
+        for part, image in zip(bounded, images, strict=True):
+            if budget or isinstance(part, VideoPart):
+                part = self._again(part, image)
+            self._sources[image.key] = part
+        return [_Shown(*pair) for pair in zip(parts, images, strict=True)]
+
+    def _bounded(self, part: Visual) -> Visual:
+        least, most = self.settings.min_pixels, self.settings.max_pixels
+        if isinstance(part, VideoPart):
+            return replace(part, options=replace(part.options, min_pixels=least, max_pixels=most))
+        return replace(part, min_pixels=least, max_pixels=self._most_of(part.image) if most is None else most)
 
     def _most_of(self, source: Any) -> int | None:
         """max_pixels of a picture, where nothing has been said: of one that takes no more, none."""
@@ -84,18 +115,23 @@ class Conversation:
             return None
         return max(self.pixels(DEFAULT_TOKENS), self.settings.min_pixels or 0)
 
-    def _part_of(self, source: Any, image: ProcessedImage) -> ImagePart:
+    def _load(self, part: Visual) -> ProcessedImage:
+        if isinstance(part, VideoPart):
+            budget = CLIP_TOKENS if self.settings.shrinks_by_default else None
+            return self._model.load_video(part.video, part.options, budget)
+        return self._model.load_image(part.image, part.min_pixels, part.max_pixels, part.resized, part.detail)
+
+    def _again(self, part: Visual, image: ProcessedImage) -> Visual:
         """What makes the same picture again."""
         side = self._model.image_processor.patch_size
-        _, rows, columns = image.grid_thw
-        return ImagePart(source, resized=(rows * side, columns * side))
-
-    def _load(self, part: ImagePart) -> ProcessedImage:
-        image = self._model.load_image(
-            part.image, part.min_pixels, part.max_pixels, part.resized, part.detail
+        steps, rows, columns = image.grid_thw
+        size = rows * side, columns * side
+        if isinstance(part, ImagePart):
+            return ImagePart(part.image, resized=size)
+        options, frames = part.options, steps * self._model.image_processor.temporal_patch_size
+        return VideoPart(
+            part.video, VideoOptions(nframes=frames, start=options.start, end=options.end, resized=size)
         )
-        self._sources[image.key] = part
-        return image
 
     def _tokens(self, image: ProcessedImage) -> int:
         return math.prod(image.grid_thw) // self._model.image_processor.merge_size**2
@@ -105,7 +141,7 @@ class Conversation:
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer, piece by piece. One that is cut short stays in the history as far as it came; where
         nothing came, the question and its pictures do not count as asked."""
-        pictures = [{"type": "image", "image": image} for image in self._pending]
+        pictures = [_message_part(shown.image) for shown in self._pending]
         content = [*pictures, {"type": "text", "text": question}] if pictures else question
         turn = {"role": "user", "content": content}
         answer: list[str] = []
@@ -172,20 +208,26 @@ class Conversation:
     def _content(self, message: Message) -> str | list[dict[str, Any]]:
         if isinstance(message.content, str):
             return message.content
-        return [
-            {"type": "image", "image": self._load(part)}
-            if isinstance(part, ImagePart)
-            else {"type": "text", "text": part.text}
-            if isinstance(part, TextPart)
-            else part.for_message()
-            for part in message.content
-        ]
+        parts: list[dict[str, Any]] = []
+        for part in message.content:
+            if isinstance(part, TextPart):
+                parts.append({"type": "text", "text": part.text})
+            else:
+                image = self._load(part)
+                self._sources[image.key] = part
+                parts.append(_message_part(image))
+        return parts
 
     def _system_message(self) -> list[dict[str, Any]]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def stats(self) -> str:
         return describe_stats(self._model.last_stats)
+
+
+def _message_part(image: ProcessedImage) -> dict[str, Any]:
+    kind = "video" if image.is_video else "image"
+    return {"type": kind, kind: image}
 
 
 def describe_stats(stats: GenerationStats) -> str:

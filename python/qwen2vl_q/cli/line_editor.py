@@ -13,7 +13,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.output import create_output
 
 from qwen2vl_q.cli.output import say
-from qwen2vl_q.cli.pictures import is_picture
+from qwen2vl_q.cli.pictures import is_clip, is_picture
 from qwen2vl_q.cli.setting_options import SETTING_OPTIONS
 from qwen2vl_q.cli.slash import COMMANDS, WITH_ARGUMENT
 
@@ -35,6 +35,7 @@ class SlashCompleter(Completer):
     def __init__(self) -> None:
         self._paths = {
             "/image": _files(is_picture),
+            "/video": _files(is_clip),
             "/load": _files(_is_conversation),
             "/save": _files(_is_conversation),
         }

@@ -41,6 +41,8 @@ class _Wide(click.ParamType):  # type: ignore[type-arg]
 
 COUNT = _Wide(IntegerRange(1, 2**31 - 1))
 COUNT_OR_NONE = _Wide(IntegerRange(0, 2**31 - 1))
+FPS = _Wide(FiniteRange(0, 1000, min_open=True))
+FRAMES = _Wide(IntegerRange(2, 2**24))
 SEED = _Wide(IntegerRange(0, 2**64 - 1))
 SECONDS = _Wide(FiniteRange(0, 1e9))
 TEMPERATURE = _Wide(FiniteRange(0, 1000))

@@ -7,17 +7,25 @@ import os
 import re
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.paths import typed_path
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from qwen2vl_q.chat.messages import VideoPart
+
 _ADDRESS = re.compile("(file|https?):", re.IGNORECASE)
-_SUFFIX = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic|pdf)(?=\s|$)", re.IGNORECASE)
+_PICTURE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic|pdf)$", re.IGNORECASE)
+_CLIP = re.compile(r"\.(mp4|m4v|mov|mkv|webm|avi|mpe?g|flv|wmv|ogv|3gp)$", re.IGNORECASE)
+_SUFFIX = re.compile(rf"({_PICTURE.pattern[:-1]}|{_CLIP.pattern[:-1]})(?=\s|$)", re.IGNORECASE)
+_TIME = r"(\d{1,5}(?::\d{1,2}){0,2}(?:\.\d{1,6})?)"
+_TIMES = re.compile(rf"(?:#t={_TIME}?(?:,{_TIME})?)?")
 _QUOTED = r'"[^"]*"|[^\s"]' if os.name == "nt" else r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|[^\s'"\\]"""
 _WORD = re.compile(rf"(?:{_QUOTED})+(?=\s|$)")
 _LONGEST_PATH = 4096
@@ -37,6 +45,67 @@ class _PictureFile(click.Path):
 
 
 picture_file = _PictureFile()
+
+
+class _ClipFile(click.Path):
+    """A clip's path, perhaps with a part of it; "-" stays: stdin."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value == "-":
+            return "-"
+        try:
+            return clip_path(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+clip_file = _ClipFile()
+
+
+def clip_path(name: str) -> str:
+    """As picture_path; a part of a clip is a.mp4#t=10,25 (seconds, or 1:02:03). ValueError for times that are
+    none."""
+    file, times = _split_times(name)
+    _seconds(times)
+    return f"{picture_path(file)}{times}"
+
+
+def typed_clip(name: str, fps: float | None, max_frames: int | None) -> VideoPart:
+    """What `clip_path` has checked."""
+    from qwen2vl_q.chat.messages import VideoPart
+    from qwen2vl_q.vision.video import VideoOptions
+
+    file, times = _split_times(name)
+    start, end = _seconds(times)
+    options = VideoOptions(fps=fps, max_frames=max_frames, start=start, end=end)
+    if file == "-":
+        return VideoPart(sys.stdin.buffer.read(), options)
+    return VideoPart(fetched(file) if is_address(file) else str(Path(file).absolute()), options)
+
+
+def is_clip(path: str) -> bool:
+    """By its name."""
+    return _CLIP.search(_split_times(path)[0]) is not None
+
+
+def _split_times(name: str) -> tuple[str, str]:
+    """A media fragment's, behind the file that it is of."""
+    file, mark, times = name.rpartition("#t=")
+    return (file, mark + times) if mark and not Path(name).exists() else (name, "")
+
+
+def _seconds(times: str) -> tuple[float | None, float | None]:
+    match = _TIMES.fullmatch(times)
+    if match is None:
+        raise ValueError(f"expected times as #t=10,25 or #t=1:02:03, found {times}")
+    found = []
+    for time in match.groups():
+        parts = [float(part) for part in reversed(time.split(":"))] if time else []
+        found.append(sum(part * 60**i for i, part in enumerate(parts)) if parts else None)
+    start, end = found
+    if end is not None and end <= (start or 0):
+        raise ValueError(f"expected times in order, found {times}")
+    return start, end
 
 
 def picture_path(name: str) -> str:
@@ -89,6 +158,22 @@ def typed_pictures(name: str) -> list[tuple[str, str | bytes]]:
     return [(f"{path}#{number}", _png(picture)) for number, picture in load_pages(path, pages)]
 
 
+def clipboard_pictures() -> list[tuple[str, str | bytes]]:
+    """What has been copied: a picture, or picture files; each with what to call it. ValueError where that is
+    something else, or the system has no clipboard that can be read."""
+    from PIL import ImageGrab
+
+    try:
+        found = ImageGrab.grabclipboard()
+    except (NotImplementedError, OSError, ChildProcessError) as error:
+        raise ValueError(f"/paste: the clipboard cannot be read: {printable(str(error))}") from None
+    if isinstance(found, list):
+        return [(name, picture_path(name)) for name in found if is_picture(name)]
+    if found is None:
+        raise ValueError("/paste: the clipboard holds no picture")
+    return [("clipboard", _png(found))]
+
+
 def _png(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
@@ -104,7 +189,7 @@ def typed_picture(name: str) -> str | bytes:
 
 def is_picture(path: str) -> bool:
     """By its name."""
-    return _SUFFIX.search(path) is not None
+    return _PICTURE.search(path) is not None
 
 
 def split_words(text: str) -> list[str]:
@@ -135,7 +220,7 @@ def _dropped(text: str) -> tuple[str, int] | None:
     word = _WORD.match(text)
     if word is not None:
         name = split_words(word[0])[0]
-        if _ADDRESS.match(name) and is_picture(name):
+        if _ADDRESS.match(name) and _SUFFIX.search(name):
             return picture_path(name), word.end()
         if _is_absolute_file(name):
             return str(typed_path(name)), word.end()

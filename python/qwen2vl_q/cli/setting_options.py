@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from qwen2vl_q.cli.options import COUNT, COUNT_OR_NONE, PENALTY, SEED, TEMPERATURE, FiniteRange
+from qwen2vl_q.cli.options import COUNT, COUNT_OR_NONE, FPS, FRAMES, PENALTY, SEED, TEMPERATURE, FiniteRange
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -70,8 +70,16 @@ _DECORATORS = (
         "--vision-tokens",
         type=COUNT_OR_NONE,
         metavar="N",
-        help="Tokens of a question's pictures together; 0: full resolution.  [default: 1,280 each]",
+        help="Tokens of a question's pictures and clips together; 0: full resolution.  [default: 1,280 a "
+        "picture, 5,120 a clip]",
     ),
+    click.option(
+        "--fps",
+        type=FPS,
+        metavar="X",
+        help="Frames a second that are shown of clips.  [default: 2]",
+    ),
+    click.option("--max-frames", type=FRAMES, metavar="N", help="Frames of a clip, at most.  [default: 768]"),
 )
 
 

@@ -10,7 +10,8 @@ from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.vision.image_processor import ImageProcessor
 
 _BOUNDS = ("min_pixels", "max_pixels")
-_OF_PICTURES = (*_BOUNDS, "vision_tokens")
+_OF_CLIPS = ("fps", "max_frames")
+_OF_PICTURES = (*_BOUNDS, "vision_tokens", *_OF_CLIPS)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Settings:
     seed: int | None = None
     min_pixels: int | None = None  # of pictures
     max_pixels: int | None = None
-    vision_tokens: int | None = None  # of a question's pictures together; 0: as many as they take
+    vision_tokens: int | None = None  # of a question's pictures and clips together; 0: as many as they take
+    fps: float | None = None  # frames a second that are shown of clips
+    max_frames: int | None = None
 
     @property
     def shrinks_by_default(self) -> bool:

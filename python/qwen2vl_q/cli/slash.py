@@ -8,16 +8,19 @@ from difflib import get_close_matches
 
 import click
 
-from qwen2vl_q.cli.conversation import Conversation
+from qwen2vl_q.cli.conversation import CLIP_TOKENS, DEFAULT_TOKENS, Conversation
 from qwen2vl_q.cli.output import say
 from qwen2vl_q.cli.paths import typed_path
-from qwen2vl_q.cli.pictures import picture_path, split_words
+from qwen2vl_q.cli.pictures import clip_path, clipboard_pictures, picture_path, split_words
 from qwen2vl_q.cli.setting_options import SETTING_OPTIONS
 from qwen2vl_q.cli.settings import Settings
-from qwen2vl_q.cli.turn import attach
+from qwen2vl_q.cli.turn import attach, attach_clip, show
+from qwen2vl_q.vision.video import FPS, MAX_FRAMES
 
 _HELP = """\
 /image FILE ...  show pictures with the next question; or drop them on the terminal, a question behind them
+/video FILE ...  show clips with it; a part of one is clip.mp4#t=10,25
+/paste           show the picture of the clipboard with it
 /system TEXT     set the system prompt; without TEXT, print it
 /set NAME VALUE  change a setting ("default": the model's own); without NAME, print all
 /clear           forget the conversation and start anew
@@ -31,11 +34,21 @@ COMMANDS = tuple(line.split()[0] for line in _HELP.splitlines() if line.startswi
 WITH_ARGUMENT = tuple(name for name in COMMANDS if re.search(f"^{name} [A-Z]", _HELP, re.MULTILINE))
 
 
+_UNSAID = {
+    "seed": "drawn anew",
+    "vision-tokens": f"{DEFAULT_TOKENS:,} a picture, {CLIP_TOKENS:,} a clip",
+    "fps": f"{FPS:g}",
+    "max-frames": str(MAX_FRAMES),
+}
+
+
 class SlashCommands:
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
+            "/video": self._video,
+            "/paste": lambda _: self._paste(),
             "/system": self._system,
             "/set": self._set,
             "/clear": lambda _: conversation.clear(),
@@ -60,12 +73,16 @@ class SlashCommands:
         return True
 
     def _image(self, rest: str) -> None:
-        if not rest:
-            raise ValueError("expected /image FILE ...")
-        # A name with spaces as it is; several, or quoted by a terminal that a file was dropped on.
-        whole = typed_path(rest).exists()
-        for name in [rest] if whole else split_words(rest):
+        for name in _files(rest, "/image"):
             attach(self._conversation, picture_path(name), "/set vision-tokens 0")
+
+    def _video(self, rest: str) -> None:
+        for name in _files(rest, "/video"):
+            attach_clip(self._conversation, clip_path(name))
+
+    def _paste(self) -> None:
+        for name, picture in clipboard_pictures():
+            show(self._conversation, name, picture, "/set vision-tokens 0")
 
     def _system(self, rest: str) -> None:
         if rest:
@@ -85,7 +102,7 @@ class SlashCommands:
         for name in names or options:
             value = in_use[options[name].name]
             own = getattr(self._conversation.settings, options[name].name) is None
-            shown = "drawn anew" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+            shown = _UNSAID[name] if value is None else f"{value:.6g}" if isinstance(value, float) else value
             say(f"{name} {shown}{' (default)' if own else ''}")
 
     def _change(self, name: str, option: click.Option, value: str) -> None:
@@ -115,3 +132,10 @@ class SlashCommands:
     def _help(self) -> None:
         for line in _HELP.splitlines():
             say(line)
+
+
+def _files(rest: str, command: str) -> list[str]:
+    """A name with spaces as it is; several, or quoted by a terminal that a file was dropped on."""
+    if not rest:
+        raise ValueError(f"expected {command} FILE ...")
+    return [rest] if typed_path(rest).exists() else split_words(rest)

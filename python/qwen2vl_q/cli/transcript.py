@@ -12,12 +12,12 @@ from typing import Any
 
 from qwen2vl_q.base.atomic_file import whole_or_not_at_all
 from qwen2vl_q.base.errors import FormatError
-from qwen2vl_q.chat.messages import ImagePart, Message, normalize
+from qwen2vl_q.chat.messages import ImagePart, Message, VideoPart, Visual, normalize
 
 _MAX_BYTES = 256 * 1024 * 1024  # room for a few pictures as data: URIs
 
 
-def write(path: Path, messages: Iterable[Mapping[str, Any]], sources: Mapping[bytes, ImagePart]) -> None:
+def write(path: Path, messages: Iterable[Mapping[str, Any]], sources: Mapping[bytes, Visual]) -> None:
     """As messages to FILE.json, as Markdown to FILE.md. `sources`: a picture's key -> what it was made of.
 
     ValueError for another name or a folder that is not there, OSError where the file cannot be written.
@@ -65,31 +65,42 @@ def read(path: Path) -> list[Message]:
 
 def _in_folder(message: Message, folder: Path) -> Message:
     def resolved(part: Any) -> Any:
-        named = isinstance(part, ImagePart) and isinstance(part.image, (str, PathLike))
-        return replace(part, image=str(folder / part.image)) if named else part
+        if isinstance(part, ImagePart) and isinstance(part.image, (str, PathLike)):
+            return replace(part, image=str(folder / part.image))
+        if isinstance(part, VideoPart) and isinstance(part.video, (str, PathLike)):
+            return replace(part, video=str(folder / part.video))
+        return part
 
     if isinstance(message.content, str):
         return message
     return replace(message, content=tuple(map(resolved, message.content)))
 
 
-def _described(content: Any, sources: Mapping[bytes, ImagePart]) -> Any:
+def _described(content: Any, sources: Mapping[bytes, Visual]) -> Any:
     if isinstance(content, str):
         return content
-    return [_part(sources[part["image"].key]) if part["type"] == "image" else part for part in content]
+    return [
+        part if part["type"] == "text" else _part(sources[part[part["type"]].key], part["type"])
+        for part in content
+    ]
 
 
-def _part(source: ImagePart) -> dict[str, Any]:
-    image = source.image
-    name = f"data:;base64,{base64.b64encode(image).decode()}" if isinstance(image, bytes) else fspath(image)  # type: ignore[arg-type]
-    return {**source.for_message(), "image": name}
+def _part(source: Visual, kind: str) -> dict[str, Any]:
+    """kind: image or video."""
+    message = source.for_message()
+    file = message[kind]
+    if isinstance(file, bytes):
+        file = f"data:;base64,{base64.b64encode(file).decode()}"
+    return {**message, kind: fspath(file)}
 
 
 def _markdown(content: str | list[dict[str, str]]) -> str:
     if isinstance(content, str):
         return content
-    return "\n\n".join(_link(part["image"]) if "image" in part else part["text"] for part in content)
+    return "\n\n".join(
+        part["text"] if part["type"] == "text" else _link(part[part["type"]]) for part in content
+    )
 
 
-def _link(picture: str) -> str:
-    return f"![]({picture if picture.startswith('data:') else Path(picture).as_uri()})"
+def _link(file: str) -> str:
+    return f"![]({file if file.startswith('data:') else Path(file).as_uri()})"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 from qwen2vl_q.cli.output import harmless, say
-from qwen2vl_q.cli.pictures import typed_pictures
+from qwen2vl_q.cli.pictures import is_clip, typed_clip, typed_pictures
 
 if TYPE_CHECKING:
+    from qwen2vl_q.chat.messages import VideoPart
     from qwen2vl_q.cli.conversation import Conversation
 
 
@@ -34,9 +36,17 @@ def answer(conversation: Conversation, question: str, prefix: str = "") -> None:
 
 
 def attach(conversation: Conversation, typed: str, option: str, tell: bool = True) -> None:
-    """`show` of what a typed name stands for."""
+    """`show` or `show_clip` of what a typed name stands for."""
+    if is_clip(typed):
+        attach_clip(conversation, typed)
+        return
     for name, picture in typed_pictures(typed):
         show(conversation, name, picture, option, tell)
+
+
+def attach_clip(conversation: Conversation, typed: str) -> None:
+    settings = conversation.settings
+    show_clip(conversation, typed, typed_clip(typed, settings.fps, settings.max_frames))
 
 
 def show(conversation: Conversation, name: str, picture: str | bytes, option: str, tell: bool = True) -> None:
@@ -47,3 +57,13 @@ def show(conversation: Conversation, name: str, picture: str | bytes, option: st
     less = f" of {most:,} at full resolution ({option})" if shrunk else ""
     if tell or less:
         say(f"{name}: {tokens:,} tokens{less}")
+
+
+def show_clip(conversation: Conversation, name: str, clip: VideoPart) -> None:
+    """Shows a clip with the next question, and says what is seen of it; and its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        frames, width, height, tokens = conversation.attach_clip(clip)
+    for warning in caught:
+        say(f"warning: {warning.message}")
+    say(f"{name}: {frames} frames of {width} x {height}, {tokens:,} tokens (--vision-tokens, --fps)")

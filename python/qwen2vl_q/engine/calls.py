@@ -14,6 +14,7 @@ from qwen2vl_q.chat.messages import (
     Fetch,
     ImagePart,
     Messages,
+    VideoPart,
     Visual,
     normalize,
     read_source,
@@ -76,33 +77,31 @@ class Calls:
         processor = self._processor(part)
         return processor.process(read_source(part.image, fetch=self._fetch), max_tokens, part.resized)
 
-    def load_images(
-        self, parts: Iterable[ImagePart], vision_tokens: int | None = None
-    ) -> list[ProcessedImage]:
-        """Of one prompt; vision_tokens: of all together, at most. ValueError at the first that the context
-        has no room for."""
-        if vision_tokens is not None:
-            parts = self._fitted(list(parts), integer("vision_tokens", vision_tokens, 1, _INT32_MAX))
-        images: list[ProcessedImage] = []
+    def load_visuals(self, parts: Iterable[Visual], vision_tokens: int | None = None) -> list[ProcessedImage]:
+        """Of one prompt; vision_tokens: of all together, at most: a clip gets an equal share, pictures what
+        clips leave. ValueError at the first that the context has no room for."""
+        parts = list(parts)
+        budget = None if vision_tokens is None else integer("vision_tokens", vision_tokens, 1, _INT32_MAX)
         room = self._n_ctx
-        for part in parts:
-            images.append(self.load_image(part, room))
-            room = max(0, room - self._generation.token_count(images[-1]))
-        return images
+        found: dict[int, ProcessedImage] = {}
+        clips = [(i, part) for i, part in enumerate(parts) if isinstance(part, VideoPart)]
+        for i, clip in clips:
+            share = None if budget is None else max(1, budget // len(parts))
+            found[i] = self.load_video(clip, room, share)
+            room = max(0, room - self._generation.token_count(found[i]))
+        pictures = [(i, part) for i, part in enumerate(parts) if isinstance(part, ImagePart)]
+        asked = [part for _, part in pictures]
+        if budget is not None and asked:
+            left = budget - sum(map(self._generation.token_count, found.values()))
+            asked = self._fitted(asked, max(0, left))
+        for (i, _), part in zip(pictures, asked, strict=True):
+            found[i] = self.load_image(part, room)
+            room = max(0, room - self._generation.token_count(found[i]))
+        return [found[i] for i in range(len(parts))]
 
-    def _load_visuals(self, parts: list[Visual], vision_tokens: int | None) -> list[ProcessedImage]:
-        """Pictures, which share vision_tokens, and clips, in their order."""
-        pictures = [part for part in parts if isinstance(part, ImagePart)]
-        loaded = iter(self.load_images(pictures, vision_tokens))
-        found: list[ProcessedImage] = []
-        for part in parts:
-            if isinstance(part, ImagePart):
-                found.append(next(loaded))
-            else:
-                room = self._n_ctx - sum(map(self._generation.token_count, found))
-                processor = self._processor(ImagePart(""))
-                found.append(process_video(part.video, processor, part.options, max(0, room)))
-        return found
+    def load_video(self, part: VideoPart, max_tokens: int, budget: int | None = None) -> ProcessedImage:
+        """budget: see `vision.video.plan`. ValueError for one that takes more than max_tokens."""
+        return process_video(part.video, self._processor(ImagePart("")), part.options, max_tokens, budget)
 
     def _processor(self, part: ImagePart) -> ImageProcessor:
         """With the part's bounds."""
@@ -141,7 +140,7 @@ class Calls:
     # --- prompts ---
 
     def prepare(self, token_ids: TokenIds, images: Iterable[ImageInput]) -> Prepared:
-        return self._generation.prepare(token_ids, self.load_images(map(ImagePart, images)))
+        return self._generation.prepare(token_ids, self.load_visuals(map(ImagePart, images)))
 
     def encode_chat(
         self,
@@ -159,7 +158,7 @@ class Calls:
         elif tools is not None:
             variables = {**(variables or {}), "tools": tools.definitions}
         tokenizer.require_room((text for m in conversation for text in m.texts), self._n_ctx)
-        images = self._load_visuals([p for message in conversation for p in message.visuals], vision_tokens)
+        images = self.load_visuals((p for message in conversation for p in message.visuals), vision_tokens)
         pieces = template.render(
             [message.for_template() for message in conversation],
             add_vision_id=add_vision_id,

@@ -14,6 +14,7 @@ from qwen2vl_q.vision.fetch import Fetcher
 from qwen2vl_q.vision.image_processor import ProcessedImage, encoded_size
 
 _KINDS = ("image", "image_url")
+_CLIPS = ("video", "video_url", "input_video")
 
 
 class PictureReader:
@@ -39,7 +40,7 @@ class PictureReader:
         for i, message in enumerate(messages):
             parts: list[Any] = []
             for j, part in enumerate(_parts(message)):
-                if isinstance(part, Mapping) and part.get("type") == "video":
+                if isinstance(part, Mapping) and part.get("type") in _CLIPS:
                     raise ValueError(f"message {i}, part {j}: clips are not served; send frames as pictures")
                 if _is_picture(part):
                     picture = self._load(part, f"message {i}, part {j}", room)

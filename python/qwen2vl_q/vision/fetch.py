@@ -1,4 +1,4 @@
-"""Pictures from http(s) addresses: of allowed hosts, from public addresses, within time and size."""
+"""Pictures and clips from http(s) addresses: allowed hosts, public addresses, within time and size."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MAX_URL_CHARS = 8192
 _MAX_REDIRECTS = 5
 _CHUNK = 2**16
 _REDIRECTS = {301, 302, 303, 307, 308}
-# What servers call a picture; "" is what says nothing.
-_TYPES = ("image/", "application/octet-stream", "binary/octet-stream")
+# What servers call them; "" is what says nothing.
+_TYPES = ("image/", "video/", "application/octet-stream", "binary/octet-stream")
 
 Resolve = Callable[[str, int], "Iterable[str]"]
 
@@ -33,12 +33,12 @@ def _addresses(host: str, port: int) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches pictures.
+    """Fetches pictures and clips.
 
     hosts: names that may be asked, "*.example.org" for every one below it, "*" for all. An address that is
     private, of this machine or its link, or otherwise not public is refused, whatever its name says, and the
     connection goes to the very address that was checked; allow_private lets them be. Redirects lead to
-    allowed hosts alone and are checked alike. max_bytes: of a picture's file. seconds: for all of it.
+    allowed hosts alone and are checked alike. max_bytes: of a file. seconds: for all of it.
     """
 
     hosts: frozenset[str]
@@ -99,7 +99,9 @@ class Fetcher:
         late.start()
         try:
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
+            connection.request(
+                "GET", path, headers={"Accept": "image/*, video/*", "Accept-Encoding": "identity"}
+            )
             with connection.getresponse() as response:
                 if response.status in _REDIRECTS and (target := response.getheader("Location")):
                     return target
@@ -136,7 +138,7 @@ class Fetcher:
             raise _Refused(f"{where}: {host} answers {response.status} {reason}")
         kind = (response.getheader("Content-Type") or "").lower()
         if kind and not kind.startswith(_TYPES):
-            raise _Refused(f"{where}: expected a picture from {host}, found {printable(kind)}")
+            raise _Refused(f"{where}: expected a picture or a clip from {host}, found {printable(kind)}")
         if (coding := response.getheader("Content-Encoding") or "identity") != "identity":
             raise _Refused(f"{where}: {host} sends {printable(coding)}, unasked")
         body = bytearray()

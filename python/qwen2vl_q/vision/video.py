@@ -1,31 +1,22 @@
 """Clips -> the vision tower's input, by the rules of qwen-vl-utils: which frames, and how large.
 
-Files are decoded (extra: video) in a process of their own, `video_process`, with so much time and memory.
+Files are decoded by `video_decoder`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import subprocess
-import sys
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from os import PathLike, fspath
-from pathlib import Path
-from threading import Event, Timer
-from typing import IO, Any, TypeAlias
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import IO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from qwen2vl_q.base.arguments import integer
-from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.vision.image_processor import ImageProcessor, Picture, ProcessedImage, load_image, smart_resize
 
@@ -37,7 +28,6 @@ MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28  # of a frame
 TOTAL_PIXELS = 24576 * 28 * 28  # of every second frame together
 
 MAX_FILE_FRAMES = 2**24  # some three days at 60 a second
-SECONDS_A_FRAME = 120  # the first waits for the file's end to be found
 
 VideoInput: TypeAlias = "str | PathLike[str] | bytes | IO[bytes] | Sequence[Picture] | ProcessedImage"
 
@@ -104,18 +94,14 @@ def frame_indices(total: int, count: int) -> list[int]:
     return [round(float(i)) for i in np.linspace(0, total - 1, count)]
 
 
-def frame_size(
-    width: int, height: int, count: int, factor: int, options: VideoOptions, budget: int | None = None
-) -> tuple[int, int]:
-    """(height, width) of each of `count` frames. budget: tokens that all should take at most, which they may
-    miss where a frame would be smaller than the least."""
+def frame_size(width: int, height: int, count: int, factor: int, options: VideoOptions) -> tuple[int, int]:
+    """(height, width) of each of `count` frames."""
     if options.resized is not None:
         return smart_resize(*options.resized, factor)
-    least = options.min_pixels or MIN_PIXELS
+    least = options.min_pixels or (
+        factor**2 if (options.max_pixels or MIN_PIXELS) < MIN_PIXELS else MIN_PIXELS
+    )
     total = options.total_pixels or TOTAL_PIXELS
-    if budget is not None:
-        total = min(total, budget * factor**2)
-        least = min(least, total)
     most = max(min(MAX_PIXELS, total / count * FRAME_FACTOR), int(least * 1.05))
     if options.max_pixels is not None:
         most = min(options.max_pixels, most)
@@ -125,19 +111,23 @@ def frame_size(
 def plan(
     width: int,
     height: int,
-    total: int,
-    file_fps: float,
+    counts: Iterable[int],
     factor: int,
     options: VideoOptions,
     budget: int | None = None,
 ) -> Plan:
-    """Of a clip of `total` frames. budget: tokens that it may take: frames get smaller, then fewer."""
-    count = frame_count(total, file_fps, options)
-    while True:
-        found = Plan(count, *frame_size(width, height, count, factor, options, budget))
-        if budget is None or found.tokens(factor) <= budget or count == FRAME_FACTOR:
+    """With the first of the counts, from large to small, of which frames take no more than `budget` tokens;
+    where all take more, the last, and smaller frames than the options ask for."""
+    if budget is not None:
+        total = min(options.total_pixels or TOTAL_PIXELS, budget * factor**2)
+        options = replace(options, total_pixels=total)
+    for count in counts:
+        found = Plan(count, *frame_size(width, height, count, factor, options))
+        if budget is None or found.tokens(factor) <= budget:
             return found
-        count -= FRAME_FACTOR
+    assert budget is not None
+    share = budget * factor**2 // (found.count // FRAME_FACTOR)
+    return Plan(found.count, *smart_resize(height, width, factor, min(factor**2, share), share))
 
 
 def process_video(
@@ -164,7 +154,9 @@ def process_video(
     if isinstance(video, (list, tuple)):
         pixels = _of_pictures(video, factor, options, limit, budget)
     else:
-        pixels = _decoded(video, factor, options, limit, budget)
+        from qwen2vl_q.vision.video_decoder import decoded
+
+        pixels = decoded(video, factor, options, limit, budget)
     digest = hashlib.blake2b(f"video {pixels.shape}:".encode(), digest_size=16)
     digest.update(pixels.data)
     count, height, width, _ = pixels.shape
@@ -195,7 +187,7 @@ def _of_pictures(
     if any(picture.size != pictures[0].size for picture in pictures):
         raise ValueError("expected frames of one size")
     pictures += pictures[-1:] * (len(pictures) % FRAME_FACTOR)
-    found = Plan(len(pictures), *frame_size(*pictures[0].size, len(pictures), factor, options, budget))
+    found = plan(*pictures[0].size, [len(pictures)], factor, options, budget)
     require_room(found, factor, limit)
     pixels = np.empty((found.count, found.height, found.width, 3), np.uint8)
     for out, picture in zip(pixels, pictures, strict=True):
@@ -205,107 +197,3 @@ def _of_pictures(
 
 def resized(picture: Image.Image, found: Plan) -> NDArray[np.uint8]:
     return np.asarray(picture.resize((found.width, found.height), Image.Resampling.BICUBIC))
-
-
-# --- files: this side ---
-
-
-def _decoded(
-    video: Any, factor: int, options: VideoOptions, limit: int | None, budget: int | None
-) -> NDArray[np.uint8]:
-    is_path = isinstance(video, (str, PathLike))
-    name = printable(fspath(video), 1000) if is_path else "the video"
-    data = b""
-    if is_path:
-        _require_file(Path(video), name)
-    else:
-        data = video.read() if hasattr(video, "read") else video
-        if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise ValueError(f"video: expected a binary file, found one of {type(data).__name__}")
-    question = {
-        "path": fspath(Path(video).absolute()) if is_path else None,
-        "options": asdict(options),
-        "factor": factor,
-        "limit": limit,
-        "budget": budget,
-    }
-    command = [sys.executable, "-m", "qwen2vl_q.vision.video_process", json.dumps(question)]
-    with tempfile.TemporaryFile() as messages:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages)
-        try:
-            with suppress(BrokenPipeError):  # it says why
-                process.stdin.write(data)  # type: ignore[union-attr]
-            with suppress(BrokenPipeError):
-                process.stdin.close()  # type: ignore[union-attr]
-            pixels = _received(process, name)
-            process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()  # type: ignore[union-attr]
-        messages.seek(0)
-        _tell(messages.read().decode("utf-8", "replace"), name)
-    if pixels is None:
-        raise UnsupportedError(f"{name}: its decoder has failed, or needs too much memory")
-    return pixels
-
-
-def _require_file(path: Path, name: str) -> None:
-    """The errors of opening it are this process's."""
-    if not path.is_file() and path.exists():
-        raise OSError(f"{name}: not a file")
-    with path.open("rb"):
-        pass
-
-
-def _received(process: subprocess.Popen[bytes], name: str) -> NDArray[np.uint8] | None:
-    """None where it has ended before the first frame."""
-    output: Any = process.stdout
-    with _limited(process, name):
-        header = output.readline()
-    if not header:
-        return None
-    count, height, width = json.loads(header)
-    pixels = np.empty((count, height, width, 3), np.uint8)
-    for i, frame in enumerate(pixels):
-        with _limited(process, name):
-            complete = output.readinto(frame.data) == frame.nbytes
-        if not complete:
-            if i == 0:
-                return None
-            pixels[i : i + i % FRAME_FACTOR] = pixels[i - 1]
-            return pixels[: i + i % FRAME_FACTOR]
-    return pixels
-
-
-@contextmanager
-def _limited(process: subprocess.Popen[bytes], name: str) -> Iterator[None]:
-    """UnsupportedError where what is waited for does not come in time."""
-    late = Event()
-
-    def end() -> None:
-        late.set()
-        process.kill()
-
-    timer = Timer(SECONDS_A_FRAME, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    if late.is_set():
-        raise UnsupportedError(f"{name}: no frame within {SECONDS_A_FRAME} seconds")
-
-
-_ERRORS = {"unsupported": UnsupportedError, "damaged": FormatError, "invalid": ValueError}
-
-
-def _tell(messages: str, name: str) -> None:
-    """Its warnings; raises its error."""
-    for line in messages.splitlines():
-        kind, _, message = line.partition(": ")
-        if kind == "warning":
-            warnings.warn(f"{name}: {printable(message, 300)}", stacklevel=5)
-        elif kind in _ERRORS:
-            raise _ERRORS[kind](f"{name}: {printable(message, 300)}")

@@ -17,7 +17,16 @@ from typing import IO, Any
 
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.vision.clip_files import Clip, open_clip
-from qwen2vl_q.vision.video import FPS, FRAME_FACTOR, VideoOptions, frame_indices, plan, require_room, resized
+from qwen2vl_q.vision.video import (
+    FPS,
+    FRAME_FACTOR,
+    VideoOptions,
+    frame_count,
+    frame_indices,
+    plan,
+    require_room,
+    resized,
+)
 
 _MEMORY = 2**32
 
@@ -63,7 +72,8 @@ def _show(clip: Clip, options: VideoOptions, factor: int, limit: int | None, bud
     first = next(clip.pictures(within[:1]), None)
     if first is None:
         raise FormatError("none of its frames can be decoded")
-    found = plan(*first.size, len(within), fps, factor, options, budget)
+    counts = range(frame_count(len(within), fps, options), 0, -FRAME_FACTOR)
+    found = plan(*first.size, counts, factor, options, budget)
     require_room(found, factor, limit)
     output = sys.stdout.buffer
     output.write(f"[{found.count}, {found.height}, {found.width}]\n".encode())

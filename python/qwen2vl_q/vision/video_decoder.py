@@ -1,0 +1,127 @@
+"""Clips of files, decoded in a process of their own (`video_process`), with so much time and memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from os import PathLike, fspath
+from pathlib import Path
+from threading import Event, Timer
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.base.printable import printable
+from qwen2vl_q.vision.video import FRAME_FACTOR, VideoOptions
+
+SECONDS_A_FRAME = 120  # the first waits for the file's end to be found
+
+
+def decoded(
+    video: Any, factor: int, options: VideoOptions, limit: int | None, budget: int | None
+) -> NDArray[np.uint8]:
+    """uint8 [frames, height, width, 3] of a file or its bytes. Errors and warnings of `process_video`."""
+    is_path = isinstance(video, (str, PathLike))
+    name = printable(fspath(video), 1000) if is_path else "the video"
+    data = b""
+    if is_path:
+        _require_file(Path(video), name)
+    else:
+        data = video.read() if hasattr(video, "read") else video
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise ValueError(f"video: expected a binary file, found one of {type(data).__name__}")
+    question = {
+        "path": fspath(Path(video).absolute()) if is_path else None,
+        "options": asdict(options),
+        "factor": factor,
+        "limit": limit,
+        "budget": budget,
+    }
+    command = [sys.executable, "-m", "qwen2vl_q.vision.video_process", json.dumps(question)]
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages)
+        try:
+            with suppress(BrokenPipeError):  # it says why
+                process.stdin.write(data)  # type: ignore[union-attr]
+            with suppress(BrokenPipeError):
+                process.stdin.close()  # type: ignore[union-attr]
+            pixels = _received(process, name)
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()  # type: ignore[union-attr]
+        messages.seek(0)
+        _tell(messages.read().decode("utf-8", "replace"), name)
+    if pixels is None:
+        raise UnsupportedError(f"{name}: its decoder has failed, or needs too much memory")
+    return pixels
+
+
+def _require_file(path: Path, name: str) -> None:
+    """The errors of opening it are this process's."""
+    if not path.is_file() and path.exists():
+        raise OSError(f"{name}: not a file")
+    with path.open("rb"):
+        pass
+
+
+def _received(process: subprocess.Popen[bytes], name: str) -> NDArray[np.uint8] | None:
+    """None where it has ended before the first frame."""
+    output: Any = process.stdout
+    with _limited(process, name):
+        header = output.readline()
+    if not header:
+        return None
+    count, height, width = json.loads(header)
+    pixels = np.empty((count, height, width, 3), np.uint8)
+    for i, frame in enumerate(pixels):
+        with _limited(process, name):
+            complete = output.readinto(frame.data) == frame.nbytes
+        if not complete:
+            if i == 0:
+                return None
+            pixels[i : i + i % FRAME_FACTOR] = pixels[i - 1]
+            return pixels[: i + i % FRAME_FACTOR]
+    return pixels
+
+
+@contextmanager
+def _limited(process: subprocess.Popen[bytes], name: str) -> Iterator[None]:
+    """UnsupportedError where what is waited for does not come in time."""
+    late = Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    timer = Timer(SECONDS_A_FRAME, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise UnsupportedError(f"{name}: no frame within {SECONDS_A_FRAME} seconds")
+
+
+_ERRORS = {"unsupported": UnsupportedError, "damaged": FormatError, "invalid": ValueError}
+
+
+def _tell(messages: str, name: str) -> None:
+    """Its warnings; raises its error."""
+    for line in messages.splitlines():
+        kind, _, message = line.partition(": ")
+        if kind == "warning":
+            warnings.warn(f"{name}: {printable(message, 300)}", stacklevel=5)
+        elif kind in _ERRORS:
+            raise _ERRORS[kind](f"{name}: {printable(message, 300)}")
