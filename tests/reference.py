@@ -35,14 +35,39 @@ class Reference:
         pixel_values, grid = self.preprocess([image])
         return self.model.model.visual(pixel_values, grid_thw=grid).pooler_output.numpy()
 
+    def preprocess_clip(self, frames: ImageArray) -> torch.Tensor:
+        """[patches, 1176] of frames [n, h, w, 3], n even, not resized: patches of two frames, each as those
+        of a picture. (transformers' own video processor needs torchvision.)"""
+        pairs = []
+        for i in range(0, len(frames), 2):
+            two = [
+                self.processor([Image.fromarray(frame)], return_tensors="pt", do_resize=False)["pixel_values"]
+                for frame in frames[i : i + 2]
+            ]
+            first, second = (patches.view(len(patches), 3, 2, -1) for patches in two)
+            pairs.append(torch.stack([first[:, :, 0], second[:, :, 0]], 2).flatten(1))
+        return torch.cat(pairs)
+
     @torch.inference_mode()
-    def logits(self, token_ids: Sequence[int], images: Sequence[ImageArray] = ()) -> FloatArray:
-        """[len(token_ids), vocab_size]"""
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[ImageArray] = (),
+        clips: Sequence[ImageArray] = (),
+        position_ids: NDArray[np.int64] | None = None,
+    ) -> FloatArray:
+        """[len(token_ids), vocab_size]; clips as of preprocess_clip."""
         ids = torch.tensor([list(token_ids)])
         inputs = {}
         if images:
             pixel_values, inputs["image_grid_thw"] = self.preprocess(images)
             inputs["pixel_values"] = pixel_values.to(self.dtype)
+        if clips:
+            inputs["pixel_values_videos"] = torch.cat([self.preprocess_clip(c) for c in clips]).to(self.dtype)
+            grids = [(len(c) // 2, c.shape[1] // 14, c.shape[2] // 14) for c in clips]
+            inputs["video_grid_thw"] = torch.tensor(grids)
+        if position_ids is not None:
+            inputs["position_ids"] = torch.from_numpy(position_ids)[:, None]
         output = self.model(input_ids=ids, mm_token_type_ids=self.token_types(ids), use_cache=False, **inputs)
         return output.logits[0].float().numpy()
 

@@ -21,8 +21,9 @@ from conversations import (
     conversation,
     random_image,
 )
-from qwen2vl_q import Qwen2VL
+from qwen2vl_q import Qwen2VL, VideoOptions
 from qwen2vl_q.convert import Recipe, convert_checkpoint
+from qwen2vl_q.vision.image_processor import ProcessedImage
 from shapes import SHAPES
 
 pytest.importorskip("torch", reason="needs the parity extra")
@@ -133,3 +134,54 @@ def test_position_ids_of_200_random_conversations(pair: Pair) -> None:
         token_ids, grids = random_grid_conversation(rng)
         ours = pair.ours.position_ids(token_ids, [grid for _, grid in grids])
         np.testing.assert_array_equal(ours, pair.reference.position_ids(token_ids, grids))
+
+
+# Text tokens, pictures (height, width), clips (frames, height, width).
+CLIPS: dict[str, list[int | tuple[int, ...]]] = {
+    "one frame": [4, (1, 56, 84), 5],
+    "an odd count": [3, (5, 84, 56), 7],
+    "two clips": [2, (4, 56, 56), 6, (2, 112, 56), 4],
+    "clips and pictures": [3, (4, 84, 84), (90, 130), 2, (3, 56, 84), (64, 64), 5],
+    "more steps than rows and columns": [3, (14, 56, 84), 8],
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_clips(pair: Pair, name: str) -> None:
+    """Pixels, logits and greedy tokens. The reference gets our positions: behind a clip of more steps than
+    rows and columns its own go on elsewhere, and else `test_position_ids...` has compared them."""
+    rng = np.random.default_rng(8)
+    token_ids: list[int] = []
+    shown: list[ProcessedImage] = []
+    images: list[NDArray[np.uint8]] = []
+    for part in CLIPS[name]:
+        if isinstance(part, int):
+            token_ids += rng.integers(0, N_TEXT_TOKENS, part).tolist()
+            continue
+        if len(part) == 2:
+            images.append(random_image(rng, *part))
+            shown.append(pair.ours.load_image(images[-1]))
+        else:
+            count, height, width = part
+            frames = [random_image(rng, height, width) for _ in range(count)]
+            shown.append(pair.ours.load_video(frames, VideoOptions(resized=(height, width))))
+            assert shown[-1].pixels.shape == (count + count % 2, height, width, 3)
+        pad = VIDEO_PAD if len(part) == 3 else IMAGE_PAD
+        token_ids += [VISION_START, *[pad] * (int(np.prod(shown[-1].grid_thw)) // 4), VISION_END]
+    clips = [item.pixels for item in shown if item.is_video]
+    for item in shown:
+        if item.is_video:
+            expected = pair.reference.preprocess_clip(item.pixels).numpy()
+            np.testing.assert_allclose(pair.ours.image_processor.patchify(item), expected, atol=1e-6)
+    grids = [item.grid_thw for item in shown]
+    ours = pair.ours.logits(token_ids, shown)
+    positions = pair.ours.position_ids(token_ids, grids)
+    assert_close(ours, pair.reference.logits(token_ids, images, clips, positions))
+
+    generated = list(pair.ours.generate(token_ids, shown, max_new_tokens=12, ignore_eos=True))
+    whole = token_ids + generated
+    positions = np.concatenate(
+        [positions, positions[:, -1:].max() + 1 + np.arange(len(generated))[None].repeat(3, 0)], 1
+    )
+    logits = pair.reference.logits(whole, images, clips, positions)
+    assert generated == logits[len(token_ids) - 1 : -1].argmax(axis=-1).tolist()
