@@ -27,13 +27,14 @@ ROOM_USES = {
     "text": {"base"},
     "chat": {"base", "vision", "text"},
     "engine": {"base", "checkpoint", "vision", "text", "chat"},
+    "tasks": {"base", "vision"},
     "hub": {"base", "engine", "convert"},
-    "model": {"base", "vision", "text", "chat", "engine", "hub"},
+    "model": {"base", "vision", "text", "chat", "engine", "tasks", "hub"},
     "measure": {"base", "checkpoint", "vision", "chat", "engine", "model", "demo"},
     "demo": set(),
     "convert": {"base", "checkpoint", "vision", "text", "chat", "engine"},
     "serve": {"base", "vision", "chat", "engine", "model"},
-    "cli": {"base", "vision", "text", "chat", "engine", "hub", "model", "measure", "demo", "serve"},
+    "cli": {"base", "vision", "text", "chat", "engine", "tasks", "hub", "model", "measure", "demo", "serve"},
 }
 # Those that use the converter.
 COMMANDS_THAT_WRITE = {

@@ -159,6 +159,20 @@ def test_avif() -> None:
     assert load_image(file.getvalue()).size == (64, 48)
 
 
+def test_heic() -> None:
+    """What a phone writes, with the package of the extra heif."""
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra heif")
+    heif.register_heif_opener()
+    file = io.BytesIO()
+    sheet = Image.new("RGB", (64, 48), (200, 30, 30))
+    sheet.paste((30, 30, 200), (0, 0, 32, 48))
+    sheet.save(file, "HEIF", quality=95)
+    found = np.asarray(load_image(file.getvalue())).astype(int)
+    assert found.shape == (48, 64, 3)
+    assert np.abs(found[24, 8] - (30, 30, 200)).max() < 16
+    assert np.abs(found[24, 56] - (200, 30, 30)).max() < 16
+
+
 def test_heic_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'qwen2vl-q\[heif\]'"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from qwen2vl_q.engine.config import Qwen2VLConfig
 from qwen2vl_q.engine.devices import plugin_for, require_name
 from qwen2vl_q.engine.generation import Generation, TokenIds, stage
 from qwen2vl_q.engine.model_parts import ModelParts, fitted
-from qwen2vl_q.engine.options import GenerateOptions
+from qwen2vl_q.engine.options import ChatOptions, GenerateOptions
 from qwen2vl_q.engine.request import Progress
 from qwen2vl_q.engine.sampling import Sampling
 from qwen2vl_q.engine.stats import GenerationStats, Stage
@@ -39,6 +39,7 @@ from qwen2vl_q.vision.video import VideoInput, VideoOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from qwen2vl_q.tasks.long_video import Part, VideoNotes
     from qwen2vl_q.vision.fetch import Fetcher
 
 TRAINED_CONTEXT = 32768
@@ -338,6 +339,39 @@ class Qwen2VL(Chats):
         from qwen2vl_q.vision.documents import load_pages
 
         return self.load_images([page for _, page in load_pages(document, pages)], vision_tokens)
+
+    def video(
+        self,
+        video: str | os.PathLike[str],
+        question: str | None = None,
+        *,
+        part_seconds: float = 30.0,
+        part_tokens: int = 2560,
+        describe: str | None = None,
+        fps: float | None = None,
+        notes: str | os.PathLike[str] | None = None,
+        on_part: Callable[[Part], None] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> VideoNotes:
+        """A video of any length, watched in parts of about part_seconds, each of at most part_tokens: a
+        timeline (what `describe` asks of each part), a summary, and the answer to a question, for which the
+        parts that matter are seen again.
+
+        notes: a file that keeps what was noted, so that a run that has been cut goes on, and another question
+        needs no other look at the whole. on_part is told of each part as it comes. Greedy, where the options,
+        `chat`'s, say nothing. Errors of `load_video` and `chat`; FormatError for notes of something else.
+        """
+        from qwen2vl_q.tasks import long_video
+
+        how = long_video.Watching(
+            part_seconds,
+            integer("part_tokens", part_tokens, 1, _INT32_MAX),
+            long_video.DESCRIBE if describe is None else describe,
+            fps,
+            repr(self.config),
+            options,
+        )
+        return long_video.watch(self, video, question, how, notes, on_part)
 
     def encode_image(self, image: ImageInput, progress: Progress | None = None) -> NDArray[np.float32]:
         """The vision tower's output, float32 [n_tokens, hidden_size]: a row for merge**2 patches of the grid.

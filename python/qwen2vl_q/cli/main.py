@@ -17,6 +17,7 @@ from click.shell_completion import shell_complete
 COMMANDS = {
     "demo": ("qwen2vl_q.cli.demo", "Draw a card and ask the packaged model about it."),
     "chat": ("qwen2vl_q.cli.chat", "Ask a model about pictures: one question, or a conversation."),
+    "video": ("qwen2vl_q.cli.video", "Watch a video of any length: a timeline, a summary, answers."),
     "ground": ("qwen2vl_q.cli.ground", "Find things in a picture: boxes, drawn or as numbers."),
     "serve": ("qwen2vl_q.cli.serve", "Answer over HTTP: an OpenAI-compatible API and a page for browsers."),
     "convert": ("qwen2vl_q.cli.convert", "Convert a checkpoint, or GGUF files of other types, to one file."),

@@ -121,8 +121,8 @@ def load_image(image: Picture) -> Image.Image:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(image), f"the image ({memoryview(image).nbytes} bytes)")
     if isinstance(image, (str, PathLike)):
-        with Path(image).open("rb") as file:
-            return _decode(io.BufferedReader(file), printable(fspath(image), 1000))
+        with Path(image).open("rb") as file, io.BufferedReader(file) as reader:
+            return _decode(reader, printable(fspath(image), 1000))
     return _decode(_seekable(image), printable(getattr(image, "name", "the image")))
 
 

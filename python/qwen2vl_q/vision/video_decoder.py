@@ -29,23 +29,42 @@ def decoded(
     video: Any, factor: int, options: VideoOptions, limit: int | None, budget: int | None
 ) -> NDArray[np.uint8]:
     """uint8 [frames, height, width, 3] of a file or its bytes. Errors and warnings of `process_video`."""
-    is_path = isinstance(video, (str, PathLike))
-    name = printable(fspath(video), 1000) if is_path else "the video"
-    data = b""
-    if is_path:
-        _require_file(Path(video), name)
+    question = {"options": asdict(options), "factor": factor, "limit": limit, "budget": budget}
+    name = _name(video)
+    with _asked(video, question) as process:
+        pixels = _received(process, name)
+    if pixels is None:
+        raise UnsupportedError(f"{name}: its decoder has failed, or needs too much memory")
+    return pixels
+
+
+def video_seconds(video: Any) -> float:
+    """How long a file, or its bytes, lasts: its last frame's time. Errors as of `decoded`."""
+    name = _name(video)
+    with _asked(video, None) as process, _limited(process, name):
+        answer = process.stdout.readline()  # type: ignore[union-attr]
+    if not answer:
+        raise UnsupportedError(f"{name}: its reader has failed, or needs too much memory")
+    return float(answer)
+
+
+def _name(video: Any) -> str:
+    return printable(fspath(video), 1000) if isinstance(video, (str, PathLike)) else "the video"
+
+
+@contextmanager
+def _asked(video: Any, question: dict[str, Any] | None) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, at work; at the end its warnings and errors are told."""
+    path, data = None, b""
+    if isinstance(video, (str, PathLike)):
+        _require_file(Path(video), _name(video))
+        path = fspath(Path(video).absolute())
     else:
         data = video.read() if hasattr(video, "read") else video
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise ValueError(f"video: expected a binary file, found one of {type(data).__name__}")
-    question = {
-        "path": fspath(Path(video).absolute()) if is_path else None,
-        "options": asdict(options),
-        "factor": factor,
-        "limit": limit,
-        "budget": budget,
-    }
-    command = [sys.executable, "-m", "qwen2vl_q.vision.video_process", json.dumps(question)]
+    asked = json.dumps({"path": path, "frames": question})
+    command = [sys.executable, "-m", "qwen2vl_q.vision.video_process", asked]
     with tempfile.TemporaryFile() as messages:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages)
         try:
@@ -53,17 +72,14 @@ def decoded(
                 process.stdin.write(data)  # type: ignore[union-attr]
             with suppress(BrokenPipeError):
                 process.stdin.close()  # type: ignore[union-attr]
-            pixels = _received(process, name)
+            yield process
             process.wait()
         finally:
             process.kill()
             process.wait()
             process.stdout.close()  # type: ignore[union-attr]
         messages.seek(0)
-        _tell(messages.read().decode("utf-8", "replace"), name)
-    if pixels is None:
-        raise UnsupportedError(f"{name}: its decoder has failed, or needs too much memory")
-    return pixels
+        _tell(messages.read().decode("utf-8", "replace"), _name(video))
 
 
 def _require_file(path: Path, name: str) -> None:

@@ -1,8 +1,8 @@
 """A process that decodes the clip that its argument names, or that comes on stdin.
 
-To stdout go a line, [frames, height, width], and the frames, RGB. What goes wrong is a line on stderr,
-"unsupported: ...", "damaged: ..." or "invalid: ..." (an argument), and the exit code 1; a "warning: ..." is
-none.
+To stdout go a line, [frames, height, width], and the frames, RGB; or, where no frames are asked for, the time
+of the last in seconds. What goes wrong is a line on stderr, "unsupported: ...", "damaged: ..." or "invalid:
+..." (an argument), and the exit code 1; a "warning: ..." is none.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ def main(question: dict[str, Any]) -> int:
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    given = question["options"]
-    options = VideoOptions(**{**given, "resized": tuple(given["resized"]) if given["resized"] else None})
     try:
         with _source(question["path"]) as file:
-            _show(open_clip(file), options, question["factor"], question["limit"], question["budget"])
+            clip = open_clip(file)
+            if question["frames"] is None:
+                print(_times(clip)[-1])
+            else:
+                frames = question["frames"]
+                _show(clip, _options(frames.pop("options")), **frames)
     except UnsupportedError as error:
         return _fail(f"unsupported: {error}")
     except FormatError as error:
@@ -53,14 +56,23 @@ def main(question: dict[str, Any]) -> int:
     return 0
 
 
+def _options(given: dict[str, Any]) -> VideoOptions:
+    return VideoOptions(**{**given, "resized": tuple(given["resized"]) if given["resized"] else None})
+
+
 def _source(path: str | None) -> IO[bytes]:
     return io.BytesIO(sys.stdin.buffer.read()) if path is None else Path(path).open("rb")
 
 
-def _show(clip: Clip, options: VideoOptions, factor: int, limit: int | None, budget: int | None) -> None:
+def _times(clip: Clip) -> list[float]:
     times = clip.times()
     if not times:
         raise FormatError("no pictures in it")
+    return times
+
+
+def _show(clip: Clip, options: VideoOptions, factor: int, limit: int | None, budget: int | None) -> None:
+    times = _times(clip)
     start, end = options.start or 0.0, math.inf if options.end is None else options.end
     within = [t for t in times if start <= t <= end]
     if not within:
