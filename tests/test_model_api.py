@@ -471,7 +471,7 @@ def test_bad_calls_of_chat(tiny: Qwen2VL) -> None:
         tiny.chat([question(Path("missing.png"))])
     template = ChatTemplate("{{ messages[0]['role'] }}")
     blind = Qwen2VL(tiny._native, tiny.tokenizer, template, tiny.image_processor, tiny.sampling)
-    with pytest.raises(FormatError, match=r"place 1 image\(s\), but wrote 0"):
+    with pytest.raises(FormatError, match=r"place 1 picture\(s\) or clip\(s\), but wrote 0"):
         blind.chat([question(PICTURE)])
 
 
