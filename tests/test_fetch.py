@@ -107,7 +107,10 @@ def test_a_picture_comes(server: Server, path: str) -> None:
     ("path", "message"),
     [
         ("/nothing", "image 3: pictures.example answers 404 Not Found"),
-        ("/page", "image 3: expected a picture or a clip from pictures.example, found text/html; charset=utf-8"),
+        (
+            "/page",
+            "image 3: expected a picture or a clip from pictures.example, found text/html; charset=utf-8",
+        ),
         ("/zipped", "image 3: pictures.example sends gzip, unasked"),
         ("/claims", "image 3: more than 1 MiB from pictures.example"),
         ("/endless", "image 3: more than 1 MiB from pictures.example"),
