@@ -15,7 +15,7 @@ constexpr int max_q8_tile_rows(int, int planes) { return planes == 2 ? 2 : 4; }
 /// it off.
 template <DType T>
 struct Dot {
-  static constexpr QuantFormat kFormat = traits_of(T).format;
+  static constexpr QuantFormat kFormat = kDotFormat<T>;
   static constexpr int kRows = 1, kColumns = 4;
   using Weights = int8x16_t;
   using Activations = int8x16_t;  // 16 columns, for four steps
@@ -49,6 +49,9 @@ struct Dot {
     }
   }
   static IntVec finish(Acc acc, int, const int32_t*) { return acc; }
+  static IntVec weighted(const Acc& first, const Acc& second, int row, IntVec scales) {
+    return weighted_sum(finish(first, row, nullptr), finish(second, row, nullptr), scales);
+  }
 };
 
 }  // namespace

@@ -36,7 +36,7 @@ RowPairs pairs(const auto& decoder, const uint8_t* part, int64_t b, int i, int v
 /// all but 8-bit ones fit a signed byte, and the correction takes it off.
 template <DType T>
 struct Dot {
-  static constexpr QuantFormat kFormat = traits_of(T).format;
+  static constexpr QuantFormat kFormat = kDotFormat<T>;
   static constexpr int kRows = 2, kColumns = 8;
   using Weights = RowPairs;
   using Activations = RowPairs;  // two rows' 16 columns, for two steps
@@ -81,6 +81,9 @@ struct Dot {
       return sums;
     else
       return add(sums, set1_int(*correction / (128 / kFormat.offset)));
+  }
+  static IntVec weighted(const Acc& first, const Acc& second, int row, IntVec scales) {
+    return weighted_sum(finish(first, row, nullptr), finish(second, row, nullptr), scales);
   }
 };
 

@@ -18,7 +18,7 @@ constexpr int max_q8_tile_rows(int, int planes) { return planes == 2 ? 1 : 2; }
 /// an offset go in without it: all but 8-bit ones fit a signed byte, and the correction takes it off.
 template <DType T>
 struct Dot {
-  static constexpr QuantFormat kFormat = traits_of(T).format;
+  static constexpr QuantFormat kFormat = kDotFormat<T>;
   static constexpr int kLargest = kFormat.is_signed() ? 128 : (1 << kFormat.bits()) - 1;
   static constexpr int kGroups = kFormat.part / 4;
   static constexpr int kRun = static_cast<int>(std::bit_floor(unsigned{INT16_MAX / (kLargest * 127)}));
@@ -61,6 +61,9 @@ struct Dot {
       return sums;
     else
       return add(sums, set1_int(*correction / (128 / kFormat.offset)));
+  }
+  static IntVec weighted(const Acc& first, const Acc& second, int row, IntVec scales) {
+    return weighted_sum(finish(first, row, nullptr), finish(second, row, nullptr), scales);
   }
 };
 

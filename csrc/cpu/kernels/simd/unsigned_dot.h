@@ -14,14 +14,17 @@ namespace {
 /// activations.
 template <DType T>
 struct Dot {
-  static constexpr QuantFormat kFormat = traits_of(T).format;
+  static constexpr QuantFormat kFormat = kDotFormat<T>;
   static constexpr int kOffset = kFormat.is_signed() ? 128 : kFormat.offset;
   static constexpr int kRows = 1, kColumns = 4;
+  /// Of two parts of 16, the second's weights stay in the upper halves of bytes.
+  static constexpr int kSecond = 4;
   using Weights = IntVec;
   using Activations = IntVec;
   using Acc = IntVec;
 
   static Weights weights(const auto& decoder, int64_t b, int g, int v) {
+    if constexpr (kFormat.scales_integers()) return decoder.quants(b, g, v, g / 4 * kSecond);
     const IntVec q = decoder.quants(b, g, v);
     return kFormat.is_signed() ? bit_xor(q, set1_bytes(0x80)) : q;
   }
@@ -33,6 +36,9 @@ struct Dot {
   }
   static void step(Acc& acc, Weights w, IntVec x, int) { dot_step(acc, w, x); }
   static IntVec finish(Acc acc, int, const int32_t*) { return acc; }
+  static IntVec weighted(Acc first, Acc second, int, IntVec scales) {
+    return weighted_sum<kSecond>(first, second, scales);
+  }
 };
 
 }  // namespace
