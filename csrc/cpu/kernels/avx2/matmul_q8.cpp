@@ -21,7 +21,7 @@ inline __m256i add_pairs(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm2
 /// none is -128, as w with the activation's sign on |x|, which all rows of weights share.
 template <DType T>
 struct Dot {
-  static constexpr QuantFormat kFormat = kDotFormat<T>;
+  static constexpr QuantFormat kFormat = traits_of(T).format;
   static constexpr bool kSigned = kFormat.is_signed();
   static constexpr int kLargest = kSigned ? 128 : (1 << kFormat.bits()) - 1;
   static constexpr int kGroups = kFormat.part / 4;
@@ -46,7 +46,7 @@ struct Dot {
     x.value = broadcast_group(part + 4 * g);
     if constexpr (kFormat.has_table) x.magnitude = _mm256_abs_epi8(x.value);
   }
-  static Acc start(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Acc start(const int32_t*, int) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static void step(Acc& acc, const Weights& w, const Activations& x, int g) {
     const __m256i pairs =
         kFormat.has_table
@@ -62,14 +62,17 @@ struct Dot {
     return _mm256_add_epi32(sums, _mm256_srai_epi32(_mm256_set1_epi32(*correction), kShift));
   }
   /// What widens a run multiplies by its part's scale.
-  static IntVec weighted(const Acc& first, const Acc& second, int, IntVec scales) {
+  static IntVec weighted(const Acc& first, const Acc& second, int, const int32_t* corrections,
+                         IntVec scales) {
     static_assert(kNarrow);
     const __m256i low = _mm256_setr_epi32(0x01000100, 0x05040504, 0x09080908, 0x0d0c0d0c, 0x01000100,
                                           0x05040504, 0x09080908, 0x0d0c0d0c),
                   high = _mm256_setr_epi32(0x03020302, 0x07060706, 0x0b0a0b0a, 0x0f0e0f0e, 0x03020302,
                                            0x07060706, 0x0b0a0b0a, 0x0f0e0f0e);
-    return _mm256_add_epi32(_mm256_madd_epi16(first.run, _mm256_shuffle_epi8(scales, low)),
-                            _mm256_madd_epi16(second.run, _mm256_shuffle_epi8(scales, high)));
+    const __m256i sums = _mm256_add_epi32(_mm256_madd_epi16(first.run, _mm256_shuffle_epi8(scales, low)),
+                                          _mm256_madd_epi16(second.run, _mm256_shuffle_epi8(scales, high)));
+    if constexpr (kFormat.offset == 0) return sums;
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(scales, minus_sums<kFormat.offset>(corrections)));
   }
 };
 

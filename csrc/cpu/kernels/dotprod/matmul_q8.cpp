@@ -15,7 +15,7 @@ constexpr int max_q8_tile_rows(int, int planes) { return planes == 2 ? 2 : 4; }
 /// it off.
 template <DType T>
 struct Dot {
-  static constexpr QuantFormat kFormat = kDotFormat<T>;
+  static constexpr QuantFormat kFormat = traits_of(T).format;
   static constexpr int kRows = 1, kColumns = 4;
   using Weights = int8x16_t;
   using Activations = int8x16_t;  // 16 columns, for four steps
@@ -27,7 +27,7 @@ struct Dot {
   static void load(int8x16_t& x, const int8_t* part, int64_t, int g) {
     if (g % 4 == 0) x = vld1q_s8(part + 4 * g);
   }
-  static Acc start(const int32_t* correction) {
+  static Acc start(const int32_t* correction, int) {
     if constexpr (kFormat.offset == 0)
       return set1_int(0);
     else
@@ -49,8 +49,9 @@ struct Dot {
     }
   }
   static IntVec finish(Acc acc, int, const int32_t*) { return acc; }
-  static IntVec weighted(const Acc& first, const Acc& second, int row, IntVec scales) {
-    return weighted_sum(finish(first, row, nullptr), finish(second, row, nullptr), scales);
+  static IntVec weighted(const Acc& first, const Acc& second, int row, const int32_t* corrections,
+                         IntVec scales) {
+    return weighted_sum(finish(first, row, corrections), finish(second, row, corrections + 1), scales);
   }
 };
 

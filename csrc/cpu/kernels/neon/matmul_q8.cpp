@@ -18,7 +18,7 @@ constexpr int max_q8_tile_rows(int, int planes) { return planes == 2 ? 1 : 2; }
 /// an offset go in without it: all but 8-bit ones fit a signed byte, and the correction takes it off.
 template <DType T>
 struct Dot {
-  static constexpr QuantFormat kFormat = kDotFormat<T>;
+  static constexpr QuantFormat kFormat = traits_of(T).format;
   static constexpr int kLargest = kFormat.is_signed() ? 128 : (1 << kFormat.bits()) - 1;
   static constexpr int kGroups = kFormat.part / 4;
   static constexpr int kRun = static_cast<int>(std::bit_floor(unsigned{INT16_MAX / (kLargest * 127)}));
@@ -40,7 +40,7 @@ struct Dot {
   static void load(int8x16_t& x, const int8_t* part, int64_t, int g) {
     x = as_bytes(broadcast_group(part + 4 * g));
   }
-  static Acc start(const int32_t*) { return {vdupq_n_s16(0), vdupq_n_s16(0), set1_int(0), set1_int(0)}; }
+  static Acc start(const int32_t*, int) { return {vdupq_n_s16(0), vdupq_n_s16(0), set1_int(0), set1_int(0)}; }
   static void step(Acc& acc, Weights w, int8x16_t x, int g) {
     if (g % kRun == 0) {
       acc.low_run = vmull_s8(vget_low_s8(w), vget_low_s8(x));
@@ -62,8 +62,9 @@ struct Dot {
     else
       return add(sums, set1_int(*correction / (128 / kFormat.offset)));
   }
-  static IntVec weighted(const Acc& first, const Acc& second, int row, IntVec scales) {
-    return weighted_sum(finish(first, row, nullptr), finish(second, row, nullptr), scales);
+  static IntVec weighted(const Acc& first, const Acc& second, int row, const int32_t* corrections,
+                         IntVec scales) {
+    return weighted_sum(finish(first, row, corrections), finish(second, row, corrections + 1), scales);
   }
 };
 

@@ -12,12 +12,12 @@
 //   Acc                the integer sums of a part: of kRows rows, kLanes each
 //   weights(decoder, b, i, v)  of the i-th kColumns of block b; decoder: VectorDecoder<T>
 //   load(x, part, next_row, i) makes x that of the part's i-th step; part: where the first row's begins
-//   start(correction)  the Acc that sums start from; correction = -128 * sum of the part's activations
+//   start(correction, s)  the Acc that the s-th part's sums start from; correction = -128 * sum of its
+//                      activations
 //   step(acc, w, x, i) adds the products of the part's i-th step
 //   finish(acc, row, correction)  the integer sums of one of the kRows rows
-//   weighted(first, second, row, scales)  where QuantFormat::scales_integers, of a block's two parts: these
-//                      sums times the parts' scales (VectorDecoder::scale_pairs), added; kDotFormat has no
-//                      offset there
+//   weighted(first, second, row, corrections, scales)  where QuantFormat::scales_integers: the sums of a
+//                      block's two parts times the parts' scales (VectorDecoder::scale_pairs), added
 //
 // The integer sums are exact, of two planes too, 256 times the first's and the second's. Each part is added
 // as fma(sum, w_scale * x_scale, total), the parts in order, and after each its minimum as fma(minimum,
@@ -26,8 +26,6 @@
 // fma(sum, x_scale, group), to sums of 256 columns, and those as fma(group, scale, total), then fma(minima,
 // minimum, total). Every instruction set and every tile shape gives the same bits, so a row's result does not
 // depend on how many rows are computed with it.
-
-#include <bit>
 
 #include "cpu/kernels/simd/vector_decoder.h"
 
@@ -91,7 +89,7 @@ QWEN2VL_INLINE void multiply_part(
   for (int n = 0; n < N; ++n) {
     QWEN2VL_UNROLL
     for (int r = 0; r < R; r += D::kRows) {
-      const typename D::Acc start = D::start(correction + n * x.next_correction + r * x.blocks * S);
+      const typename D::Acc start = D::start(correction + n * x.next_correction + r * x.blocks * S, s);
       QWEN2VL_UNROLL
       for (int v = 0; v < V; ++v) acc[n][r / D::kRows][v] = start;
     }
@@ -159,14 +157,6 @@ QWEN2VL_INLINE void add_block(const VectorDecoder<T>& decoder, const Q8Rows& x, 
   }
 }
 
-/// Minus `times` (a power of two) the sums of a block's two parts of activations, in every lane's halves.
-template <int kTimes>
-IntVec minus_sums(const int32_t* corrections) {
-  constexpr int kShift = 7 - std::countr_zero(unsigned{kTimes});
-  return odd_lanes16(shift_right(set1_int(corrections[0]), kShift),
-                     shift_left(set1_int(corrections[1]), 16 - kShift));
-}
-
 /// Adds block b to the sums of its 256 columns, in units of these columns' scale and minimum.
 template <DType T, int R, int V, int N>
 QWEN2VL_INLINE void add_block(const VectorDecoder<T>& decoder, const Q8Rows& x, int64_t b, Vec (&sums)[R][V],
@@ -186,22 +176,18 @@ QWEN2VL_INLINE void add_block(const VectorDecoder<T>& decoder, const Q8Rows& x, 
   for (int r = 0; r < R; ++r) {
     const int32_t* row = x.corrections + (r * x.blocks + b) * 2;
     const Vec x_scale = in_units<N>(set1(x.scales[r * x.blocks + b]));
-    IntVec minus[N];
-    QWEN2VL_UNROLL
-    for (int n = 0; n < N; ++n)
-      minus[n] = minus_sums<kFormat.offset == 0 ? 1 : kFormat.offset>(row + n * x.next_correction);
     QWEN2VL_UNROLL
     for (int v = 0; v < V; ++v) {
       IntVec sum, minimum;
       QWEN2VL_UNROLL
       for (int n = 0; n < N; ++n) {
-        IntVec of_plane =
-            D::weighted(first[n][r / D::kRows][v], second[n][r / D::kRows][v], r % D::kRows, scales[v]);
-        if constexpr (kFormat.offset > 0) of_plane = add(of_plane, add_products16(scales[v], minus[n]));
-        sum = n == 0 ? of_plane : add(shift_left(sum, 8), of_plane);
+        const int32_t* corrections = row + n * x.next_correction;
+        const IntVec products = D::weighted(first[n][r / D::kRows][v], second[n][r / D::kRows][v],
+                                            r % D::kRows, corrections, scales[v]);
+        sum = n == 0 ? products : add(shift_left(sum, 8), products);
         if constexpr (kFormat.has_minimum) {
-          const IntVec products = add_products16(of_minima[v], minus[n]);
-          minimum = n == 0 ? products : add(shift_left(minimum, 8), products);
+          const IntVec minus = add_products16(of_minima[v], minus_sums<1>(corrections));
+          minimum = n == 0 ? minus : add(shift_left(minimum, 8), minus);
         }
       }
       sums[r][v] = fma(to_float(sum), x_scale, sums[r][v]);

@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#include <bit>
+
 #include "cpu/kernels/simd/tile.h"
 #include "quant/formats.h"
 
@@ -29,14 +31,6 @@ inline IntVec shifted(IntVec x, int left) {
 
 /// Four consecutive columns of every row of a panel, a byte each.
 inline constexpr int64_t kGroupBytes = kPanelRows * 4;
-
-/// What Dots multiply: where scales are integers, offsets are those of two parts at once (matmul_q8.h).
-template <DType T>
-inline constexpr QuantFormat kDotFormat = [] {
-  QuantFormat format = traits_of(T).format;
-  if (format.scales_integers()) format.offset = 0;
-  return format;
-}();
 
 /// The vectors of a quantized panel and of those after it, kLanes rows each: vector v counts from the first
 /// panel on, b are blocks of 32 columns (see PanelMatrix). The layout has runs of kPanelRun: 4 or 8.
@@ -159,11 +153,19 @@ struct VectorDecoder {
   }
 };
 
-/// Of sums that fit 16 bits, of a block's two parts: the first's times the even scales + the second's times
-/// the odd ones, in lanes of 16 bits; the second ones are 2^kSecond times what they stand for.
+/// Of a block's two parts, whose sums fit 16 bits: the first's times the even scales + the second's, which
+/// are 2^kSecond times too large, times the odd ones.
 template <int kSecond = 0>
 IntVec weighted_sum(IntVec first, IntVec second, IntVec scales) {
   return add_products16(odd_lanes16(first, shift_left(second, 16 - kSecond)), scales);
+}
+
+/// Minus kTimes (a power of two) the sums of a block's two parts of activations, in every lane's halves.
+template <int kTimes>
+IntVec minus_sums(const int32_t* corrections) {
+  constexpr int kShift = 7 - std::countr_zero(unsigned{kTimes});
+  return odd_lanes16(shift_right(set1_int(corrections[0]), kShift),
+                     shift_left(set1_int(corrections[1]), 16 - kShift));
 }
 
 }  // namespace
