@@ -1,6 +1,8 @@
-#include "cpu/kernels/isa_kernels.h"
+// clang-format off: it is written in the names of simd.h
 #include "cpu/kernels/neon/simd.h"
-#include "quant/formats.h"
+#include "cpu/kernels/simd/vector_decoder.h"
+// clang-format on
+#include "cpu/kernels/isa_kernels.h"
 
 namespace qwen2vl::cpu {
 namespace {

@@ -178,7 +178,7 @@ QWEN2VL_INLINE void add_block(const VectorDecoder<T>& decoder, const Q8Rows& x, 
     const Vec x_scale = in_units<N>(set1(x.scales[r * x.blocks + b]));
     QWEN2VL_UNROLL
     for (int v = 0; v < V; ++v) {
-      IntVec sum, minimum;
+      IntVec sum = set1_int(0), minimum = sum;
       QWEN2VL_UNROLL
       for (int n = 0; n < N; ++n) {
         const int32_t* corrections = row + n * x.next_correction;
