@@ -80,15 +80,15 @@ void decode(const PanelMatrix& w, int64_t index, const DecodedPanel& out) {
       high.read(block, q_high);
       for (int64_t i = 0; i < kValues; ++i) q[i] = static_cast<uint8_t>(q[i] | q_high[i] << kFormat.low_bits);
     }
-    for (int64_t i = 0; i < kValues; ++i)
-      out.values[block * kValues + i] = static_cast<int16_t>(kFormat.value(q[i]));
+    int16_t* values = out.values + block * kValues;
+    for (int64_t i = 0; i < kValues; ++i) values[i] = static_cast<int16_t>(kFormat.value(q[i]));
     if constexpr (kIntegers) {
-      for (int64_t r = 0; r < kPanelRows; ++r) {
-        for (int64_t k = 0; k < kBlock32; k += kFormat.part) {
-          const int scale = decoder.part_scale(block * kBlock32 + k, r);
-          int16_t* part = out.values + block * kValues + r * kBlock32 + k;
-          for (int64_t i = 0; i < kFormat.part; ++i) part[i] = static_cast<int16_t>(part[i] * scale);
-        }
+      for (int64_t part = 0; part < kValues; part += kFormat.part) {
+        const int64_t k = block * kBlock32 + part % kBlock32, r = part / kBlock32;
+        const auto scale = static_cast<int16_t>(decoder.part_scale(k, r));
+        int16_t scaled[kFormat.part];
+        for (int64_t i = 0; i < kFormat.part; ++i) scaled[i] = static_cast<int16_t>(values[part + i] * scale);
+        std::copy_n(scaled, kFormat.part, values + part);
       }
     }
   }
