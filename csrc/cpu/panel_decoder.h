@@ -39,6 +39,12 @@ class PanelDecoder {
     return part_value<4>(parts_.minima, parts_.block_minima, k, r);
   }
 
+  /// Where scales have fewer bits than 16: scale = block_scale * part_scale, and so the minimum.
+  int part_scale(int64_t k, int64_t r) const { return part_integer<0>(parts_.scales, k, r); }
+  int part_minimum(int64_t k, int64_t r) const { return part_integer<4>(parts_.minima, k, r); }
+  float block_scale(int64_t k, int64_t r) const { return block_value(parts_.block_scales, k, r); }
+  float block_minimum(int64_t k, int64_t r) const { return block_value(parts_.block_minima, k, r); }
+
   float value(int64_t k, int64_t r) const {
     const float x = scale(k, r) * static_cast<float>(quant(k, r));
     if constexpr (kFormat.has_minimum) return x - minimum(k, r);
@@ -55,13 +61,20 @@ class PanelDecoder {
 
   /// kShift: where 4 bits begin.
   template <int kShift>
+  int part_integer(int64_t values, int64_t k, int64_t r) const {
+    const uint8_t byte = panel_[values + k / kFormat.part * kPanelRows + r];
+    return kFormat.scale_bits == 4 ? byte >> kShift & 15 : static_cast<int8_t>(byte);
+  }
+
+  float block_value(int64_t values, int64_t k, int64_t r) const {
+    return load_f16(panel_ + values + (k / kBlock256 * kPanelRows + r) * 2);
+  }
+
+  template <int kShift>
   float part_value(int64_t values, int64_t block_values, int64_t k, int64_t r) const {
-    const int64_t at = k / kFormat.part * kPanelRows + r;
-    if constexpr (kFormat.scale_bits == 16) return load_f16(panel_ + values + at * 2);
-    const float block = load_f16(panel_ + block_values + (k / kBlock256 * kPanelRows + r) * 2);
-    const uint8_t byte = panel_[values + at];
-    const int n = kFormat.scale_bits == 4 ? byte >> kShift & 15 : static_cast<int8_t>(byte);
-    return block * static_cast<float>(n);
+    if constexpr (kFormat.scale_bits == 16)
+      return load_f16(panel_ + values + (k / kFormat.part * kPanelRows + r) * 2);
+    return block_value(block_values, k, r) * static_cast<float>(part_integer<kShift>(values, k, r));
   }
 
   const uint8_t* panel_;

@@ -41,6 +41,13 @@ struct QuantFormat {
   bool has_table = false;    ///< of 4 bits: q stands for kIq4[q]
 
   constexpr int bits() const { return low_bits + high_bits; }
+  /// Whether a block's products are multiplied by its parts' scales, and its activations' sums by their
+  /// minima, in integers: a part's products with 8-bit activations fit 16 bits, and two parts make a block
+  /// of 32.
+  constexpr bool scales_integers() const {
+    const int largest = offset == 0 ? (1 << bits()) - 1 : offset;
+    return scale_bits < 16 && part == 16 && part * 127 * largest <= INT16_MAX;
+  }
   /// What is multiplied are signed bytes; else unsigned ones, less the offset.
   constexpr bool is_signed() const { return bits() == 8 || has_table; }
   constexpr int value(int q) const {

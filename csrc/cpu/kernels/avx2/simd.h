@@ -82,6 +82,13 @@ inline void store_int(uint8_t* p, IntVec a) { _mm256_storeu_si256(reinterpret_ca
 inline IntVec load_int8(const uint8_t* p) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+/// Lanes of 16 bits, by turns of the bytes at a and of those at b; with their signs, or unsigned.
+template <bool kSigned>
+IntVec load_pairs(const uint8_t* a, const uint8_t* b) {
+  const __m128i bytes = _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)),
+                                          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b)));
+  return kSigned ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+}
 /// The low byte of each.
 inline void store_int8(int8_t* p, IntVec a) {
   const __m256i low = _mm256_set1_epi32(0x0c080400);
@@ -124,6 +131,10 @@ inline IntVec shift_right16(IntVec a, int n) { return _mm256_srli_epi16(a, n); }
 inline IntVec shift_right_signed16(IntVec a, int n) { return _mm256_srai_epi16(a, n); }
 inline IntVec sub16(IntVec a, IntVec b) { return _mm256_sub_epi16(a, b); }
 inline IntVec mul_low16(IntVec a, IntVec b) { return _mm256_mullo_epi16(a, b); }
+/// Sums of pairs of products, in lanes of 32 bits.
+inline IntVec add_products16(IntVec a, IntVec b) { return _mm256_madd_epi16(a, b); }
+/// The even 16-bit lanes of a, the odd ones of b.
+inline IntVec odd_lanes16(IntVec a, IntVec b) { return _mm256_blend_epi16(a, b, 0xaa); }
 /// (a * b + 2^14) >> 15
 inline IntVec mul_high_rounded16(IntVec a, IntVec b) { return _mm256_mulhrs_epi16(a, b); }
 /// Keeps integer sums a chain: GCC would make a tree of them, whose leaves do not fit 16 registers.

@@ -79,6 +79,14 @@ inline void store_int(uint8_t* p, IntVec a) { _mm512_storeu_si512(p, a); }
 inline IntVec load_int8(const uint8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+/// Lanes of 16 bits, by turns of the bytes at a and of those at b; with their signs, or unsigned.
+template <bool kSigned>
+IntVec load_pairs(const uint8_t* a, const uint8_t* b) {
+  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
+                second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+  const __m256i bytes = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+  return kSigned ? _mm512_cvtepi8_epi16(bytes) : _mm512_cvtepu8_epi16(bytes);
+}
 /// The low byte of each.
 inline void store_int8(int8_t* p, IntVec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
@@ -117,6 +125,10 @@ inline IntVec shift_right16(IntVec a, int n) { return _mm512_srli_epi16(a, stati
 inline IntVec shift_right_signed16(IntVec a, int n) { return _mm512_srai_epi16(a, static_cast<unsigned>(n)); }
 inline IntVec sub16(IntVec a, IntVec b) { return _mm512_sub_epi16(a, b); }
 inline IntVec mul_low16(IntVec a, IntVec b) { return _mm512_mullo_epi16(a, b); }
+/// Sums of pairs of products, in lanes of 32 bits.
+inline IntVec add_products16(IntVec a, IntVec b) { return _mm512_madd_epi16(a, b); }
+/// The even 16-bit lanes of a, the odd ones of b.
+inline IntVec odd_lanes16(IntVec a, IntVec b) { return _mm512_mask_mov_epi16(a, 0xaaaaaaaau, b); }
 /// (a * b + 2^14) >> 15
 inline IntVec mul_high_rounded16(IntVec a, IntVec b) { return _mm512_mulhrs_epi16(a, b); }
 /// acc += products of the unsigned bytes of `w` and the signed bytes of `x`, four to a lane. As an intrinsic,

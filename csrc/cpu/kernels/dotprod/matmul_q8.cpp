@@ -1,6 +1,8 @@
-#include "cpu/kernels/isa_kernels.h"
+// clang-format off: it is written in the names of simd.h
 #include "cpu/kernels/neon/simd.h"
-#include "quant/formats.h"
+#include "cpu/kernels/simd/vector_decoder.h"
+// clang-format on
+#include "cpu/kernels/isa_kernels.h"
 
 namespace qwen2vl::cpu {
 namespace {
@@ -27,7 +29,7 @@ struct Dot {
   static void load(int8x16_t& x, const int8_t* part, int64_t, int g) {
     if (g % 4 == 0) x = vld1q_s8(part + 4 * g);
   }
-  static Acc start(const int32_t* correction) {
+  static Acc start(const int32_t* correction, int) {
     if constexpr (kFormat.offset == 0)
       return set1_int(0);
     else
@@ -49,6 +51,10 @@ struct Dot {
     }
   }
   static IntVec finish(Acc acc, int, const int32_t*) { return acc; }
+  static IntVec weighted(const Acc& first, const Acc& second, int row, const int32_t* corrections,
+                         IntVec scales) {
+    return weighted_sum(finish(first, row, corrections), finish(second, row, corrections + 1), scales);
+  }
 };
 
 }  // namespace

@@ -9,11 +9,14 @@ namespace qwen2vl::cpu::generic {
 namespace {
 
 /// A whole panel: a row's values of a block side by side, [blocks][16][32], as 16-bit products want them;
-/// scales and minima [cols / part][16].
+/// scales and minima [cols / part][16]. Where QuantFormat::scales_integers, the values have been multiplied
+/// by their parts' scales, scales are the blocks' [cols / 256][16], and minima are integers, too, of blocks
+/// with block_minima.
 struct DecodedPanel {
   int16_t* values;
   float* scales;
   float* minima;
+  float* block_minima;
 };
 
 /// A part of a panel with kBits a value.
@@ -48,10 +51,22 @@ template <DType T>
 void decode(const PanelMatrix& w, int64_t index, const DecodedPanel& out) {
   constexpr QuantFormat kFormat = traits_of(T).format;
   const PanelDecoder<T> decoder(w, index);
+  constexpr bool kIntegers = kFormat.scales_integers();
   for (int64_t part = 0; part < w.cols / kFormat.part; ++part) {
     for (int64_t r = 0; r < kPanelRows; ++r) {
-      out.scales[part * kPanelRows + r] = decoder.scale(part * kFormat.part, r);
-      if (kFormat.has_minimum) out.minima[part * kPanelRows + r] = decoder.minimum(part * kFormat.part, r);
+      const int64_t k = part * kFormat.part, at = part * kPanelRows + r;
+      if constexpr (!kIntegers) out.scales[at] = decoder.scale(k, r);
+      if constexpr (kFormat.has_minimum)
+        out.minima[at] = kIntegers ? static_cast<float>(decoder.part_minimum(k, r)) : decoder.minimum(k, r);
+    }
+  }
+  if constexpr (kIntegers) {
+    for (int64_t i = 0; i < w.cols / kBlock256; ++i) {
+      for (int64_t r = 0; r < kPanelRows; ++r) {
+        out.scales[i * kPanelRows + r] = decoder.block_scale(i * kBlock256, r);
+        if (kFormat.has_minimum)
+          out.block_minima[i * kPanelRows + r] = decoder.block_minimum(i * kBlock256, r);
+      }
     }
   }
   const PackedBits<kFormat.low_bits> low(w.panel(index), w.layout);
@@ -65,8 +80,17 @@ void decode(const PanelMatrix& w, int64_t index, const DecodedPanel& out) {
       high.read(block, q_high);
       for (int64_t i = 0; i < kValues; ++i) q[i] = static_cast<uint8_t>(q[i] | q_high[i] << kFormat.low_bits);
     }
-    for (int64_t i = 0; i < kValues; ++i)
-      out.values[block * kValues + i] = static_cast<int16_t>(kFormat.value(q[i]));
+    int16_t* values = out.values + block * kValues;
+    for (int64_t i = 0; i < kValues; ++i) values[i] = static_cast<int16_t>(kFormat.value(q[i]));
+    if constexpr (kIntegers) {
+      for (int64_t part = 0; part < kValues; part += kFormat.part) {
+        const int64_t k = block * kBlock32 + part % kBlock32, r = part / kBlock32;
+        const auto scale = static_cast<int16_t>(decoder.part_scale(k, r));
+        int16_t scaled[kFormat.part];
+        for (int64_t i = 0; i < kFormat.part; ++i) scaled[i] = static_cast<int16_t>(values[part + i] * scale);
+        std::copy_n(scaled, kFormat.part, values + part);
+      }
+    }
   }
 }
 
@@ -85,6 +109,15 @@ struct QuantizedRow {
       for (int k = 0; k < kBlock32; ++k) out[k] = static_cast<int16_t>(256 * x[k] + x[k + next]);
     else
       for (int k = 0; k < kBlock32; ++k) out[k] = x[k];
+  }
+
+  /// What read()'s integers count.
+  float scale(int64_t block) const { return planes == 2 ? scales[block] / 256 : scales[block]; }
+
+  /// Minus the sum of a part's integers.
+  int32_t minus_sum(int64_t part, int64_t columns) const {
+    return planes == 2 ? 2 * corrections[part] + corrections[part + next / columns] / 128
+                       : corrections[part] / 128;
   }
 };
 
@@ -109,7 +142,7 @@ void dot_row(const DecodedPanel& panel, const QuantizedRow& x, int64_t cols, flo
   for (int64_t block = 0; block < cols / kBlock32; ++block) {
     int16_t values[kBlock32], of_part[kBlock32];
     x.read(block, values);
-    const float x_scale = x.planes == 2 ? x.scales[block] / 256 : x.scales[block];
+    const float x_scale = x.scale(block);
     for (int64_t i = 0; i < kParts; ++i) {
       const int64_t part = block * kParts + i;
       for (int64_t k = 0; k < kBlock32; ++k) of_part[k] = k / kPart == i ? values[k] : int16_t{0};
@@ -118,15 +151,48 @@ void dot_row(const DecodedPanel& panel, const QuantizedRow& x, int64_t cols, flo
       for (int64_t r = 0; r < kPanelRows; ++r) scales[r] = panel.scales[part * kPanelRows + r] * x_scale;
       fused_add(dots, scales, sums);
       if constexpr (kFormat.has_minimum) {
-        const int32_t corrections = x.corrections[part];
-        const int32_t sum =
-            x.planes == 2 ? 2 * corrections + x.corrections[part + x.next / kPart] / 128 : corrections / 128;
         float minima[kPanelRows], minus_sums[kPanelRows];
         std::copy_n(panel.minima + part * kPanelRows, kPanelRows, minima);
-        std::fill(minus_sums, minus_sums + kPanelRows, static_cast<float>(sum) * x_scale);
+        std::fill(minus_sums, minus_sums + kPanelRows,
+                  static_cast<float>(x.minus_sum(part, kPart)) * x_scale);
         fused_add(minima, minus_sums, sums);
       }
     }
+  }
+}
+
+/// The same where QuantFormat::scales_integers.
+template <DType T>
+  requires(traits_of(T).format.scales_integers())
+void dot_row(const DecodedPanel& panel, const QuantizedRow& x, int64_t cols, float (&sums)[kPanelRows]) {
+  constexpr QuantFormat kFormat = traits_of(T).format;
+  constexpr int64_t kPart = kFormat.part, kBlocks = kBlock256 / kBlock32;
+  const auto add_scaled = [&](const float* scales, const float (&group)[kPanelRows]) {
+    float factors[kPanelRows];
+    std::copy_n(scales, kPanelRows, factors);
+    fused_add(group, factors, sums);
+  };
+  std::fill(sums, sums + kPanelRows, 0.0f);
+  for (int64_t i = 0; i < cols / kBlock256; ++i) {
+    float group[kPanelRows] = {}, minima[kPanelRows] = {};
+    for (int64_t block = i * kBlocks; block < (i + 1) * kBlocks; ++block) {
+      int16_t values[kBlock32];
+      x.read(block, values);
+      float integers[kPanelRows], x_scales[kPanelRows];
+      std::fill(x_scales, x_scales + kPanelRows, x.scale(block));
+      dot_block(panel.values + block * kBlock32 * kPanelRows, values, integers);
+      fused_add(integers, x_scales, group);
+      if constexpr (kFormat.has_minimum) {
+        const float first = static_cast<float>(x.minus_sum(2 * block, kPart)),
+                    second = static_cast<float>(x.minus_sum(2 * block + 1, kPart));
+        const float* of_parts = panel.minima + 2 * block * kPanelRows;
+        for (int64_t r = 0; r < kPanelRows; ++r)  // integers that floats hold
+          integers[r] = of_parts[r] * first + of_parts[kPanelRows + r] * second;
+        fused_add(integers, x_scales, minima);
+      }
+    }
+    add_scaled(panel.scales + i * kPanelRows, group);
+    if constexpr (kFormat.has_minimum) add_scaled(panel.block_minima + i * kPanelRows, minima);
   }
 }
 
@@ -135,7 +201,8 @@ void matmul_q8(const PanelMatrix& w, const QuantizedRows& x, const MatmulTask& t
   const int64_t cols = w.cols, blocks = cols / kBlock32;
   auto* values = reinterpret_cast<int16_t*>(scratch);
   auto* scales = reinterpret_cast<float*>(values + cols * kPanelRows);
-  const DecodedPanel decoded{values, scales, scales + 2 * blocks * kPanelRows};  // parts of 16 or 32
+  const int64_t parts = 2 * blocks * kPanelRows;  // of 16 or 32 columns
+  const DecodedPanel decoded{values, scales, scales + parts, scales + 2 * parts};
   visit_quantized(w.type, [&]<DType T>() {
     constexpr int64_t kParts = kBlock32 / traits_of(T).format.part;
     for (int64_t p = task.panel_begin; p < task.panel_end; ++p) {

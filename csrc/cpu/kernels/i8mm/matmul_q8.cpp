@@ -68,7 +68,7 @@ struct Dot {
                     second = vreinterpretq_s64_s8(vld1q_s8(part + next_row + 8 * i));
     x = {vreinterpretq_s8_s64(vzip1q_s64(first, second)), vreinterpretq_s8_s64(vzip2q_s64(first, second))};
   }
-  static Acc start(const int32_t*) { return {set1_int(0), set1_int(0)}; }
+  static Acc start(const int32_t*, int) { return {set1_int(0), set1_int(0)}; }
   static void step(Acc& acc, const Weights& w, const RowPairs& x, int i) {
     acc.val[0] = vmmlaq_s32(acc.val[0], x.val[i % 2], w.val[0]);
     acc.val[1] = vmmlaq_s32(acc.val[1], x.val[i % 2], w.val[1]);
@@ -81,6 +81,10 @@ struct Dot {
       return sums;
     else
       return add(sums, set1_int(*correction / (128 / kFormat.offset)));
+  }
+  static IntVec weighted(const Acc& first, const Acc& second, int row, const int32_t* corrections,
+                         IntVec scales) {
+    return weighted_sum(finish(first, row, corrections), finish(second, row, corrections + 1), scales);
   }
 };
 

@@ -40,7 +40,7 @@ struct Dot {
   static void load(int8x16_t& x, const int8_t* part, int64_t, int g) {
     x = as_bytes(broadcast_group(part + 4 * g));
   }
-  static Acc start(const int32_t*) { return {vdupq_n_s16(0), vdupq_n_s16(0), set1_int(0), set1_int(0)}; }
+  static Acc start(const int32_t*, int) { return {vdupq_n_s16(0), vdupq_n_s16(0), set1_int(0), set1_int(0)}; }
   static void step(Acc& acc, Weights w, int8x16_t x, int g) {
     if (g % kRun == 0) {
       acc.low_run = vmull_s8(vget_low_s8(w), vget_low_s8(x));
@@ -61,6 +61,10 @@ struct Dot {
       return sums;
     else
       return add(sums, set1_int(*correction / (128 / kFormat.offset)));
+  }
+  static IntVec weighted(const Acc& first, const Acc& second, int row, const int32_t* corrections,
+                         IntVec scales) {
+    return weighted_sum(finish(first, row, corrections), finish(second, row, corrections + 1), scales);
   }
 };
 

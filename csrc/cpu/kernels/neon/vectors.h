@@ -73,6 +73,17 @@ inline IntVec load_int8(const uint8_t* p) {
   __builtin_memcpy(&four, p, sizeof four);
   return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)))));
 }
+/// Lanes of 16 bits, by turns of the bytes at a and of those at b; with their signs, or unsigned.
+template <bool kSigned>
+IntVec load_pairs(const uint8_t* a, const uint8_t* b) {
+  uint32_t first, second;
+  __builtin_memcpy(&first, a, sizeof first);
+  __builtin_memcpy(&second, b, sizeof second);
+  const uint8x8_t bytes =
+      vzip1_u8(vreinterpret_u8_u32(vdup_n_u32(first)), vreinterpret_u8_u32(vdup_n_u32(second)));
+  return kSigned ? vreinterpretq_s32_s16(vmovl_s8(vreinterpret_s8_u8(bytes)))
+                 : vreinterpretq_s32_u16(vmovl_u8(bytes));
+}
 /// The low byte of each.
 inline void store_int8(int8_t* p, IntVec a) {
   const int16x4_t half = vmovn_s32(a);
@@ -118,6 +129,13 @@ inline IntVec sub16(IntVec a, IntVec b) {
 inline IntVec mul_low16(IntVec a, IntVec b) {
   return vreinterpretq_s32_s16(vmulq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
 }
+/// Sums of pairs of products, in lanes of 32 bits.
+inline IntVec add_products16(IntVec a, IntVec b) {
+  const int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
+  return vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+}
+/// The even 16-bit lanes of a, the odd ones of b.
+inline IntVec odd_lanes16(IntVec a, IntVec b) { return vbslq_s32(vdupq_n_u32(0xffff), a, b); }
 /// (a * b + 2^14) >> 15
 inline IntVec mul_high_rounded16(IntVec a, IntVec b) {
   return vreinterpretq_s32_s16(vqrdmulhq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));

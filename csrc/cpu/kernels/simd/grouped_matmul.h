@@ -136,7 +136,7 @@ void requantize_vector(const PanelMatrix& w, int64_t panel, int v, int64_t begin
         if constexpr (kMinimum) {
           bytes = requantize(decoder.quants(begin + b, group, v), scale, minimum);
         } else {
-          bytes = decoder.template quants<kShift>(begin + b, group, v);
+          bytes = decoder.quants(begin + b, group, v, kShift);
           if constexpr (!kFormat.is_signed()) bytes = bit_xor(bytes, set1_bytes(0x80));
           bytes = requantize(bytes, scale);
         }

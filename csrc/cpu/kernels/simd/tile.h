@@ -13,6 +13,13 @@
 #define QWEN2VL_UNROLL
 #endif
 
+// Of a part of a tile that is a function: inlined before loops are unrolled, as if it stood there.
+#if defined(__GNUC__)
+#define QWEN2VL_INLINE __attribute__((always_inline)) inline
+#else
+#define QWEN2VL_INLINE inline
+#endif
+
 namespace qwen2vl::cpu {
 namespace {
 

@@ -17,22 +17,29 @@ struct Dot {
   static constexpr QuantFormat kFormat = traits_of(T).format;
   static constexpr int kOffset = kFormat.is_signed() ? 128 : kFormat.offset;
   static constexpr int kRows = 1, kColumns = 4;
+  /// Of two parts of 16, the second's weights stay in the upper halves of bytes.
+  static constexpr int kSecond = 4;
   using Weights = IntVec;
   using Activations = IntVec;
   using Acc = IntVec;
 
   static Weights weights(const auto& decoder, int64_t b, int g, int v) {
+    if constexpr (kFormat.scales_integers()) return decoder.quants(b, g, v, g / 4 * kSecond);
     const IntVec q = decoder.quants(b, g, v);
     return kFormat.is_signed() ? bit_xor(q, set1_bytes(0x80)) : q;
   }
   static void load(IntVec& x, const int8_t* part, int64_t, int g) { x = broadcast_group(part + 4 * g); }
-  static Acc start(const int32_t* correction) {
+  static Acc start(const int32_t* correction, int s) {
     if constexpr (kOffset == 0) return set1_int(0);
     constexpr int kShift = 7 - std::countr_zero(unsigned{kOffset});
-    return shift_right_signed(set1_int(*correction), kShift);
+    return shift_right_signed(set1_int(*correction),
+                              kFormat.scales_integers() ? kShift - s * kSecond : kShift);
   }
   static void step(Acc& acc, Weights w, IntVec x, int) { dot_step(acc, w, x); }
   static IntVec finish(Acc acc, int, const int32_t*) { return acc; }
+  static IntVec weighted(Acc first, Acc second, int, const int32_t*, IntVec scales) {
+    return weighted_sum<kSecond>(first, second, scales);
+  }
 };
 
 }  // namespace

@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#include <bit>
+
 #include "cpu/kernels/simd/tile.h"
 #include "quant/formats.h"
 
@@ -70,18 +72,20 @@ struct VectorDecoder {
   }
 
   /// The group's integers, a byte each: signed as they are multiplied (QuantFormat::is_signed), or unsigned
-  /// with their offset, times 2^kShift.
-  template <int kShift = 0>
-  IntVec quants(int64_t b, int g, int v) const {
+  /// with their offset, times 2^shift.
+  IntVec quants(int64_t b, int g, int v, int shift = 0) const {
     constexpr int m = kFormat.low_bits, n = kFormat.high_bits;
-    static_assert(kShift == 0 || !kFormat.is_signed());
-    const IntVec stored = word<m>(low, b, g, v);
-    if constexpr (m == 8) return stored;
-    const IntVec low_ones = shifted(stored, kShift - g / m * m), mask = set1_bytes(((1 << m) - 1) << kShift);
+    if constexpr (m == 8) return word<m>(low, b, g, v);
+    if constexpr (m == 2 && n == 1) {
+      const int half = g / 4 * 4;
+      return bit_and(shifted(nibbles(b, g % 4, v), shift - half), set1_bytes(7 << shift));
+    }
+    const IntVec low_ones = shifted(word<m>(low, b, g, v), shift - g / m * m),
+                 mask = set1_bytes(((1 << m) - 1) << shift);
     if constexpr (n > 0) {
       const IntVec bits = word<n>(high, b, g, v);
-      return merge_bits(low_ones, mask, shifted(bits, m + kShift - g / n * n),
-                        set1_bytes(((1 << n) - 1) << (m + kShift)));
+      return merge_bits(low_ones, mask, shifted(bits, m + shift - g / n * n),
+                        set1_bytes(((1 << n) - 1) << (m + shift)));
     } else if constexpr (kFormat.has_table) {
       return look_up(load_table(kIq4), bit_and(low_ones, mask));
     } else {
@@ -92,6 +96,16 @@ struct VectorDecoder {
   /// Of the block's s-th part.
   Vec scale(int64_t b, int s, int v) const { return part_value<0>(scales, block_scales, b, s, v); }
   Vec minimum(int64_t b, int s, int v) const { return part_value<4>(minima, block_minima, b, s, v); }
+
+  /// Where QuantFormat::scales_integers: the block's scales in lanes of 16 bits, both parts' of a row side by
+  /// side; its minima likewise; and what these integers are multiplied by.
+  IntVec scale_pairs(int64_t b, int v) const {
+    if constexpr (kFormat.scale_bits == 8) return part_bytes<true>(b, v);
+    return bit_and(part_bytes<false>(b, v), set1_int(0x000f000f));
+  }
+  IntVec minimum_pairs(int64_t b, int v) const { return shift_right16(part_bytes<false>(b, v), 4); }
+  Vec block_scale(int64_t b, int v) const { return block_value(block_scales, b, v); }
+  Vec block_minimum(int64_t b, int v) const { return block_value(block_minima, b, v); }
 
  private:
   /// The bytes with group g, of a part with kBits bits a value.
@@ -107,6 +121,23 @@ struct VectorDecoder {
     }
   }
 
+  /// Groups g (0..3) and g + 4 of 3 bits, in the halves of a byte.
+  IntVec nibbles(int64_t b, int g, int v) const {
+    return merge_bits(shifted(word<2>(low, b, g, v), -(g & 2)), set1_bytes(0x33),
+                      shifted(word<1>(high, b, g, v), 2 - g), set1_bytes(0x44));
+  }
+
+  Vec block_value(const uint8_t* values, int64_t b, int v) const {
+    return load_f16(as_16_bits(values + offset(v, 2)) + b / 8 * kPanelRows);
+  }
+
+  /// The scales of a block with two parts.
+  template <bool kSigned>
+  IntVec part_bytes(int64_t b, int v) const {
+    const uint8_t* at = scales + offset(v, 1) + b * 2 * kPanelRows;
+    return load_pairs<kSigned>(at, at + kPanelRows);
+  }
+
   /// kShift: where 4 bits begin.
   template <int kShift>
   Vec part_value(const uint8_t* values, const uint8_t* block_values, int64_t b, int s, int v) const {
@@ -114,13 +145,28 @@ struct VectorDecoder {
     if constexpr (kFormat.scale_bits == 16) {
       return load_f16(as_16_bits(values + offset(v, 2)) + at);
     } else {
-      const Vec block = load_f16(as_16_bits(block_values + offset(v, 2)) + b / 8 * kPanelRows);
+      const Vec block = block_value(block_values, b, v);
       IntVec n = load_int8(values + offset(v, 1) + at);
       if constexpr (kFormat.scale_bits == 4) n = bit_and(shift_right(n, kShift), set1_int(15));
       return mul(block, to_float(n));
     }
   }
 };
+
+/// Of a block's two parts, whose sums fit 16 bits: the first's times the even scales + the second's, which
+/// are 2^kSecond times too large, times the odd ones.
+template <int kSecond = 0>
+IntVec weighted_sum(IntVec first, IntVec second, IntVec scales) {
+  return add_products16(odd_lanes16(first, shift_left(second, 16 - kSecond)), scales);
+}
+
+/// Minus kTimes (a power of two) the sums of a block's two parts of activations, in every lane's halves.
+template <int kTimes>
+IntVec minus_sums(const int32_t* corrections) {
+  constexpr int kShift = 7 - std::countr_zero(unsigned{kTimes});
+  return odd_lanes16(shift_right(set1_int(corrections[0]), kShift),
+                     shift_left(set1_int(corrections[1]), 16 - kShift));
+}
 
 }  // namespace
 }  // namespace qwen2vl::cpu
