@@ -242,7 +242,7 @@ void q8_tile(const Q8Problem& t, int64_t m, int64_t panel, const Ahead& ahead) {
   const int64_t bytes = (ahead.lines + blocks - 1) / blocks * 64;
   for (int64_t b = 0; b < blocks; ++b) {
     if (fetch < fetch_end) {
-      if constexpr (R == 1 && P == 1) {  // a panel a tile, without a loop
+      if constexpr (R == 1 && P == 1 && Decoder::kFormat.scales_integers()) {  // without a loop
         QWEN2VL_UNROLL
         for (int64_t i = 0; i < kBlockBytes; i += 64) prefetch(fetch + i);
         fetch += kBlockBytes;
