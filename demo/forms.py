@@ -19,9 +19,17 @@ FIELDS = {
     "QTY": digits,
 }  # and what their values are made of
 LENGTH = (2, 4)  # of a value
-FONT_SIZES = (21, 30)
+FONT_SIZES = (25, 32)
 PITCH = 29  # pixels from line to line, at least: a merged cell then holds the middle of one line
 LINES = (2, 4)
+
+
+def _value(rng: random.Random, key: str, room: float) -> str:
+    """One whose line fits into so many pixels in the smallest size."""
+    while True:
+        value = "".join(rng.choices(FIELDS[key], k=rng.randint(*LENGTH)))
+        if font(FONT_SIZES[0]).getlength(f"{key}: {value}") <= room:
+            return value
 
 
 def draw_form(rng: random.Random, width: int, height: int) -> Picture:
@@ -29,10 +37,10 @@ def draw_form(rng: random.Random, width: int, height: int) -> Picture:
     card, background = blank(rng, width, height)
     most = max(LINES[0], min(LINES[1], (height - 12) // PITCH))
     keys = rng.sample(list(FIELDS), rng.randint(LINES[0], most))
-    fields = [(key, "".join(rng.choices(FIELDS[key], k=rng.randint(*LENGTH)))) for key in keys]
+    fields = [(key, _value(rng, key, width - 12)) for key in keys]
     lines = [f"{key}: {value}" for key, value in fields]
     size = rng.randint(*FONT_SIZES)
-    while size > FONT_SIZES[0] and max(map(font(size).getlength, lines)) > width - 12:
+    while max(map(font(size).getlength, lines)) > width - 12:
         size -= 1
     pitch = rng.uniform(max(PITCH, size + 3), max(PITCH, size + 3, min(44, (height - 12) / len(lines))))
     pitch = min(pitch, (height - 10) / len(lines))

@@ -54,7 +54,7 @@ def stage(progress: float, vision_share: float, tokens: int, texts: float) -> St
         sides = (*sides * 3, 252, 280, 308, 336)
     length = (1, 2) if grown < 0.05 else (1, 4) if grown < 0.15 else (1, 6)
     most = 4 if grown < 0.1 else 6
-    kinds = (0.3, 1.0, 1.6, 2.0, 1.2, 0.05, 6.5, 4.0)
+    kinds = (0.3, 1.0, 2.6, 2.2, 1.5, 0.05, 6.0, 2.0)
     if progress < vision_share:
         kinds = (0.5, 0.8, 1.0, 3.5, 0.0, 0.0, 3.0, 1.0)
     odd = 0.1 if grown < 0.15 else 0.4
