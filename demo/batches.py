@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,23 +13,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from demo import data, questions
-from demo.data import CELL, CHARACTERS, MAX_TEXT, SHAPES, Picture
+from demo import clips, data, forms, questions
+from demo.clips import Clip
+from demo.data import CELL, Picture
+from demo.labels import IGNORE, clip_labels, dense_labels
 from demo.questions import Turn
 from demo.vocabulary import SYSTEM_PROMPT, TOKEN_ID
 
-IGNORE = -100
-KINDS = {name: k for k, name in enumerate((*SHAPES, *CHARACTERS), 1)}  # 0: background
-COLOUR_ID = {name: k for k, name in enumerate(data.COLOURS)}
-LABELS = {
-    "kind": len(KINDS) + 1,
-    "colour": len(COLOUR_ID),
-    "rank": 8,
-    "same_colour": 8,
-    "same_shape": 8,
-    "total": 9,
-    "centre": 2,
-}
 TASK_ID = {name: k for k, name in enumerate((*questions.TASKS, "chat", "second"))}
 LINKED_TURNS = 0.2  # share of the conversations with a second question
 
@@ -43,17 +34,22 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Stage:
-    """Which pictures; `kinds` are weights of single, few, counted, text, two, chat."""
+    """Which pictures; `kinds` are weights of KIND_NAMES."""
 
     sides: tuple[int, ...] = (84, 112, 140, 168, 196, 224)
     level: data.Level = field(default_factory=data.Level)
-    kinds: tuple[float, ...] = (0.5, 1.0, 1.5, 1.5, 0.6, 0.1)
+    kinds: tuple[float, ...] = (0.5, 1.0, 1.5, 1.5, 0.6, 0.1, 2.0, 2.0)
     odd: float = 0.3  # share of the pictures that are drawn at an odd size and resized
     tokens: int = 2600  # of the language model, with padding, in a batch
     pairs: Pairs = field(default_factory=Pairs)
+    large_clips: float = 0.0  # share of the clips that are enlarged as the runtime does unless told otherwise
 
 
-KIND_NAMES = ("single", "few", "counted", "text", "two", "chat")
+KIND_NAMES = ("single", "few", "counted", "text", "two", "chat", "form", "clip")
+CLIP_SIDES, LARGE_SIDES = (112, 140), (308, 336)
+FORM_WIDTHS, FORM_HEIGHTS = (168, 196, 196, 224, 252, 336), (84, 112, 140, 168, 196, 224)
+CLIP_QUESTIONS = 2
+POINTS = 0.6  # share of the pictures of shapes with a point to give
 
 
 @dataclass
@@ -62,10 +58,10 @@ class Batch:
 
     `dense`, per picture of a conversation: name -> labels [B, P] of the patches, and "merged_" + name [B, M];
     "box" [B, P, 4]: of the thing that covers the patch, 0..1; "slots" [B, M, MAX_TEXT]: 1 + the index of the
-    k-th character where that is in the cell.
+    k-th character where that is in the cell. Of a clip, each step counts as a picture: B * steps.
     """
 
-    pixels: list[Tensor]  # per picture of a conversation: [B, height, width, 3] uint8
+    pixels: list[Tensor]  # uint8, each picture's: [B, height, width, 3]; clip: [B, frames, ...]
     dense: list[dict[str, Tensor]]
     input_ids: Tensor  # [B, L]
     position_ids: Tensor  # [3, B, L]
@@ -76,77 +72,14 @@ class Batch:
     kind: str
 
 
-def _blocks(a: np.ndarray, cell: int) -> np.ndarray:
-    """[h, w] -> [h / cell, w / cell, cell * cell]"""
-    h, w = a.shape
-    return (
-        a.reshape(h // cell, cell, w // cell, cell).swapaxes(1, 2).reshape(h // cell, w // cell, cell * cell)
-    )
-
-
-def cell_labels(picture: Picture, cell: int) -> dict[str, np.ndarray]:
-    """What covers each cell: labels [rows, columns] and its box [rows, columns, 4]."""
-    blocks = _blocks(picture.ids, cell)
-    things = picture.things
-    covered = np.stack([(blocks == k).sum(-1) for k in range(1, len(things) + 1)])
-    owner = np.where(covered.max(0) >= 0.1 * cell * cell, covered.argmax(0) + 1, 0)
-    names, colours = [t.name for t in things], [t.colour for t in things]
-    total = len(things)
-    count_names = [total, *(names.count(n) for n in names)]
-    count_colours = [total, *(colours.count(c) for c in colours)]
-    table = {
-        "kind": [0, *(KINDS[n] for n in names)],
-        "colour": [IGNORE, *(COLOUR_ID[c] for c in colours)],
-        "rank": [IGNORE, *range(total)],
-        "same_colour": [IGNORE, *(c - 1 for c in count_colours[1:])],
-        "same_shape": [IGNORE, *(c - 1 for c in count_names[1:])],
-        "total": [total] * (total + 1),
-    }
-    if picture.text:
-        table["same_colour"] = table["same_shape"] = [IGNORE] * (total + 1)
-    labels = {name: np.asarray(values, np.int64)[owner] for name, values in table.items()}
-    labels["centre"] = np.zeros_like(labels["kind"])
-    for x0, y0, x1, y1 in (t.box for t in things):
-        row, column = int((y0 + y1) / 2) // cell, int((x0 + x1) / 2) // cell
-        labels["centre"][min(row, len(owner) - 1), min(column, owner.shape[1] - 1)] = 1
-    scale = np.asarray([picture.width, picture.height] * 2, np.float32)
-    boxes = np.zeros((total + 1, 4), np.float32)
-    boxes[1:] = np.asarray([t.box for t in things], np.float32) / scale
-    labels["box"] = np.clip(boxes[owner], 0, 1)
-    return labels
-
-
-def character_slots(picture: Picture) -> np.ndarray:
-    """[rows, columns, MAX_TEXT] of the merged grid: 1 + index of the k-th character where its middle is."""
-    rows, columns = picture.height // CELL, picture.width // CELL
-    slots = np.zeros((rows, columns, MAX_TEXT), np.int64)
-    if picture.text:
-        for k, thing in enumerate(picture.things):
-            x0, y0, x1, y1 = thing.box
-            column = min(columns - 1, int((x0 + x1) / 2) // CELL)
-            first, last = int(y0 + 3) // CELL, min(rows - 1, int(y1 - 3) // CELL)
-            slots[first : last + 1, column, k] = 1 + CHARACTERS.index(thing.name)
-    return slots
-
-
-def _merge_order(a: np.ndarray) -> np.ndarray:
-    """[rows, columns, ...] -> [patches, ...] in the order (rows / 2, columns / 2, 2, 2)"""
-    rows, columns = a.shape[:2]
-    return (
-        a.reshape(rows // 2, 2, columns // 2, 2, *a.shape[2:])
-        .swapaxes(1, 2)
-        .reshape(rows * columns, *a.shape[2:])
-    )
-
-
-def dense_labels(pictures: list[Picture]) -> dict[str, Tensor]:
-    patches = [cell_labels(p, CELL // 2) for p in pictures]
-    merged = [cell_labels(p, CELL) for p in pictures]
-    labels = {name: np.stack([_merge_order(p[name]) for p in patches]) for name in patches[0]}
-    for name in merged[0]:
-        labels[f"merged_{name}"] = np.stack([m[name].reshape(-1, *m[name].shape[2:]) for m in merged])
-    labels["slots"] = np.stack([character_slots(p).reshape(-1, MAX_TEXT) for p in pictures])
-    return {name: torch.from_numpy(value) for name, value in labels.items()}
+def draw_clip(rng: random.Random, size: tuple[int, int], frames: int, odd: bool) -> Clip:
+    """A clip of that width and height; if odd, it is drawn at another size and resized."""
+    width, height = (rng.randint(*clips.SIDES) for _ in range(2)) if odd else size
+    if frames == clips.BOUNCE_FRAMES:
+        clip = clips.draw_bounce(rng, width, height, rng.randint(0, clips.MOST_BOUNCES))
+    else:
+        clip = rng.choice((clips.draw_move, clips.draw_order))(rng, width, height, frames)
+    return clip.resized(*size) if odd else clip
 
 
 def draw(rng: random.Random, size: tuple[int, int], kind: str, stage: Stage) -> Picture:
@@ -154,7 +87,9 @@ def draw(rng: random.Random, size: tuple[int, int], kind: str, stage: Stage) -> 
     width, height = size
     if odd := rng.random() < stage.odd:
         width, height = width + rng.randint(-13, 13), height + rng.randint(-13, 13)
-    if kind == "text":
+    if kind == "form":
+        picture = forms.draw_form(rng, width, height)
+    elif kind == "text":
         picture = data.draw_text(rng, width, height, stage.level)
     elif kind == "counted":
         picture = data.draw_shapes(rng, width, height, data.choose_counted(stage.level.max_things))
@@ -174,18 +109,19 @@ class Assembler:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def prefix(self, grids: list[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
-        """System prompt and pictures: ids and M-RoPE positions [3, n]; grids are merged rows and columns."""
+    def prefix(self, grids: Sequence[tuple[int, ...]]) -> tuple[list[int], np.ndarray]:
+        """System prompt and pictures: ids and M-RoPE positions [3, n]; grids are merged rows and columns, of
+        clips steps before."""
         ids = self.encode(f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n")
         parts = [np.tile(np.arange(len(ids)), (3, 1))]
         start = len(ids)
-        for rows, columns in grids:
-            ids += [TOKEN_ID["<|vision_start|>"], *[TOKEN_ID["<|image_pad|>"]] * (rows * columns)]
-            ids.append(TOKEN_ID["<|vision_end|>"])
+        for grid in grids:
+            pad = TOKEN_ID["<|video_pad|>" if len(grid) == 3 else "<|image_pad|>"]
+            ids += [TOKEN_ID["<|vision_start|>"], *[pad] * math.prod(grid), TOKEN_ID["<|vision_end|>"]]
             parts.append(np.full((3, 1), start))
-            grid = np.indices((rows, columns)).reshape(2, -1)
-            parts.append(start + 1 + np.concatenate([np.zeros_like(grid[:1]), grid]))
-            start += 1 + max(rows, columns)
+            steps_rows_columns = (1, *grid)[-3:]
+            parts.append(start + 1 + np.indices(steps_rows_columns).reshape(3, -1))
+            start += 1 + max(steps_rows_columns)
             parts.append(np.full((3, 1), start))
             start += 1
         return ids, np.concatenate(parts, 1)
@@ -205,7 +141,7 @@ class Assembler:
 
 
 def assemble(
-    assembler: Assembler, grids: list[tuple[int, int]], rows: list[list[list[Turn]]]
+    assembler: Assembler, grids: Sequence[tuple[int, ...]], rows: list[list[list[Turn]]]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """rows[b] are the conversations about picture(s) b; they share the prefix and do not see each other."""
     prefix, prefix_positions = assembler.prefix(grids)
@@ -251,15 +187,45 @@ def _group(rng: random.Random, turns: list[Turn]) -> list[list[Turn]]:
     return groups
 
 
+def clip_batch(assembler: Assembler, rng: random.Random, stage: Stage) -> Batch:
+    """Clips of one size and length, which sets what happens in them."""
+    large = rng.random() < stage.large_clips
+    width, height = (rng.choice(LARGE_SIDES if large else CLIP_SIDES) for _ in range(2))
+    frames = rng.choice((*clips.MOVE_FRAMES, clips.BOUNCE_FRAMES))
+    grid = frames // 2, height // CELL, width // CELL
+    drawn = [
+        draw_clip(rng, (width, height), frames, large or rng.random() < stage.odd)
+        for _ in range(max(2, stage.tokens // (20 + math.prod(grid) + CLIP_QUESTIONS * 22)))
+    ]
+    rows = [_group(rng, [questions.ask_clip(rng, clip) for _ in range(CLIP_QUESTIONS)]) for clip in drawn]
+    tensors, tasks = assemble(assembler, [grid], rows)
+    pixels = torch.from_numpy(np.stack([clip.frames for clip in drawn]))
+    return Batch(pixels=[pixels], dense=[clip_labels(drawn)], tasks=tasks, kind="clip", **tensors)
+
+
+def ask(rng: random.Random, picture: Picture, number: int) -> list[Turn]:
+    """Turns about one picture, of every task that it has."""
+    if picture.fields:
+        return [questions.form(rng, picture), *(questions.field(rng, picture) for _ in range(number - 1))]
+    turns = questions.ask(rng, picture, number)
+    if not picture.text and rng.random() < POINTS and (point := questions.point(rng, picture)) is not None:
+        turns.insert(rng.randrange(len(turns) + 1), point)
+    return turns
+
+
 def make_batch(assembler: Assembler, rng: random.Random, stage: Stage) -> Batch:
     kind = rng.choices(KIND_NAMES, stage.kinds)[0]
+    if kind == "clip":
+        return clip_batch(assembler, rng, stage)
     sides = stage.pairs.sides if kind == "two" else stage.sides
     pictures_each = {"two": 2, "chat": 0}.get(kind, 1)
     sizes = [(rng.choice(sides), rng.choice(sides)) for _ in range(pictures_each)]
+    if kind == "form":
+        sizes = [(rng.choice(FORM_WIDTHS), rng.choice(FORM_HEIGHTS))]
     grids = [(h // CELL, w // CELL) for w, h in sizes]
     visual = sum(r * c for r, c in grids)
-    number = {"chat": 6, "two": 4, "text": 3}.get(kind, 5)
-    batch_size = max(2, stage.tokens // (20 + visual + number * 24))
+    number = {"chat": 6, "two": 4, "text": 3, "form": 3}.get(kind, 5)
+    batch_size = max(2, stage.tokens // (20 + visual + number * (40 if kind == "form" else 24)))
     drawn: list[list[Picture]] = [[] for _ in sizes]
     rows: list[list[list[Turn]]] = []
     for _ in range(batch_size):
@@ -275,7 +241,7 @@ def make_batch(assembler: Assembler, rng: random.Random, stage: Stage) -> Batch:
         else:
             picture = draw(rng, sizes[0], kind, stage)
             drawn[0].append(picture)
-            turns = questions.ask(rng, picture, number)
+            turns = ask(rng, picture, number)
         rows.append(_group(rng, turns))
     tensors, tasks = assemble(assembler, grids, rows)
     pixels = [torch.from_numpy(np.stack([p.pixels for p in pictures])) for pictures in drawn]

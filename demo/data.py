@@ -36,6 +36,7 @@ class Picture:
     ids: Array
     things: tuple[Thing, ...]
     text: str = ""
+    fields: tuple[tuple[str, str], ...] = ()  # of a form
 
     @property
     def height(self) -> int:
@@ -55,7 +56,7 @@ class Picture:
         size = (width, height)
         pixels = np.asarray(Image.fromarray(self.pixels).resize(size, Image.Resampling.BICUBIC))
         ids = np.asarray(Image.fromarray(self.ids).resize(size, Image.Resampling.NEAREST))
-        return Picture(pixels, ids, things, self.text)
+        return Picture(pixels, ids, things, self.text, self.fields)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def draw_shapes(
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError(
@@ -90,22 +91,22 @@ def draw_text(rng: random.Random, width: int, height: int, level: Level) -> Pict
     length = rng.randint(*level.text_length)
     text = "".join(rng.choices(CHARACTERS, k=length))
     room = width - 10
-    while _font(MIN_FONT_SIZE).getlength(text) > room:
+    while font(MIN_FONT_SIZE).getlength(text) > room:
         text = text[:-1]
     largest = min(40, height - 10)
-    while largest > MIN_FONT_SIZE and _font(largest).getlength(text) > room:
+    while largest > MIN_FONT_SIZE and font(largest).getlength(text) > room:
         largest -= 1
-    font = _font(rng.randint(max(MIN_FONT_SIZE, largest - 10), max(MIN_FONT_SIZE, largest)))
-    left, top, right, bottom = font.getbbox(text)
+    face = font(rng.randint(max(MIN_FONT_SIZE, largest - 10), max(MIN_FONT_SIZE, largest)))
+    left, top, right, bottom = face.getbbox(text)
     x = rng.uniform(5 - left, max(5 - left, width - 5 - right))
     y = rng.uniform(4 - top, max(4 - top, height - 4 - bottom))
     colour = rng.choice(visible_colours(background))
     x, y = int(x), int(y)
-    ImageDraw.Draw(card).text((x, y), text, font=font, fill=jitter(rng, COLOURS[colour], 12))
+    ImageDraw.Draw(card).text((x, y), text, font=face, fill=jitter(rng, COLOURS[colour], 12))
     ids = np.zeros((height, width), np.uint8)
     things = []
     for k, character in enumerate(text):
-        x0, x1 = x + font.getlength(text[:k]), x + font.getlength(text[: k + 1])
+        x0, x1 = x + face.getlength(text[:k]), x + face.getlength(text[: k + 1])
         ids[int(y + top) : int(y + bottom), round(x0) : round(x1)] = k + 1
         things.append(Thing(character, colour, (x0, y + top, x1, y + bottom)))
     return Picture(np.asarray(card), ids, tuple(things), text)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from demo.batches import IGNORE, LABELS
+from demo.labels import IGNORE, LABELS
 from demo.model import DenseHeads
 
 WEIGHTS = {
@@ -17,6 +17,8 @@ WEIGHTS = {
     "same_shape": 0.4,
     "total": 0.2,
     "centre": 1.0,
+    "motion": 1.0,
+    "touch": 1.0,
 }
 BOX_WEIGHT, CELL_WEIGHT, SLOT_WEIGHT = 1.5, 0.5, 1.0
 BACKGROUND_WEIGHT = 0.2  # most cells are background, and easy
@@ -44,7 +46,8 @@ def cell_centres(rows: int, columns: int, merged: bool, device: torch.device) ->
 def dense_loss(
     heads: DenseHeads, features: Tensor, labels: dict[str, Tensor], grid: tuple[int, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """features [N, cells, width]; labels of `batches.dense_labels`. -> the weighted sum and accuracies."""
+    """features [N, cells, width]; labels of `batches.dense_labels` or `clip_labels`. -> the weighted sum and
+    accuracies"""
     merged = heads.slots is not None
     prefix = "merged_" if merged else ""
     device = features.device
@@ -52,6 +55,8 @@ def dense_loss(
     loss = torch.zeros((), device=device)
     seen: dict[str, Tensor] = {}
     for name, size in LABELS.items():
+        if prefix + name not in labels:
+            continue
         logits, target = heads.labels[name](features).float(), labels[prefix + name]
         weight = torch.ones(size, device=device)
         if name in ("kind", "centre"):
@@ -62,17 +67,10 @@ def dense_loss(
             )
             at = target == 1 if name == "centre" else things & (target != IGNORE)
             seen[name] = (logits.argmax(-1) == target)[at].float().mean()
-    bins = heads.BINS
-    places = heads.places(features).float().unflatten(-1, (6, bins)).log_softmax(-1)
-    truth = labels[f"{prefix}box"][things]
-    at_things = places[things]
-    loss = loss - BOX_WEIGHT * (two_bins(truth, bins) * at_things[:, :4]).sum(-1).mean()
-    centres = cell_centres(*grid, merged, device).expand(len(features), -1, 2)
-    loss = loss - CELL_WEIGHT * (two_bins(centres, bins) * places[:, :, 4:]).sum(-1).mean()
-    values = torch.arange(bins, device=device) / (bins - 1)
-    seen["box_error"] = ((at_things[:, :4].exp() * values).sum(-1) - truth).abs().mean()
-    seen["cell_error"] = ((places[:, :, 4:].exp() * values).sum(-1) - centres).abs().mean()
-    if heads.slots is not None:
+    if f"{prefix}box" in labels:
+        more, errors = place_loss(heads, features, labels, grid)
+        loss, seen = loss + more, seen | errors
+    if heads.slots is not None and "slots" in labels:
         logits, target = (
             heads.slots(features).float().unflatten(-1, (target_slots(labels), -1)),
             labels["slots"],
@@ -84,6 +82,27 @@ def dense_loss(
             loss = loss + SLOT_WEIGHT * F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight=weight)
             seen["slots"] = (logits.argmax(-1) == target)[filled].float().mean()
     return loss, {prefix + name: value.detach() for name, value in seen.items()}
+
+
+def place_loss(
+    heads: DenseHeads, features: Tensor, labels: dict[str, Tensor], grid: tuple[int, int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of the boxes of the things that cover the cells, and of the cells' own places."""
+    merged = heads.slots is not None
+    prefix = "merged_" if merged else ""
+    device = features.device
+    things = labels[f"{prefix}kind"] > 0
+    bins = heads.BINS
+    places = heads.places(features).float().unflatten(-1, (6, bins)).log_softmax(-1)
+    truth = labels[f"{prefix}box"][things]
+    at_things = places[things]
+    loss = -BOX_WEIGHT * (two_bins(truth, bins) * at_things[:, :4]).sum(-1).mean()
+    centres = cell_centres(*grid, merged, device).expand(len(features), -1, 2)
+    loss = loss - CELL_WEIGHT * (two_bins(centres, bins) * places[:, :, 4:]).sum(-1).mean()
+    values = torch.arange(bins, device=device) / (bins - 1)
+    box_error = ((at_things[:, :4].exp() * values).sum(-1) - truth).abs().mean()
+    cell_error = ((places[:, :, 4:].exp() * values).sum(-1) - centres).abs().mean()
+    return loss, {"box_error": box_error, "cell_error": cell_error}
 
 
 def target_slots(labels: dict[str, Tensor]) -> int:

@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,20 +18,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from demo import cases
 from demo.cases import Case
 
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 96  # of a form; a box takes 30
 FIRST_SEED = 1_000_000
+MIN_PIXELS = 4 * 28 * 28  # of a frame: clips as they are; without it they would be enlarged
 Answer = Callable[[Sequence[tuple[Case, Sequence[str]]]], list[str]]
 """Cases, each with the answers already given in its conversation -> the next answers."""
 
 
 def messages(case: Case, given: Sequence[str]) -> list[dict[str, Any]]:
-    images = [{"type": "image", "image": Image.open(io.BytesIO(png))} for png in case.images]
-    content: list[dict[str, Any]] = [*images, {"type": "text", "text": case.turns[0].question}]
+    pictures = [Image.open(io.BytesIO(png)) for png in case.images]
+    seen: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    if case.is_clip:
+        seen = [{"type": "video", "video": pictures, "min_pixels": MIN_PIXELS}]
+    content: list[dict[str, Any]] = [*seen, {"type": "text", "text": case.turns[0].question}]
     out: list[dict[str, Any]] = [{"role": "user", "content": content}]
     for answer, turn in zip(given, case.turns[1:], strict=False):
         out.append({"role": "assistant", "content": answer})
@@ -48,20 +54,25 @@ def with_transformers(folder: str) -> Answer:
     torch.nn.Module.to(model, device)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    pad = "<|image_pad|>"
+    pads = model.config.image_token_id, model.config.video_token_id
 
     def answer(batch: Sequence[tuple[Case, Sequence[str]]]) -> list[str]:
         chats = [messages(case, given) for case, given in batch]
-        images = [c["image"] for chat in chats for c in chat[0]["content"] if c["type"] == "image"]
+        seen = [part for chat in chats for part in chat[0]["content"]]
+        images = [part["image"] for part in seen if part["type"] == "image"]
+        videos = [part["video"] for part in seen if part["type"] == "video"]
         inputs: dict[str, Any] = dict(processor(images=images, return_tensors="pt")) if images else {}
-        cells = iter([int(g.prod()) // 4 for g in inputs.get("image_grid_thw", [])])
+        inputs |= video_inputs(videos) if videos else {}
         texts = []
+        cells = {
+            kind: iter([int(g.prod()) // 4 for g in inputs.get(f"{kind}_grid_thw", [])])
+            for kind in ("image", "video")
+        }
         for chat in chats:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            head, *rest = str(text).split(pad)
-            texts.append(head + "".join(pad * next(cells) + part for part in rest))
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+            texts.append(re.sub(r"<\|(image|video)_pad\|>", lambda m: m[0] * next(cells[m[1]]), text))
         inputs |= tokenizer(texts, padding=True, return_tensors="pt")
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+        inputs["mm_token_type_ids"] = sum((inputs["input_ids"] == p).int() * k for k, p in enumerate(pads, 1))
         inputs = {k: v.to(device) for k, v in inputs.items()}
         with torch.inference_mode():
             out = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None,
@@ -72,6 +83,21 @@ def with_transformers(folder: str) -> Answer:
         return [str(tokenizer.decode(row, skip_special_tokens=False)) for row in rows]
 
     return answer
+
+
+def video_inputs(videos: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+    """Clips for transformers, whose own video processor needs torchvision."""
+    import torch
+
+    from qwen2vl_q.vision.image_processor import ImageProcessor
+    from qwen2vl_q.vision.video import VideoOptions, process_video
+
+    processor = ImageProcessor()
+    clips = [process_video(v, processor, VideoOptions(min_pixels=MIN_PIXELS)) for v in videos]
+    return {
+        "pixel_values_videos": torch.from_numpy(np.concatenate([processor.patchify(c) for c in clips])),
+        "video_grid_thw": torch.tensor([c.grid_thw for c in clips]),
+    }
 
 
 def with_gguf(file: str, precision: Literal["fast", "exact"] = "fast") -> Answer:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo.batches import LABELS
 from demo.data import CELL, CHARACTERS, MAX_TEXT
+from demo.labels import LABELS
 from demo.vocabulary import TOKEN_ID, VOCAB_SIZE
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -64,8 +64,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, sizes.embed_dim, (2, PATCH, PATCH), bias=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[N, P, 588] of a still picture: both temporal slices see the same frame."""
-        return F.linear(rows, self.proj.weight.sum(2).flatten(1).to(rows.dtype))
+        """[N, P, 588] of still pictures: both temporal slices see the frame. [N, 2, P, 588]: each its own."""
+        weight = self.proj.weight.to(rows.dtype)
+        if rows.dim() == 3:
+            return F.linear(rows, weight.sum(2).flatten(1))
+        first, second = (weight[:, :, k].flatten(1) for k in range(2))
+        return F.linear(rows[:, 0], first) + F.linear(rows[:, 1], second)
 
 
 class VisionAttention(nn.Module):
@@ -147,10 +151,15 @@ class VisionTower(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, pixels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """-> patches [N, P, embed_dim] before the merger, merged [N, P / 4, hidden_size]"""
-        rotation = self.rotation(pixels.shape[1] // CELL, pixels.shape[2] // CELL, pixels.device)
+        """Pictures [N, h, w, 3], or clips [N / steps, 2 * steps, h, w, 3].
+        -> patches [N, P, embed_dim] before the merger, merged [N, P / 4, hidden_size]"""
+        rotation = self.rotation(pixels.shape[-3] // CELL, pixels.shape[-2] // CELL, pixels.device)
         cos, sin = (r.to(dtype) for r in rotation)
-        x = self.patch_embed(self.rows(pixels).to(dtype))
+        if pixels.dim() == 5:
+            rows = self.rows(pixels.flatten(0, 1)).unflatten(0, (-1, 2))
+        else:
+            rows = self.rows(pixels)
+        x = self.patch_embed(rows.to(dtype))
         for block in self.blocks:
             x = block(x, cos, sin)
         return x, self.merger(x)
@@ -282,10 +291,11 @@ class DemoModel(nn.Module):
         segments: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        """-> [B, L, hidden_size]; `merged` are the pictures' cells in order of their appearance."""
+        """-> [B, L, hidden_size]; `merged` are the pictures' or clips' cells in order of their appearance."""
         embeds = self.model.embed_tokens(input_ids).to(dtype)
         if merged:
-            places = (input_ids == TOKEN_ID["<|image_pad|>"]).unsqueeze(-1)
+            pads = [TOKEN_ID["<|image_pad|>"], TOKEN_ID["<|video_pad|>"]]
+            places = torch.isin(input_ids, torch.tensor(pads, device=input_ids.device)).unsqueeze(-1)
             embeds = embeds.masked_scatter(places, torch.cat(merged, 1).to(dtype))
         order = torch.arange(input_ids.shape[1], device=input_ids.device)
         same = segments[:, None, :] == segments[:, :, None]

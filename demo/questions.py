@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from demo.clips import Clip, motion
 from demo.data import COLOURS, SHAPES, Picture, Thing
 from qwen2vl_q.demo.cards import article as article
 from qwen2vl_q.demo.cards import listing
 
-TASKS = ("what", "colour", "shape", "read", "count", "box", "present", "absent", "which", "differ")
+TASKS = (
+    "what", "colour", "shape", "read", "count", "box", "present", "absent", "which", "differ",
+    "point", "form", "field", "move", "order", "bounce",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Turn:
-    """`box` is the truth for the task "box", in 0..999 of the picture."""
+    """`box` is the truth for the tasks "box" and "point", in 0..999 of the picture."""
 
     task: str
     question: str
@@ -67,6 +72,25 @@ WHICH = (
     "In which picture is {}?",
     "Where do you see {}, first or second?",
 )
+POINT = ("Point at the {}.", "Point to the {}.", "Give a point on the {}.")
+FORM = (
+    "Read the form as JSON.",
+    "Give the form as JSON.",
+    "Read the receipt as JSON.",
+    "What does the form say? Answer as JSON.",
+    "JSON of the form, please.",
+)
+FIELD = ("What is the {}?", "What does {} say?", "Read the {}.")
+DIRECTION = ("Which way does the {} move?", "Where does the {} go?", "Which way does the {} go?")
+MOVES = ("What moves?", "Which thing moves?")
+ORDER = (
+    "What comes first?",
+    "What comes first, and what then?",
+    "What happens?",
+    "What do you see, in order?",
+)
+BOUNCE = ("How often does the {} bounce?", "How many times does the {} bounce?")
+BOUNCES = ("It does not bounce.", "Once.", "Twice.", "Three times.")
 DIFFER = ("What is different?", "What differs?", "What is the difference?", "How do the pictures differ?")
 
 NO_PICTURE = (
@@ -193,6 +217,20 @@ def box(rng: random.Random, picture: Picture) -> Turn | None:
     return Turn("box", rng.choice(BOX).format(name), answer, (x0, y0, x1, y1))
 
 
+def point(rng: random.Random, picture: Picture) -> Turn | None:
+    """At the middle of a thing's box."""
+    turn = box(rng, picture)
+    if turn is None or turn.box is None:
+        return None
+    x0, y0, x1, y1 = turn.box
+    name = turn.answer.partition("<|object_ref_end|>")[0].partition("the ")[2]
+    answer = (
+        f"<|object_ref_start|>the {name}<|object_ref_end|>"
+        f"<|box_start|>({(x0 + x1) // 2},{(y0 + y1) // 2})<|box_end|>"
+    )  # fmt: skip
+    return Turn("point", rng.choice(POINT).format(name), answer, turn.box)
+
+
 def present(rng: random.Random, picture: Picture) -> Turn:
     alone = _alone(picture, lambda t: t.name)
     thing = rng.choice(alone or picture.things)
@@ -241,6 +279,40 @@ def differ(rng: random.Random, first: Picture, second: Picture) -> Turn:
     mine, yours = next(n for n in a if n not in b), next(n for n in b if n not in a)
     answer = f"The first has {article(mine)}, the second {article(yours)}."
     return Turn("differ", rng.choice(DIFFER), answer)
+
+
+def form(rng: random.Random, picture: Picture) -> Turn:
+    return Turn("form", rng.choice(FORM), json.dumps(dict(picture.fields)))
+
+
+def field(rng: random.Random, picture: Picture) -> Turn:
+    key, value = rng.choice(picture.fields)
+    return Turn("field", rng.choice(FIELD).format(key), f'It says "{value}".')
+
+
+def move(rng: random.Random, clip: Clip) -> Turn:
+    """Asks which way a thing moves; sometimes which thing, where one alone does."""
+    ways = [motion(path[0], path[-1]) for path in clip.paths]
+    moving = [t for t, way in zip(clip.things, ways, strict=True) if way]
+    if len(moving) == 1 and rng.random() < 0.2:
+        return Turn("move", rng.choice(MOVES), _sentence(article(moving[0].full_name)))
+    thing, way = rng.choice(list(zip(clip.things, ways, strict=True)))
+    name = thing.name if rng.random() < 0.5 else thing.full_name
+    return Turn("move", rng.choice(DIRECTION).format(name), _sentence(way or "it does not move"))
+
+
+def order(rng: random.Random, clip: Clip) -> Turn:
+    first, second = (article(t.full_name) for t in clip.things)
+    return Turn("order", rng.choice(ORDER), f"First {first}, then {second}.")
+
+
+def bounce(rng: random.Random, clip: Clip) -> Turn:
+    name = clip.things[0].name
+    return Turn("bounce", rng.choice(BOUNCE).format(name), BOUNCES[len(clip.touches)])
+
+
+def ask_clip(rng: random.Random, clip: Clip) -> Turn:
+    return {"move": move, "order": order, "bounce": bounce}[clip.kind](rng, clip)
 
 
 def chat(rng: random.Random, pictures: bool) -> Turn:

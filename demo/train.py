@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from demo import data
-from demo.batches import IGNORE, TASK_ID, Assembler, Batch, Batches, Pairs, Stage
+from demo.batches import TASK_ID, Assembler, Batch, Batches, Pairs, Stage
 from demo.dense import dense_loss
+from demo.labels import IGNORE
 from demo.model import DemoModel
 from demo.vocabulary import build
 
@@ -53,13 +54,15 @@ def stage(progress: float, vision_share: float, tokens: int, texts: float) -> St
         sides = (*sides * 3, 252, 280, 308, 336)
     length = (1, 2) if grown < 0.05 else (1, 4) if grown < 0.15 else (1, 6)
     most = 4 if grown < 0.1 else 6
-    kinds = (0.5, 0.8, 1.0, 3.5, 0.0, 0.0) if progress < vision_share else (0.3, 1.0, 1.6, 2.0, 1.2, 0.05)
+    kinds = (0.3, 1.0, 2.6, 2.2, 1.5, 0.05, 6.0, 2.0)
+    if progress < vision_share:
+        kinds = (0.5, 0.8, 1.0, 3.5, 0.0, 0.0, 3.0, 1.0)
     odd = 0.1 if grown < 0.15 else 0.4
     kinds = (*kinds[:3], kinds[3] * texts, *kinds[4:])
-    pairs = Pairs((84, 112), 1) if progress < 0.3 else Pairs((84, 112, 140), 2)
+    pairs = Pairs((84, 112), 1) if grown < 0.3 else Pairs((84, 112, 140), 2)
     if progress > 0.8:
         pairs = Pairs(sides, 2)
-    return Stage(sides, data.Level(length, most), kinds, odd, tokens, pairs)
+    return Stage(sides, data.Level(length, most), kinds, odd, tokens, pairs, 0.2 if grown > 0.55 else 0.0)
 
 
 def answer_loss(model: DemoModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, dict[str, list[float]]]:
@@ -175,8 +178,8 @@ class Trainer:
             merged = []
             for pixels, labels in zip(batch.pixels, batch.dense, strict=True):
                 patches, cells = model.visual(pixels, dtype)
-                merged.append(cells)
-                grid = (pixels.shape[1] // data.CELL, pixels.shape[2] // data.CELL)
+                merged.append(cells.reshape(len(pixels), -1, cells.shape[-1]))
+                grid = (pixels.shape[-3] // data.CELL, pixels.shape[-2] // data.CELL)
                 for heads, features in ((model.patch_heads, patches), (model.merged_heads, cells)):
                     helper, accuracy = dense_loss(heads, features, labels, grid)
                     weight = 1.0 if vision_only else self.args.helper

@@ -43,8 +43,8 @@ FLOORS: dict[str, tuple[int, ...]] = {
 
 
 @cache
-def asked(per_task: int) -> list[Case]:
-    return [cases.case(task, FIRST_SEED + k) for task in cases.TASKS for k in range(per_task)]
+def asked(per_task: int, tasks: tuple[str, ...] = tuple(FLOORS)) -> list[Case]:
+    return [cases.case(task, FIRST_SEED + k) for task in tasks for k in range(per_task)]
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def answers(model: Path, questions: Sequence[Case]) -> list[str]:
     return evaluate.run(questions, evaluate.with_gguf(str(model)), len(questions))
 
 
-def right_answers(model: Path) -> dict[str, int]:
+def right_answers(model: Path, tasks: tuple[str, ...] = tuple(FLOORS)) -> dict[str, int]:
     """Of PER_TASK, for each task."""
-    questions = asked(PER_TASK)
-    right = dict.fromkeys(cases.TASKS, 0)
+    questions = asked(PER_TASK, tasks)
+    right = dict.fromkeys(tasks, 0)
     for case, answer in zip(questions, answers(model, questions), strict=True):
         right[case.task] += cases.right(case.turns[-1], answer)
     return right
@@ -89,7 +89,6 @@ def test_right_answers(type: FileType, tmp_path: Path) -> None:
     column = COLUMNS.index(type)
     floors = {task: row[column] for task, row in FLOORS.items()}
     right = right_answers(convert(type, tmp_path))
-    assert floors.keys() == right.keys()
     missed = [task for task in right if right[task] < floors[task]]
     assert not missed, f"{type}: {missed} below their floors: found {right}, floors {floors}"
 
@@ -157,7 +156,7 @@ def test_the_demo_command_is_mostly_right(capsys: pytest.CaptureFixture[str]) ->
 
 def print_floors() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        right = [right_answers(convert(type, Path(folder))) for type in COLUMNS]
+        right = [right_answers(convert(type, Path(folder)), cases.TASKS) for type in COLUMNS]
     print(f"COLUMNS: tuple[FileType, ...] = {COLUMNS}")
     print("FLOORS: dict[str, tuple[int, ...]] = {")
     for task in cases.TASKS:

@@ -102,19 +102,26 @@ def _places(rng: random.Random, width: int, height: int, count: int) -> list[tup
         scale *= 0.85
 
 
-def _draw_shape(
+def extent(name: str, radius: float) -> Box:
+    """The box around a shape whose middle is at 0, 0."""
+    if name == "circle":
+        return -radius, -radius, radius, radius
+    xs, ys = zip(*((px * radius, py * radius) for px, py in _OUTLINES[name]), strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def draw_shape(
     draws: Sequence[tuple[ImageDraw.ImageDraw, int | RGB]], name: str, x: float, y: float, radius: float
 ) -> Box:
-    if name == "circle":
-        box = (x - radius, y - radius, x + radius, y + radius)
-        for draw, fill in draws:
-            draw.ellipse(box, fill=fill)
-        return box
-    points = [(x + radius * px, y + radius * py) for px, py in _OUTLINES[name]]
+    """On each of the drawings in its colour. -> the shape's box"""
+    x0, y0, x1, y1 = extent(name, radius)
+    box = x + x0, y + y0, x + x1, y + y1
     for draw, fill in draws:
-        draw.polygon(points, fill=fill)
-    xs, ys = zip(*points, strict=True)
-    return min(xs), min(ys), max(xs), max(ys)
+        if name == "circle":
+            draw.ellipse(box, fill=fill)
+        else:
+            draw.polygon([(x + radius * px, y + radius * py) for px, py in _OUTLINES[name]], fill=fill)
+    return box
 
 
 def draw_shapes(
@@ -132,7 +139,7 @@ def draw_shapes(
     things = []
     for k, ((colour, shape), place) in enumerate(zip(wanted, places, strict=True), 1):
         fill = jitter(rng, COLOURS[colour], 12)
-        things.append(Thing(shape, colour, _draw_shape(((draw, fill), (draw_id, k)), shape, *place)))
+        things.append(Thing(shape, colour, draw_shape(((draw, fill), (draw_id, k)), shape, *place)))
     return card, ids, tuple(things)
 
 
@@ -156,6 +163,20 @@ def example(seed: int) -> tuple[Image.Image, tuple[Thing, ...]]:
 
     card, _, things = draw_shapes(rng, width, height, choose)
     return card, things
+
+
+def covers(name: str, u: float, v: float) -> bool:
+    """Whether a shape covers a point of its box, 0..1 from the left and from the top."""
+    x0, y0, x1, y1 = extent(name, 1)
+    x, y = x0 + u * (x1 - x0), y0 + v * (y1 - y0)
+    if name == "circle":
+        return x * x + y * y <= 1
+    inside = False
+    points = _OUTLINES[name]
+    for (xa, ya), (xb, yb) in zip(points, [*points[1:], points[0]], strict=True):
+        if (ya > y) != (yb > y) and x < xa + (y - ya) * (xb - xa) / (yb - ya):
+            inside = not inside
+    return inside
 
 
 def article(name: str) -> str:
