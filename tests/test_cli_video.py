@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from clips import fade
 from command_line import PROGRAM, Run
+from films import fade
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.cli.conversation import Conversation
 from qwen2vl_q.cli.pictures import split_dropped, typed_clip

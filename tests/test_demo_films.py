@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clips import encoded
 from command_line import Run
 from demo import cases
 from demo.cases import Case
+from films import encoded
 from qwen2vl_q import DEMO_MODEL, Qwen2VL
 
 pytest.importorskip("av", reason="needs the extra video")

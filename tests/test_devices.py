@@ -436,6 +436,7 @@ def test_profile(fake: Fake, tiny_gguf: Path) -> None:
 
 
 def test_caches_end_before_their_backend(fake: Fake, tiny_gguf: Path) -> None:
+    gc.collect()  # what other tests have left
     backends, caches = fake.live_backends, fake.live_caches
     model = on_cuda(tiny_gguf)
     sequence = sequence_after(model, [1, 2])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clips import encoded
 from command_line import PROGRAM
+from films import encoded
 from qwen2vl_q.demo.cards import example
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clips import encoded, fade
 from command_line import PROGRAM, Run
+from films import encoded, fade
 from qwen2vl_q import DEMO_MODEL, FormatError, Qwen2VL
 from qwen2vl_q.demo.cards import article, example, listing
 from qwen2vl_q.tasks.long_video import Part, Watching, clock, named_parts, watch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clips import encoded
+from films import encoded
 from qwen2vl_q import DEMO_MODEL, Qwen2VL
 from qwen2vl_q.demo.cards import article, example, listing
 

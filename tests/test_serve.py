@@ -214,17 +214,21 @@ def test_answers_to_random_schemas_validate(client: Any) -> None:
 
 
 def test_tools(client: Any, talk: Any) -> None:
-    """A forced call, whole and streamed; its result is read."""
+    """Forced calls, as many as the model makes, whole and streamed; a result is read."""
     asked: Any = {"tools": [TOOL], "tool_choice": "required"}
     whole = create(client, talk, **asked).choices[0]
     assert whole.finish_reason == "tool_calls"
-    [call] = whole.message.tool_calls
-    assert call.function.name == "look_up"
-    jsonschema.validate(json.loads(call.function.arguments), TOOL["function"]["parameters"])
-    deltas = [p.choices[0].delta.tool_calls for p in create(client, talk, stream=True, **asked)]
-    [[streamed]] = [d for d in deltas if d]
-    assert (streamed.index, streamed.function.name) == (0, "look_up")
-    assert streamed.function.arguments == call.function.arguments
+    calls = whole.message.tool_calls
+    assert calls and {call.function.name for call in calls} == {"look_up"}
+    for call in calls:
+        jsonschema.validate(json.loads(call.function.arguments), TOOL["function"]["parameters"])
+    deltas = [p.choices[0].delta.tool_calls or [] for p in create(client, talk, stream=True, **asked)]
+    streamed = [call for delta in deltas for call in delta]
+    assert [call.index for call in streamed] == list(range(len(calls)))
+    assert [(c.function.name, c.function.arguments) for c in streamed] == [
+        (c.function.name, c.function.arguments) for c in calls
+    ]
+    call = calls[0]
     result = [
         *talk,
         {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clips import encoded, fade, grey
+from films import encoded, fade, grey
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.vision import video_decoder
