@@ -106,6 +106,23 @@ def test_saved_and_gone_on(tiny: Qwen2VL, file: Path, capsys: pytest.CaptureFixt
     assert f"![]({file.as_uri()})" in saved.with_suffix(".md").read_text()
 
 
+def test_a_saved_clip_is_as_it_was_whatever_the_default(
+    tiny: Qwen2VL, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation(tiny, None, Settings(max_new_tokens=5, temperature=0, vision_tokens=0))
+    conversation.attach_clip(typed_clip(str(file), None, None))
+    assert conversation.pending_tokens() == [560] and "".join(conversation.ask("What?"))
+    saved = file.with_name("talk.json")
+    conversation.save(saved)
+    expected = "".join(conversation.ask("So?"))
+    monkeypatch.setattr("qwen2vl_q.cli.conversation.CLIP_TOKENS", 100)
+    again = Conversation(tiny, None, Settings(max_new_tokens=5, temperature=0))
+    assert " 1 picture" in again.load(saved)
+    assert (again._history[0]["content"][0]["video"].grid_thw, "".join(again.ask("So?"))) == (
+        conversation._history[0]["content"][0]["video"].grid_thw, expected
+    )  # fmt: skip
+
+
 def test_clips_and_pictures_share_a_budget(tiny: Qwen2VL, file: Path, photo: Path) -> None:
     conversation = Conversation(tiny, None, Settings(vision_tokens=300))
     conversation.attach(str(photo))

@@ -95,7 +95,8 @@ class Conversation:
         if budget:
             images = self._model.load_images(bounded, budget)
         else:
-            images = [self._load(part) for part in bounded]
+            by_default = CLIP_TOKENS if self.settings.shrinks_by_default else None
+            images = [self._load(part, by_default) for part in bounded]
         for part, image in zip(bounded, images, strict=True):
             if budget or isinstance(part, VideoPart):
                 part = self._again(part, image)
@@ -115,10 +116,9 @@ class Conversation:
             return None
         return max(self.pixels(DEFAULT_TOKENS), self.settings.min_pixels or 0)
 
-    def _load(self, part: Visual) -> ProcessedImage:
+    def _load(self, part: Visual, clip_tokens: int | None = None) -> ProcessedImage:
         if isinstance(part, VideoPart):
-            budget = CLIP_TOKENS if self.settings.shrinks_by_default else None
-            return self._model.load_video(part.video, part.options, budget)
+            return self._model.load_video(part.video, part.options, clip_tokens)
         return self._model.load_image(part.image, part.min_pixels, part.max_pixels, part.resized, part.detail)
 
     def _again(self, part: Visual, image: ProcessedImage) -> Visual:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,34 +33,48 @@ _LONGEST_PATH = 4096
 _MAX_BYTES = 512 * 1024 * 1024  # an uncompressed picture of the most pixels that are decoded
 
 
-class _PictureFile(click.Path):
-    """A picture's path; "-" stays: stdin."""
+class _File(click.Path):
+    """What a function makes a path of; "-" stays: stdin."""
+
+    def __init__(self, path_of: Callable[[str], str]) -> None:
+        super().__init__()
+        self._path_of = path_of
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value == "-":
             return "-"
         try:
-            return picture_path(value)
+            return self._path_of(value)
         except ValueError as error:
             self.fail(str(error).removeprefix("picture: "), param, ctx)
 
 
-picture_file = _PictureFile()
+def picture_path(name: str) -> str:
+    """The path of what may be a file:// address or begin with ~; an http(s) address stays. OSError where no
+    such file is."""
+    if is_address(name):
+        return name
+    if _ADDRESS.match(name):
+        from qwen2vl_q.chat.messages import read_source
+
+        name = str(read_source(name, "picture"))
+    from qwen2vl_q.vision.documents import split_pages
+
+    file, pages = split_pages(name)
+    path = typed_path(file)
+    path.stat()
+    return str(path) if pages is None else f"{path}#{pages}"
 
 
-class _ClipFile(click.Path):
-    """A clip's path, perhaps with a part of it; "-" stays: stdin."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value == "-":
-            return "-"
-        try:
-            return clip_path(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+picture_file = _File(picture_path)
 
 
-clip_file = _ClipFile()
+def picture_from_stdin() -> bytes:
+    """ValueError where it holds more than a picture can."""
+    data = sys.stdin.buffer.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"--image -: expected a picture of {_MAX_BYTES // 2**20} MiB at most")
+    return data
 
 
 def clip_path(name: str) -> str:
@@ -68,6 +83,9 @@ def clip_path(name: str) -> str:
     file, times = _split_times(name)
     _seconds(times)
     return f"{picture_path(file)}{times}"
+
+
+clip_file = _File(clip_path)
 
 
 def typed_clip(name: str, fps: float | None, max_frames: int | None) -> VideoPart:
@@ -106,31 +124,6 @@ def _seconds(times: str) -> tuple[float | None, float | None]:
     if end is not None and end <= (start or 0):
         raise ValueError(f"expected times in order, found {times}")
     return start, end
-
-
-def picture_path(name: str) -> str:
-    """The path of what may be a file:// address or begin with ~; an http(s) address stays. OSError where no
-    such file is."""
-    if is_address(name):
-        return name
-    if _ADDRESS.match(name):
-        from qwen2vl_q.chat.messages import read_source
-
-        name = str(read_source(name, "picture"))
-    from qwen2vl_q.vision.documents import split_pages
-
-    file, pages = split_pages(name)
-    path = typed_path(file)
-    path.stat()
-    return str(path) if pages is None else f"{path}#{pages}"
-
-
-def picture_from_stdin() -> bytes:
-    """ValueError where it holds more than a picture can."""
-    data = sys.stdin.buffer.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"--image -: expected a picture of {_MAX_BYTES // 2**20} MiB at most")
-    return data
 
 
 def is_address(name: str) -> bool:

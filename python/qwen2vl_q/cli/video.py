@@ -67,7 +67,6 @@ def video(video: str, as_json: bool, **options: Any) -> None:
     """
     from qwen2vl_q.cli.progress import StageBars
     from qwen2vl_q.model import Qwen2VL
-    from qwen2vl_q.tasks.long_video import DESCRIBE
 
     file: Any = options["model"] or model_file("demo")
     notes = options["notes"] or _kept_notes(video, str(file), options)
@@ -92,7 +91,7 @@ def video(video: str, as_json: bool, **options: Any) -> None:
             options["prompt"],
             part_seconds=options["part_seconds"],
             part_tokens=options["vision_tokens"],
-            describe=options["describe"] or DESCRIBE,
+            describe=options["describe"],
             fps=options["fps"],
             notes=notes,
             on_part=show,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from PIL import Image
 
@@ -19,19 +19,17 @@ FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,gif,h
 _EPSILON = 1e-4  # seconds
 
 
-class Clip:
+class Clip(Protocol):
     """damage: what has been found so far of a file that ends early; ""."""
 
-    damage = ""
+    damage: str
 
     def times(self) -> list[float]:
         """Of its frames in order, from 0 on."""
-        raise NotImplementedError
 
     def pictures(self, wanted: Sequence[float]) -> Iterator[Image.Image]:
         """The frames shown at these times, of `times` and in order, upright RGB; fewer where the file ends
         before."""
-        raise NotImplementedError
 
 
 def open_clip(file: IO[bytes]) -> Clip:
@@ -39,8 +37,10 @@ def open_clip(file: IO[bytes]) -> Clip:
     return _Animation.of(file) or _Film(file)
 
 
-class _Animation(Clip):
+class _Animation:
     """GIF, APNG or WebP, which Pillow reads with their times."""
+
+    damage = ""
 
     _SECONDS = 0.1  # of a frame that does not say
 
@@ -87,8 +87,10 @@ class _Animation(Clip):
             yield picture
 
 
-class _Film(Clip):
+class _Film:
     """What FFmpeg reads."""
+
+    damage = ""
 
     def __init__(self, file: IO[bytes]) -> None:
         try:
