@@ -123,6 +123,18 @@ def test_a_saved_clip_is_as_it_was_whatever_the_default(
     )  # fmt: skip
 
 
+def test_frames_of_a_transcript_stay(tiny: Qwen2VL, photo: Path, tmp_path: Path) -> None:
+    frames = {"type": "video", "video": [str(photo), str(photo)], "resized_height": 56, "resized_width": 56}
+    talk = [{"role": "user", "content": [frames]}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "a.json").write_text(json.dumps(talk))
+    conversation = Conversation(tiny, None, Settings(max_new_tokens=2))
+    conversation.load(tmp_path / "a.json")
+    conversation.save(tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text()) == talk
+    conversation.save(tmp_path / "b.md")
+    assert (tmp_path / "b.md").read_text().count(photo.as_uri()) == 2
+
+
 def test_clips_and_pictures_share_a_budget(tiny: Qwen2VL, file: Path, photo: Path) -> None:
     conversation = Conversation(tiny, None, Settings(vision_tokens=300))
     conversation.attach(str(photo))

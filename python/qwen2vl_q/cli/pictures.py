@@ -30,6 +30,7 @@ _TIMES = re.compile(rf"(?:#t={_TIME}?(?:,{_TIME})?)?")
 _QUOTED = r'"[^"]*"|[^\s"]' if os.name == "nt" else r"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|[^\s'"\\]"""
 _WORD = re.compile(rf"(?:{_QUOTED})+(?=\s|$)")
 _LONGEST_PATH = 4096
+_MAX_CLIP_BYTES = 2**31
 _MAX_BYTES = 512 * 1024 * 1024  # an uncompressed picture of the most pixels that are decoded
 
 
@@ -71,9 +72,13 @@ picture_file = _File(picture_path)
 
 def picture_from_stdin() -> bytes:
     """ValueError where it holds more than a picture can."""
-    data = sys.stdin.buffer.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"--image -: expected a picture of {_MAX_BYTES // 2**20} MiB at most")
+    return _stdin("--image", _MAX_BYTES)
+
+
+def _stdin(option: str, most: int) -> bytes:
+    data = sys.stdin.buffer.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{option} -: expected {most // 2**20} MiB at most")
     return data
 
 
@@ -97,7 +102,7 @@ def typed_clip(name: str, fps: float | None, max_frames: int | None) -> VideoPar
     start, end = _seconds(times)
     options = VideoOptions(fps=fps, max_frames=max_frames, start=start, end=end)
     if file == "-":
-        return VideoPart(sys.stdin.buffer.read(), options)
+        return VideoPart(_stdin("--video", _MAX_CLIP_BYTES), options)
     return VideoPart(fetched(file) if is_address(file) else str(Path(file).absolute()), options)
 
 
@@ -158,7 +163,7 @@ def clipboard_pictures() -> list[tuple[str, str | bytes]]:
 
     try:
         found = ImageGrab.grabclipboard()
-    except (NotImplementedError, OSError, ChildProcessError) as error:
+    except (NotImplementedError, OSError) as error:  # the first of Pillow, where there is no clipboard
         raise ValueError(f"/paste: the clipboard cannot be read: {printable(str(error))}") from None
     if isinstance(found, list):
         return [(name, picture_path(name)) for name in found if is_picture(name)]

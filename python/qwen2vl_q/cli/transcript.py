@@ -67,9 +67,13 @@ def _in_folder(message: Message, folder: Path) -> Message:
     def resolved(part: Any) -> Any:
         if isinstance(part, ImagePart) and isinstance(part.image, (str, PathLike)):
             return replace(part, image=str(folder / part.image))
-        if isinstance(part, VideoPart) and isinstance(part.video, (str, PathLike)):
-            return replace(part, video=str(folder / part.video))
+        if isinstance(part, VideoPart):
+            files = part.video
+            return replace(part, video=[*map(inside, files)] if isinstance(files, list) else inside(files))
         return part
+
+    def inside(file: Any) -> Any:
+        return str(folder / file) if isinstance(file, (str, PathLike)) else file
 
     if isinstance(message.content, str):
         return message
@@ -89,17 +93,23 @@ def _part(source: Visual, kind: str) -> dict[str, Any]:
     """kind: image or video."""
     message = source.for_message()
     file = message[kind]
-    if isinstance(file, bytes):
-        file = f"data:;base64,{base64.b64encode(file).decode()}"
-    return {**message, kind: fspath(file)}
+    return {**message, kind: [*map(_named, file)] if isinstance(file, list) else _named(file)}
+
+
+def _named(file: Any) -> str:
+    return f"data:;base64,{base64.b64encode(file).decode()}" if isinstance(file, bytes) else fspath(file)
 
 
 def _markdown(content: str | list[dict[str, str]]) -> str:
     if isinstance(content, str):
         return content
     return "\n\n".join(
-        part["text"] if part["type"] == "text" else _link(part[part["type"]]) for part in content
+        part["text"] if part["type"] == "text" else _links(part[part["type"]]) for part in content
     )
+
+
+def _links(files: str | list[str]) -> str:
+    return " ".join(map(_link, files)) if isinstance(files, list) else _link(files)
 
 
 def _link(file: str) -> str:

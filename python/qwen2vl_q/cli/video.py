@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from qwen2vl_q.base.printable import printable
 from qwen2vl_q.cli.device import device_option, print_note
 from qwen2vl_q.cli.model_file import model_file, tower_file, tower_of
 from qwen2vl_q.cli.options import COUNT, FPS, FiniteRange
-from qwen2vl_q.cli.output import say
+from qwen2vl_q.cli.output import harmless, say
 from qwen2vl_q.cli.pictures import picture_file
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def video(video: str, as_json: bool, **options: Any) -> None:
         )
     print_note(model.note)
 
+    shown = harmless if sys.stdout.isatty() else str
+
     def show(part: Part) -> None:
         if not as_json:
             click.echo(f"{part.times}  {printable(part.text, 10_000)}")
@@ -103,9 +106,9 @@ def video(video: str, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(asdict(found), ensure_ascii=False, indent=2))
         return
     if len(found.parts) > 1:
-        click.echo(f"\nSummary: {found.summary}")
+        click.echo(f"\nSummary: {shown(found.summary)}")
     if found.answer:
-        click.echo(f"\n{found.answer}")
+        click.echo(f"\n{shown(found.answer)}")
         say(f"seen again: {', '.join(found.parts[i].times for i in found.looked_at)}", dim=True)
 
 
