@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_CODECS = {"mp4": "libx264", "mov": "libx264", "matroska": "libx264", "webm": "libvpx", "avi": "mpeg4"}
+_CODECS = {
+    "mp4": "libx264", "mov": "libx264", "matroska": "libx264", "mpegts": "libx264",
+    "webm": "libvpx", "avi": "mpeg4",
+}  # fmt: skip
 
 
 def encoded(

@@ -48,17 +48,21 @@ def test_shapes_fill_their_boxes_and_do_not_overlap(seed: int) -> None:
         assert nearest == thing.colour
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_text_stands_inside_with_its_characters_in_their_boxes(seed: int) -> None:
-    picture = text(seed)
-    assert "".join(t.name for t in picture.things) == picture.text
-    assert 1 <= len(picture.text) <= data.MAX_TEXT
+def assert_characters_in_their_boxes(picture: data.Picture) -> None:
     background = picture.pixels[4, 4].astype(int)
     for k, thing in enumerate(picture.things, 1):
         x0, y0, x1, y1 = thing.box
         assert x0 >= 0 and y0 >= 0 and x1 <= picture.width and y1 <= picture.height
         ink = np.abs(picture.pixels[picture.ids == k].astype(int) - background).sum(-1)
         assert ink.max() > data.MIN_CONTRAST / 2
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_text_stands_inside_with_its_characters_in_their_boxes(seed: int) -> None:
+    picture = text(seed)
+    assert "".join(t.name for t in picture.things) == picture.text
+    assert 1 <= len(picture.text) <= data.MAX_TEXT
+    assert_characters_in_their_boxes(picture)
 
 
 def drawn_box(ids: data.Array, k: int) -> tuple[int, int, int, int] | None:
@@ -151,12 +155,7 @@ def test_a_form_shows_its_fields(seed: int) -> None:
     assert "".join(t.name for t in picture.things) == "".join(k + v for k, v in picture.fields)
     for key, value in picture.fields:
         assert 2 <= len(value) <= 4 and set(value) <= set(forms.FIELDS[key])
-    background = picture.pixels[4, 4].astype(int)
-    for k, thing in enumerate(picture.things, 1):
-        x0, y0, x1, y1 = thing.box
-        assert x0 >= 0 and y0 >= 0 and x1 <= picture.width and y1 <= picture.height
-        ink = np.abs(picture.pixels[picture.ids == k].astype(int) - background).sum(-1)
-        assert ink.max() > data.MIN_CONTRAST / 2
+    assert_characters_in_their_boxes(picture)
     middles = sorted({(t.box[1] + t.box[3]) / 2 for t in picture.things})
     assert len(middles) == len(picture.fields)
     assert all(b - a >= data.CELL for a, b in itertools.pairwise(middles))

@@ -20,6 +20,7 @@ from films import encoded, fade, grey
 from qwen2vl_q import Qwen2VL
 from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.vision import video_decoder
+from qwen2vl_q.vision.clip_files import _Film
 from qwen2vl_q.vision.image_processor import ImageProcessor
 from qwen2vl_q.vision.video import (
     TOTAL_PIXELS,
@@ -112,6 +113,23 @@ def test_far_frames_are_sought_and_the_same() -> None:
     data = fade(1200, fps=25)
     assert levels(data, nframes=6) == pytest.approx([0, 51, 102, 153, 204, 255], abs=4)
     assert levels(data, nframes=2, start=47.0) == pytest.approx([47 * 25 * 255 / 1199, 255], abs=4)
+
+
+def test_what_lies_between_keyframes_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = 0
+    frames_of = _Film._frames
+
+    def counted(self: _Film, *arguments: Any) -> Any:
+        nonlocal decoded
+        for found in frames_of(self, *arguments):
+            decoded += 1
+            yield found
+
+    monkeypatch.setattr(_Film, "_frames", counted)
+    film = _Film(io.BytesIO(fade(1200, fps=25)))
+    times = film.times()
+    assert len(list(film.pictures([times[i] for i in (0, 600, 1199)]))) == 3
+    assert decoded < 600
 
 
 def test_frames_that_last_differently() -> None:
@@ -236,6 +254,20 @@ def test_what_is_no_clip(data: bytes) -> None:
     """Playlists, which name other files and hosts, among it."""
     with pytest.raises(FormatError, match="the video: not a video"):
         levels(data)
+
+
+@pytest.mark.parametrize(
+    "playlist", ["#EXTM3U\n#EXTINF:4,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"]
+)
+def test_playlists_open_no_other_file(playlist: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.ts").write_bytes(fade(40, kind="mpegts"))
+    assert levels(tmp_path / "a.ts")
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.ts", f"{tmp_path}/a.ts"):
+        (tmp_path / "list.m3u8").write_text(playlist.format(name))
+        for source in (tmp_path / "list.m3u8", playlist.format(name).encode()):
+            with pytest.raises(FormatError, match="not a video"):
+                levels(source)
 
 
 def test_a_clip_that_ends_early() -> None:
