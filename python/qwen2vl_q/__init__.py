@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL: Path = Path(__file__).with_name("data") / "demo.gguf"
 """A small model that comes with the package (9 MB, Q8_0). It knows nothing but cards as `qwen2vl-q demo`
-draws them, and short texts on such cards."""
+draws them, short texts and forms on such cards, and clips of their shapes."""
 
 # Resolved on first use: the command line's --help and the converter need neither the tokenizer nor Pillow.
 _HOME = {

@@ -32,6 +32,7 @@ from qwen2vl_q.engine.request import Progress
 from qwen2vl_q.engine.sampling import Sampling
 from qwen2vl_q.engine.stats import GenerationStats, Stage
 from qwen2vl_q.engine.tower_file import TowerFile, TowerPath
+from qwen2vl_q.tasks.long_video import DESCRIBE, PART_SECONDS, PART_TOKENS, Part, VideoNotes, Watching, watch
 from qwen2vl_q.text.tokenizer import Tokenizer
 from qwen2vl_q.vision.image_processor import ImageInput, ImageProcessor, ProcessedImage
 from qwen2vl_q.vision.video import VideoInput, VideoOptions
@@ -39,7 +40,6 @@ from qwen2vl_q.vision.video import VideoInput, VideoOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from qwen2vl_q.tasks.long_video import Part, VideoNotes
     from qwen2vl_q.vision.fetch import Fetcher
 
 TRAINED_CONTEXT = 32768
@@ -345,8 +345,8 @@ class Qwen2VL(Chats):
         video: str | os.PathLike[str],
         question: str | None = None,
         *,
-        part_seconds: float = 30.0,
-        part_tokens: int = 2560,
+        part_seconds: float = PART_SECONDS,
+        part_tokens: int = PART_TOKENS,
         describe: str | None = None,
         fps: float | None = None,
         notes: str | os.PathLike[str] | None = None,
@@ -361,17 +361,15 @@ class Qwen2VL(Chats):
         needs no other look at the whole. on_part is told of each part as it comes. Greedy, where the options,
         `chat`'s, say nothing. Errors of `load_video` and `chat`; FormatError for notes of something else.
         """
-        from qwen2vl_q.tasks import long_video
-
-        how = long_video.Watching(
+        how = Watching(
             part_seconds,
             integer("part_tokens", part_tokens, 1, _INT32_MAX),
-            long_video.DESCRIBE if describe is None else describe,
+            DESCRIBE if describe is None else describe,
             fps,
             repr(self.config),
             options,
         )
-        return long_video.watch(self, video, question, how, notes, on_part)
+        return watch(self, video, question, how, notes, on_part)
 
     def encode_image(self, image: ImageInput, progress: Progress | None = None) -> NDArray[np.float32]:
         """The vision tower's output, float32 [n_tokens, hidden_size]: a row for merge**2 patches of the grid.

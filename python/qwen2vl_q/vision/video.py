@@ -84,7 +84,8 @@ def frame_count(total: int, file_fps: float, options: VideoOptions) -> int:
         fewest = math.ceil((options.min_frames or MIN_FRAMES) / FRAME_FACTOR) * FRAME_FACTOR
         most = (options.max_frames or min(MAX_FRAMES, total)) // FRAME_FACTOR * FRAME_FACTOR
         asked = total / file_fps * (options.fps or FPS)
-        count = int(min(max(asked, fewest), most, total)) // FRAME_FACTOR * FRAME_FACTOR
+        exact = min(max(asked, fewest), most, total)
+        count = int(exact + 1e-6) // FRAME_FACTOR * FRAME_FACTOR  # the rate is computed from times
     if not FRAME_FACTOR <= count <= total:
         raise ValueError(f"expected {FRAME_FACTOR} to {total} frames of the clip, found {count}")
     return count
