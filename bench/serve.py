@@ -47,6 +47,7 @@ _SLOTS = 8
 _CONTEXT = 2048  # tokens of a slot
 _WORDS = [f"{sound}{end}" for sound in ("ba", "do", "ki", "lu", "me", "po", "ra") for end in ("n", "st", "l")]
 _CROPS = 32
+_CROP_TOKENS = (24, 48, 96)
 _NEVER = {str(token): -100 for token in (151643, 151645)}  # what would end an answer
 
 
@@ -250,17 +251,17 @@ async def streams(server: Server, n: int) -> float:
     return sum(sum(begin < t <= end for t in v.pieces) for v in visits) / (end - begin)
 
 
-async def crops(server: Server, together: bool) -> float:
-    """Requests a second for crops of a page of 448 x 112, 24 tokens each."""
-    rng = random.Random(7 + together)
+async def crops(server: Server, tokens: int, together: bool) -> float:
+    """Requests a second for crops of a page of 448 x 112 that are answered in so many tokens."""
+    rng = random.Random(2 * tokens + together)
     asked = [picture_request(rng, (448, 112)) for _ in range(_CROPS)]
     async with client_of(server) as client:
         start = time.perf_counter()
         if together:
-            await asyncio.gather(*(visit(client, "picture", messages, 24) for messages in asked))
+            await asyncio.gather(*(visit(client, "picture", messages, tokens) for messages in asked))
         else:
             for messages in asked:
-                await visit(client, "picture", messages, 24)
+                await visit(client, "picture", messages, tokens)
         return _CROPS / (time.perf_counter() - start)
 
 
@@ -268,15 +269,17 @@ def fairness(server: Server) -> tuple[str, ...]:
     async def all_of_it() -> tuple[str, ...]:
         rate, gap = await photo_beside_a_stream(server)
         one, eight = median([await streams(server, 1) for _ in range(3)]), await streams(server, 8)
-        alone, together = await crops(server, False), await crops(server, True)
+        of_crops = []
+        for tokens in _CROP_TOKENS:
+            alone, together = await crops(server, tokens, False), await crops(server, tokens, True)
+            of_crops += [f"{alone:.2f}", f"{together:.2f} ({together / alone:.1f} x)"]
         return (
             server.name,
             rate,
             gap,
             f"{one:.1f}",
             f"{eight:.1f} ({eight / one:.1f} x)",
-            f"{alone:.2f}",
-            f"{together:.2f} ({together / alone:.1f} x)",
+            *of_crops,
         )
 
     return asyncio.run(all_of_it())
@@ -348,7 +351,7 @@ def main(
                 found.append(fairness(server))
         fair_heading = (
             "server", "a stream beside a photo, tokens/s", "its longest gap s", "one stream", "eight",
-            "crops one by one, 1/s", "32 together",
+            *(text for n in _CROP_TOKENS for text in (f"crops of {n} tokens one by one, 1/s", "32 together")),
         )  # fmt: skip
         print(table([fair_heading, *found]))
 

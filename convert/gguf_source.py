@@ -40,8 +40,8 @@ class GgufSource:
     """The keys and tensors of both halves, those of the language model first."""
 
     def __init__(self, model: Path, mmproj: Path | None = None):
-        """Raises what loading the model would: OSError, FormatError, UnsupportedError; FormatError also where
-        the vision tower is missing or there are two."""
+        """Raises what loading the model would, but for types that are not computed: OSError, FormatError,
+        UnsupportedError; FormatError also where the vision tower is missing or there are two."""
         self.path = model
         language = GgufFile(model)
         _native.require_language_model(language)
@@ -51,7 +51,7 @@ class GgufSource:
         if not whole and mmproj is None:
             raise FormatError(f"{printable(str(model), 1000)}: it has no vision tower, and none was given")
         self.tower = language if mmproj is None else GgufFile(mmproj)
-        _native.read_config(str(model), None if mmproj is None else str(mmproj))
+        _native.read_config(str(model), None if mmproj is None else str(mmproj), any_type=True)
         self.tensors = _tensors(language, model)
         self.language_entries = _entries(language, vision=False)
         self.vision_entries = _entries(self.tower, vision=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType, quants
 from gguf import GGUFValueType as T
 from gguf.utility import size_label
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from qwen2vl_q.engine.model_parts import check_model_file
 
 _CHUNK_VALUES = 1 << 22  # in memory at a time
 _FLOATS = ("F32", "F16", "BF16")
+_COMPUTED = _native.computed_types().split(", ")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def convert_gguf(
     """Converts a file, or a language model's and its vision tower's (`mmproj`), to the file `out`.
 
     Vocabulary, template and all other keys stay as they are; a tensor whose type stays keeps its bytes.
-    Errors as of `convert_checkpoint` and `GgufSource`; UnsupportedError for a type that is not computed.
+    Errors as of `convert_checkpoint` and `GgufSource`; UnsupportedError for a type that gguf cannot read.
     """
     source = GgufSource(model, mmproj)
     swapped = _native.has_swapped_feed_forward(source.tower)
@@ -121,12 +123,19 @@ def _chunks(tensor: RequantizedTensor, recipe: Recipe, n_threads: int) -> Iterat
     step = max(1, _CHUNK_VALUES // row) * row_bytes
     place = f"{printable(str(stored.path), 1000)}: tensor '{printable(stored.output.name)}'"
     for data in stored.chunks(step):
-        try:
-            values = _native.dequantize(data.reshape(-1, row_bytes), stored.output.type)
-        except ValueError as error:
-            raise UnsupportedError(f"{place}: {error}") from None
+        values = _dequantized(data.reshape(-1, row_bytes), stored.output.type, place)
         require_range(values, output.type, place)
         yield _native.quantize(values, output.type, n_threads, recipe.weights(output))
+
+
+def _dequantized(rows: NDArray[np.uint8], type: str, place: str) -> NDArray[np.float32]:
+    """Types that the engine does not compute (IQ3_S ...) are read by gguf, slowly."""
+    if type in _COMPUTED:
+        return _native.dequantize(rows, type)
+    try:
+        return quants.dequantize(rows, GGMLQuantizationType[type]).astype(np.float32, copy=False)
+    except NotImplementedError:
+        raise UnsupportedError(f"{place}: stored as {type}, which cannot be read") from None
 
 
 def _notes(tensors: Sequence[RequantizedTensor], left_out: Sequence[str]) -> list[str]:

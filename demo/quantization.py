@@ -214,8 +214,9 @@ def markdown(rows: Sequence[Row], effort: Effort, command: str, made_of: str) ->
 
 ![divergence and accuracy against size](quantization.svg)
 
-Matrices have the type's name, but for q4_0 files: embedding in Q6_K, vision tower in Q8_0
-(`convert/recipe.py`). Precision is fast where it is not said.
+A file's type is that of most of its matrices: the embedding, the vision tower (Q8_0 in files of fewer bits
+than 8) and what a mix of types keeps better have their own (`convert/recipe.py`). Precision is fast where it
+is not said.
 
 - KL divergence: nats a token, from the next-token distributions of the F32 file in exact precision; the mean
   over {tokens:,} tokens of right answers, which were given. Same likeliest token: over the same tokens.

@@ -149,7 +149,7 @@ def test_types_that_are_not_computed_are_named(tiny_gguf: Path, tmp_path: Path) 
     assert str(error.value) == (
         f"{path}: blk.0.attn_q.weight: stored as I8, which is not computed; "
         "computed are F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, "
-        "IQ4_NL, IQ4_XS"
+        "IQ4_NL, IQ4_XS (qwen2vl-q quantize reads most others)"
     )
 
 

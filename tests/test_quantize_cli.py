@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from gguf import GGMLQuantizationType
 
 from conversion import convert, keys_of, stored_bytes
 from qwen2vl_q import Qwen2VL, _native
-from qwen2vl_q.base.errors import FormatError
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.cli.main import main
 from qwen2vl_q.cli.quantize import quantize
 from qwen2vl_q.convert import FileType, pair_paths
 from test_imatrix import older
+from test_loading import rewritten
+from weight_types import with_weights
 
 MIXES: tuple[FileType, ...] = (
     "q3_k_m",
@@ -99,6 +102,29 @@ def test_what_was_quantized_before_is_told_of(sources: Path, tmp_path: Path) -> 
     convert(sources / "checkpoint", tmp_path / "q8.gguf", "q8_0")
     result = run(tmp_path / "q8.gguf", tmp_path / "m.gguf", "--type", "q4_1")
     assert "note: 14 tensors were Q8_0 and are Q4_1 now: what Q8_0 has lost stays lost" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ3_S"])
+def test_types_that_only_gguf_reads(name: str, sources: Path, tmp_path: Path) -> None:
+    path = with_weights(sources / "f32.gguf", tmp_path / "m.gguf", name, as_f32=False)
+    with pytest.raises(UnsupportedError, match=rf"stored as {name}, .*quantize reads most others"):
+        Qwen2VL.from_gguf(path)
+    result = run(path, tmp_path / "f32.gguf", "--type", "f32")
+    assert f"note: 14 tensors were {name} and are F32 now" in result.stdout
+    expected = with_weights(sources / "f32.gguf", tmp_path / "expected.gguf", name, as_f32=True)
+    assert stored_bytes(tmp_path / "f32.gguf") == stored_bytes(expected)
+    assert run(path, tmp_path / "q4.gguf", "--type", "q4_k_m").exit_code == 0
+    assert np.isfinite(Qwen2VL.from_gguf(tmp_path / "q4.gguf").logits([1, 2, 3])).all()
+
+
+def test_types_that_nobody_reads(sources: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    rewritten(sources / "f32.gguf", path, {"blk.0.attn_q.weight": GGMLQuantizationType.I8})
+    result = run(path, tmp_path / "out.gguf", "--type", "q8_0")
+    assert isinstance(result.exception, UnsupportedError)
+    tensor = "tensor 'blk.0.attn_q.weight'"
+    assert str(result.exception) == f"{path}: {tensor}: stored as I8, which cannot be read"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_usage_errors(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

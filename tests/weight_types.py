@@ -38,6 +38,8 @@ RANDOM_BLOCKS = {
     "Q4_K": RandomBlocks(0, (8 * 48, 48), (4, 12), 0xA0),
     "Q5_K": RandomBlocks(0, (16 * 48, 48), (4, 12), 0xA0),
     "IQ4_NL": RandomBlocks(0, (66,)),
+    "IQ2_XXS": RandomBlocks(0, (50,)),
+    "IQ3_S": RandomBlocks(0, (128,)),
     "IQ4_XS": RandomBlocks(0, (66 * 24,), (2, 4), 0xFF),
 }
 

@@ -27,12 +27,12 @@ std::filesystem::path optional_path(const py::object& value, const char* name) {
   return value.is_none() ? std::filesystem::path() : path(value, name);
 }
 
-py::dict read_config_of(const py::object& file, const py::object& mmproj) {
+py::dict read_config_of(const py::object& file, const py::object& mmproj, bool any_type) {
   const std::filesystem::path opened = path(file, "path"), tower = optional_path(mmproj, "mmproj");
   ModelConfig config;
   {
     py::gil_scoped_release release;
-    config = open_model(opened, tower).config;
+    config = open_model(opened, tower, {}, any_type ? Types::Any : Types::Computed).config;
   }
   return config_dict(config);
 }
@@ -140,7 +140,8 @@ void register_model(py::module_& m) {
           py::arg("bytes"))
       .def("forget", &Engine::forget, py::call_guard<py::gil_scoped_release>());
 
-  m.def("read_config", &read_config_of, py::arg("path"), py::arg("mmproj") = py::none());
+  m.def("read_config", &read_config_of, py::arg("path"), py::arg("mmproj") = py::none(),
+        py::arg("any_type") = false);
 }
 
 }  // namespace qwen2vl::bindings

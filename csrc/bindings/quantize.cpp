@@ -114,6 +114,7 @@ void register_quantize(py::module_& m) {
         "a row that the blocks do not divide, NaN or infinity for a block type or among weights.");
   m.def("written_types", &written_dtype_names,
         "The types that `quantize` has, in a list: \"F32, F16, ...\".");
+  m.def("computed_types", &dtype_names, "The types that `dequantize` and the engine have, likewise.");
   m.def("dequantize", &dequantize, py::arg("data"), py::arg("type"),
         "uint8 [rows, row_bytes] -> float32 [rows, cols].");
   m.def(

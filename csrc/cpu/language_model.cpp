@@ -7,7 +7,12 @@
 namespace qwen2vl::cpu {
 namespace {
 
-constexpr InputsByBits kFineOrBlocks = {Inputs::Fine, Inputs::Blocks};
+// What each choice gains and costs: docs/decisions/0043. Keys and values are few where query heads share
+// them, and every later token meets theirs.
+constexpr InputsByBits kOfQueries = {Inputs::Fine, Inputs::Blocks, Inputs::Blocks};
+constexpr InputsByBits kOfKeysAndValues = {Inputs::Fine, Inputs::Fine, Inputs::Blocks};
+constexpr InputsByBits kOfOutputs = {Inputs::Fine, Inputs::Blocks, Inputs::Groups};
+constexpr InputsByBits kOfDown = {Inputs::Blocks, Inputs::Groups, Inputs::Groups};
 
 void rms_norm_rows(Context& ctx, const NormWeights& norm, float eps, const float* x, int64_t rows,
                    int64_t width, float* out) {
@@ -27,8 +32,7 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
       attention_(config, std::any_of(w.layers.begin(), w.layers.end(), [](const DecoderLayerWeights& l) {
                    return is_quantized(l.q_proj.weight.type);
                  })) {
-  // The head's errors are the logits' own. Keys and values are few where query heads share them, and every
-  // later token meets theirs. What each choice gains and costs: docs/decisions/0043.
+  // The head's errors are the logits' own.
   embed_tokens_ = pack_matrix("text lm_head", w.embed_tokens, ctx, Inputs::Fine,
                               w.lm_head ? LowRankUpdate{} : w.lm_head_update);
   embed_tokens_update_ = w.embed_tokens_update;
@@ -36,11 +40,11 @@ LanguageModel::LanguageModel(const TextConfig& config, const TextWeights& w, Con
     layers_.push_back(
         {l.input_layernorm, l.post_attention_layernorm,
          pack_linear("text qkv_proj",
-                     {{&l.q_proj, kFineOrBlocks}, {&l.k_proj, kFineOrBlocks}, {&l.v_proj, kFineOrBlocks}},
+                     {{&l.q_proj, kOfQueries}, {&l.k_proj, kOfKeysAndValues}, {&l.v_proj, kOfKeysAndValues}},
                      ctx, &l.input_layernorm),
-         pack_linear("text o_proj", {{&l.o_proj, {Inputs::Blocks}}}, ctx),
+         pack_linear("text o_proj", {{&l.o_proj, kOfOutputs}}, ctx),
          pack_linear("text gate_up_proj", {&l.gate_proj, &l.up_proj}, ctx, &l.post_attention_layernorm),
-         pack_linear("text down_proj", {{&l.down_proj, {Inputs::Blocks}}}, ctx)});
+         pack_linear("text down_proj", {{&l.down_proj, kOfDown}}, ctx)});
     progress(static_cast<int64_t>(layers_.size()), config.num_hidden_layers);
   }
   norm_ = w.norm;

@@ -54,12 +54,14 @@ struct PackedLinear {
   const float* bias_of(const Part& part) const { return bias.empty() ? nullptr : bias.data() + part.column; }
 };
 
-/// How a layer's inputs are taken where its weights have 8 bits, and 5 or 6: the more bits, the less they
+/// How a layer's inputs are taken where its weights have 8, 6 and 5 bits: the more bits, the less they
 /// lose themselves (docs/decisions/0043). With fewer it is Groups.
 struct InputsByBits {
-  Inputs of_8 = Inputs::Groups, of_5_and_6 = Inputs::Groups;
+  Inputs of_8 = Inputs::Groups, of_6 = Inputs::Groups, of_5 = Inputs::Groups;
 
-  Inputs of(int bits) const { return bits >= 8 ? of_8 : bits >= 5 ? of_5_and_6 : Inputs::Groups; }
+  Inputs of(int bits) const {
+    return bits >= 8 ? of_8 : bits == 6 ? of_6 : bits == 5 ? of_5 : Inputs::Groups;
+  }
 };
 
 struct LayerSource {

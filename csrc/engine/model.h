@@ -16,7 +16,7 @@ struct ModelFiles {
 
 /// `mmproj`: the vision tower's file where it is not in the model's own; empty: none.
 ModelFiles open_model(const std::filesystem::path& path, const std::filesystem::path& mmproj,
-                      LowRankUpdates updates = {});
+                      LowRankUpdates updates = {}, Types types = Types::Computed);
 
 struct ModelOptions {
   std::filesystem::path mmproj;  ///< the vision tower's file where it is not in the model's own; empty: none

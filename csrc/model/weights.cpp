@@ -76,8 +76,9 @@ class Loader {
     return qwen2vl::has_swapped_feed_forward(*find_tensor(files_, "v.blk.0.ffn_up.weight").file);
   }
 
-  void finish() const {
-    if (problems_.empty() && !not_computed_.empty()) throw UnsupportedError(not_computed_);
+  void finish(Types types) const {
+    if (types == Types::Computed && problems_.empty() && !not_computed_.empty())
+      throw UnsupportedError(not_computed_);
     if (problems_.empty()) return require_no_updates_left();
     constexpr size_t kShown = 40;  // a screen
     std::string text = files_[0]->path() + ": " + std::to_string(problems_.size()) +
@@ -110,7 +111,8 @@ class Loader {
       if (not_computed_.empty())
         not_computed_ = found.file->path() + ": " + name + ": stored as " +
                         std::string(gguf::find_storage_type(found.tensor->type)->name) +
-                        ", which is not computed; computed are " + dtype_names();
+                        ", which is not computed; computed are " + dtype_names() +
+                        " (qwen2vl-q quantize reads most others)";
       return {};
     }
     return {traits->type, rows, cols, nullptr, found.tensor->input, found.tensor->offset};
@@ -183,7 +185,7 @@ const uint8_t* MatrixView::read_rows(int64_t begin, int64_t n, uint8_t* room) co
 }
 
 Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config,
-                     LowRankUpdates updates) {
+                     LowRankUpdates updates, Types types) {
   std::vector<const gguf::File*> views;
   for (const auto& file : files) views.push_back(file.get());
   Weights weights;
@@ -191,7 +193,7 @@ Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const Model
   Loader load(views, std::move(updates));
   weights.text = load_text(load, config.text);
   if (config.vision) weights.vision = load_vision(load, *config.vision);
-  load.finish();
+  load.finish(types);
   weights.files = std::move(files);
   return weights;
 }

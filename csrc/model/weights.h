@@ -95,10 +95,15 @@ struct Weights {
   bool is_updated = false;  ///< whether any LowRankUpdate is there
 };
 
+enum class Types {
+  Computed,  ///< UnsupportedError names a tensor of another one
+  Any,       ///< a matrix of another one is an empty view
+};
+
 /// Views of every tensor of `files` that the configuration asks for. One FormatError lists all tensors that
-/// are missing or misshapen; UnsupportedError names one of a type that cannot be computed with.
+/// are missing or misshapen.
 /// std::invalid_argument for an update of no matrix of the model, or of another shape.
 Weights load_weights(std::vector<std::unique_ptr<gguf::File>> files, const ModelConfig& config,
-                     LowRankUpdates updates = {});
+                     LowRankUpdates updates = {}, Types types = Types::Computed);
 
 }  // namespace qwen2vl

@@ -76,6 +76,9 @@ def quantize(
 def written_types() -> str:
     """The types that `quantize` has, in a list: "F32, F16, ..."."""
 
+def computed_types() -> str:
+    """The types that `dequantize` and the engine have, likewise."""
+
 def dequantize(data: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
     """uint8 [rows, row_bytes] -> float32 [rows, cols]."""
 
@@ -154,9 +157,9 @@ def has_swapped_feed_forward(file: GgufFile) -> bool:
 
 Progress = Callable[[int, int], None]  # (done, total); an exception raised in it cancels the call cleanly
 
-def read_config(path: str, mmproj: str | None = None) -> dict[str, Any]:
-    """`Model(path, mmproj).config`, with the errors that its files' content would raise; of the weights it
-    reads norms and biases alone."""
+def read_config(path: str, mmproj: str | None = None, any_type: bool = False) -> dict[str, Any]:
+    """`Model(path, mmproj).config`, with the errors that its files' content would raise (any_type: but those
+    for matrices of a type that is not computed); of the weights it reads norms and biases alone."""
 
 class Model:
     """Weights on a backend, the CPU's or a plug-in's, and the pages of all sequences of it.
