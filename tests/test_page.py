@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from demo import cases
+from films import encoded
 from pages import (
     Page,
     ask,
@@ -31,6 +33,7 @@ from serving import WHAT, Serving, card, png, serving
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 
+FIRST_SEED = 2_000_000
 FAKE_CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 ANSWER_WITH_BOXES = (
     "<|object_ref_start|>a<|object_ref_end|><|box_start|>(10,20),(40,60)<|box_end|>"
@@ -315,9 +318,26 @@ def test_escape_stops(page: Page) -> None:
 
 def test_what_is_no_picture_is_said(page: Page) -> None:
     page.set_input_files("#files", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"x"})
-    sync_api.expect(page.locator("#pictures .wrong")).to_have_text("a.txt is not a picture.")
+    sync_api.expect(page.locator("#pictures .wrong")).to_have_text("a.txt is neither a picture nor a clip.")
     drop_in(page, png(card(0)[0]))
     sync_api.expect(page.locator("#pictures .wrong")).to_have_count(0)
+
+
+def test_a_clip(page: Page) -> None:
+    pytest.importorskip("av", reason="needs the extra video")
+    case = cases.case("move", FIRST_SEED)
+    frames = [Image.open(io.BytesIO(data)).convert("RGB").resize((140, 140)) for data in case.images]
+    film = encoded([np.asarray(frame) for frame in frames], fps=2)
+    clip = {"name": "a.mp4", "mimeType": "video/mp4"}
+    page.set_input_files("#files", {**clip, "buffer": film})
+    sync_api.expect(page.get_by_label("Clip 1", exact=True)).to_be_visible()
+    ask(page, case.turns[0].question)
+    sync_api.expect(last_answer(page)).to_have_text(case.turns[-1].answer)
+    assert page.locator(".question video").get_attribute("src").startswith("data:video/mp4;base64,")
+    page.set_input_files("#files", {**clip, "buffer": bytes(20 * 2**20 + 1)})
+    sync_api.expect(page.locator("#pictures .wrong")).to_have_text(
+        "a.mp4 is too large: a clip may have 20 MiB."
+    )
 
 
 def test_the_camera(page: Page) -> None:

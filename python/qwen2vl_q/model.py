@@ -314,16 +314,19 @@ class Qwen2VL(Chats):
         options: VideoOptions | None = None,
         vision_tokens: int | None = None,
         max_tokens: int | None = None,
+        seconds: float | None = None,
     ) -> ProcessedImage:
         """A clip (extra: video), for any number of calls that take images; in messages it is the "video" of a
         part. video: a file, its bytes, or pictures in a row, which all count.
 
         options: which frames, and their size; without, those of qwen-vl-utils: two frames a second, 768 at
-        most. vision_tokens: that it may take; frames get smaller for it, then fewer. Errors of
-        `vision.video.process_video`, among them ValueError for more than max_tokens (None: n_ctx).
+        most. vision_tokens: that it may take; frames get smaller for it, then fewer. seconds:
+        that decoding may take (None: 120 a frame). Errors of `vision.video.process_video`, among them
+        ValueError for more than max_tokens (None: n_ctx).
         """
         part = VideoPart(video, options or VideoOptions())
-        return self._calls.load_video(part, self.n_ctx if max_tokens is None else max_tokens, vision_tokens)
+        most = self.n_ctx if max_tokens is None else max_tokens
+        return self._calls.load_video(part, most, vision_tokens, seconds)
 
     def load_pages(
         self,

@@ -5,6 +5,7 @@ A message is {"role": ..., "content": text or a list of parts}; a part is one of
     {"type": "image", "image": picture}                  also with the key "url", "path" or "base64"
     {"type": "image_url", "image_url": {"url": address}}  or the address itself
     {"type": "video", "video": clip}
+    {"type": "video_url", "video_url": {"url": address}}  likewise
 where a picture is what `Qwen2VL.encode_image` takes, a path from ~, a file:// address or a data: URI. An
 image part may bound its size by "min_pixels" and "max_pixels", or ask for the one nearest to
 "resized_height" x "resized_width" (as qwen-vl-utils does: in whole cells, within the model's own bounds).
@@ -313,7 +314,17 @@ def read_part(part: Any, where: str, fetch: Fetch | None = None) -> TextPart | V
         return _image_part(read_source(address, where, fetch), {**part, "detail": detail}, where)
     if kind == "video":
         return _video_part(part, where, fetch)
-    raise ValueError(f"{where}: expected the type text, image, image_url or video, found {printable(kind)}")
+    if kind == "video_url":
+        address = part.get("video_url")
+        if isinstance(address, Mapping):
+            _require_known(address, ("url",), f"{where}, video_url")
+            address = address.get("url")
+        if not isinstance(address, str):
+            raise ValueError(f"{where}: expected video_url with a url, found {type(address).__name__}")
+        others = {key: value for key, value in part.items() if key != "video_url"}
+        return _video_part({**others, "type": "video", "video": address}, where, fetch)
+    expected = "text, image, image_url, video or video_url"
+    raise ValueError(f"{where}: expected the type {expected}, found {printable(kind)}")
 
 
 _IN_MEMORY = (bytes, bytearray, memoryview)

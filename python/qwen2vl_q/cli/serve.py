@@ -27,9 +27,10 @@ _SHORTEST_KEY = 8  # characters
 # Fields of Limits.
 _LIMITS = {
     "max_body_bytes": ("body_bytes", "Bytes of a request's body."),
-    "max_images": ("images", "Pictures of a request."),
+    "max_images": ("images", "Pictures, clips and single frames of a request."),
     "max_pixels": ("pixels", "Pixels of a picture before it is decoded."),
-    "max_visual_tokens": ("visual_tokens", "Tokens that a request's pictures may take."),
+    "max_video_seconds": ("video_seconds", "Seconds that a clip may take to be decoded."),
+    "max_visual_tokens": ("visual_tokens", "Tokens that a request's pictures and clips may take."),
     "max_prompt_tokens": ("prompt_tokens", "Tokens of a prompt."),
     "max_output_tokens": ("output_tokens", "Tokens that a request may ask for."),
     "max_answers": ("answers", "Answers that are computed together."),

@@ -99,9 +99,12 @@ class Calls:
             room = max(0, room - self._generation.token_count(found[i]))
         return [found[i] for i in range(len(parts))]
 
-    def load_video(self, part: VideoPart, max_tokens: int, budget: int | None = None) -> ProcessedImage:
+    def load_video(
+        self, part: VideoPart, max_tokens: int, budget: int | None = None, seconds: float | None = None
+    ) -> ProcessedImage:
         """budget: see `vision.video.plan`. ValueError for one that takes more than max_tokens."""
-        return process_video(part.video, self._processor(ImagePart("")), part.options, max_tokens, budget)
+        processor = self._processor(ImagePart(""))
+        return process_video(part.video, processor, part.options, max_tokens, budget, seconds)
 
     def _processor(self, part: ImagePart) -> ImageProcessor:
         """With the part's bounds."""

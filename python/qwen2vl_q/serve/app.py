@@ -35,7 +35,7 @@ from qwen2vl_q.vision.fetch import Fetcher
 PAGE = Path(__file__).with_name("page")
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "media-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _PAGE_HEADERS = {
     "Content-Security-Policy": _PAGE_POLICY,
@@ -166,7 +166,7 @@ class _Handlers:
             kwargs = asked.chat_template_kwargs
             return model.encode_chat(messages, asked.add_vision_id, kwargs, asked.tools)[0]
 
-        async with self._service.preparing:
+        async with self._service.turn_of(asked.messages or ()):
             found = await asyncio.to_thread(tokens)
         return JSONResponse(
             {"tokens": found, "count": len(found), "max_model_len": self._service.model.n_ctx}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -21,7 +21,7 @@ from qwen2vl_q.serve.errors import CLIENT_GONE, HttpError, as_http, body_of, for
 from qwen2vl_q.serve.limits import Limits
 from qwen2vl_q.serve.log import Record
 from qwen2vl_q.serve.metrics import Metrics
-from qwen2vl_q.serve.pictures import PictureReader
+from qwen2vl_q.serve.pictures import PictureReader, has_clips
 from qwen2vl_q.serve.replies import ChatReply, Reply, TextReply, event
 from qwen2vl_q.serve.schema import Asked, ChatCompletion, Completion, parse
 
@@ -45,12 +45,18 @@ class Service:
     metrics: Metrics
     pictures: PictureReader
     preparing: asyncio.Semaphore
+    preparing_clips: asyncio.Semaphore
 
     @classmethod
     def of(cls, model: Qwen2VL, name: str, limits: Limits, pictures: PictureReader) -> Service:
         admission = Admission(limits)
         metrics = Metrics(model, admission)
-        return cls(model, name, limits, admission, metrics, pictures, asyncio.Semaphore(_PREPARING))
+        turns = asyncio.Semaphore(_PREPARING), asyncio.Semaphore(1)
+        return cls(model, name, limits, admission, metrics, pictures, *turns)
+
+    def turn_of(self, messages: Sequence[Mapping[str, Any]]) -> asyncio.Semaphore:
+        """To prepare them: clips, which take long, wait for each other and keep nothing else."""
+        return self.preparing_clips if has_clips(messages) else self.preparing
 
     @property
     def fingerprint(self) -> str:
@@ -179,7 +185,7 @@ class _Call:
                     prefixes += [prefix if text.echo else ""] * text.n
                 return TextReply(*self._named(text), prefixes, text.logprobs is not None)
 
-        async with self._service.preparing:
+        async with self._service.turn_of(chat.messages if isinstance(asked, ChatCompletion) else ()):
             reply = await asyncio.to_thread(prepare)
         most = self._service.limits.prompt_tokens
         if (found := max(answer.stats.prompt_tokens for answer in self._answers)) > most:

@@ -10,8 +10,9 @@ class Limits:
     """Each has a default that is safe on a laptop; `qwen2vl-q serve --help` names the options."""
 
     body_bytes: int = 32 * 2**20
-    images: int = 16  # of a request
+    images: int = 16  # of a request; a clip is one, a list of frames as many as it has
     pixels: int = 2**26  # of a picture before it is decoded
+    video_seconds: float = 30.0  # that a clip may take to be decoded
     visual_tokens: int = 8192  # of a request
     prompt_tokens: int = 32768
     output_tokens: int = 8192  # that a request may ask for; 1,024 are drawn where it does not say

@@ -1,4 +1,4 @@
-"""The pictures of a request: counted, bounded and read before anything is computed."""
+"""The pictures and clips of a request: counted, bounded and read before anything is computed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwen2vl_q.chat.messages import ImagePart, read_part
+from qwen2vl_q.base.errors import FormatError, UnsupportedError
+from qwen2vl_q.chat.messages import ImagePart, VideoPart, read_part
 from qwen2vl_q.model import Qwen2VL
 from qwen2vl_q.serve.errors import HttpError
 from qwen2vl_q.serve.limits import Limits
@@ -14,7 +15,7 @@ from qwen2vl_q.vision.fetch import Fetcher
 from qwen2vl_q.vision.image_processor import ProcessedImage, encoded_size
 
 _KINDS = ("image", "image_url")
-_CLIPS = ("video", "video_url", "input_video")
+_CLIPS = ("video", "video_url")
 
 
 class PictureReader:
@@ -26,11 +27,11 @@ class PictureReader:
         self._fetch = fetcher.fetch if fetcher is not None else _fetch_nothing
 
     def read(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """The messages, with processed pictures in place of addresses. Never a file of this machine.
+        """The messages, with processed pictures and clips in place of addresses. Never a file from here.
 
         HttpError, ValueError, OSError or Qwen2VLError for what is refused.
         """
-        count = sum(_is_picture(part) for message in messages for part in _parts(message))
+        count = sum(_picture_count(part) for message in messages for part in _parts(message))
         if count > self._limits.images:
             raise HttpError(
                 400, f"messages: expected at most {self._limits.images} pictures, found {count}", "messages"
@@ -40,30 +41,51 @@ class PictureReader:
         for i, message in enumerate(messages):
             parts: list[Any] = []
             for j, part in enumerate(_parts(message)):
-                if isinstance(part, Mapping) and part.get("type") in _CLIPS:
-                    raise ValueError(f"message {i}, part {j}: clips are not served; send frames as pictures")
-                if _is_picture(part):
-                    picture = self._load(part, f"message {i}, part {j}", room)
-                    room -= math.prod(picture.grid_thw) // self._model.image_processor.merge_size**2
-                    part = {"type": "image", "image": picture}
+                if _picture_count(part):
+                    where, kind = f"message {i}, part {j}", "video" if _is_clip(part) else "image"
+                    seen = (self._clip if kind == "video" else self._picture)(part, where, room)
+                    room -= math.prod(seen.grid_thw) // self._model.image_processor.merge_size**2
+                    part = {"type": kind, kind: seen}
                 parts.append(part)
             found.append({**message, "content": parts} if parts else message)
         return found
 
-    def _load(self, part: Mapping[str, Any], where: str, room: int) -> ProcessedImage:
+    def _picture(self, part: Mapping[str, Any], where: str, room: int) -> ProcessedImage:
         asked = read_part(part, where, self._fetch)
         assert isinstance(asked, ImagePart)
-        if not isinstance(asked.image, bytes):  # a path, which nobody has read
-            raise ValueError(f"{where}: expected a data: URI or an http(s) address")
-        width, height = encoded_size(asked.image, where)
+        self._require_bounded(asked.image, where)
+        sizes = asked.min_pixels, asked.max_pixels, asked.resized, asked.detail
+        return self._model.load_image(asked.image, *sizes, max_tokens=room)
+
+    def _clip(self, part: Mapping[str, Any], where: str, room: int) -> ProcessedImage:
+        """Of frames so few and small that half of a context holds them."""
+        asked = read_part(part, where, self._fetch)
+        assert isinstance(asked, VideoPart)
+        if isinstance(asked.video, list):
+            for i, frame in enumerate(asked.video):
+                self._require_bounded(frame, f"{where}, frame {i}")
+        else:
+            _require_read(asked.video, where)
+        budget = max(1, min(room, self._model.n_ctx // 2))
+        try:
+            return self._model.load_video(
+                asked.video, asked.options, budget, room, self._limits.video_seconds
+            )
+        except (ValueError, FormatError, UnsupportedError) as error:
+            raise type(error)(f"{where}: {error}") from None
+
+    def _require_bounded(self, picture: Any, where: str) -> None:
+        width, height = encoded_size(_require_read(picture, where), where)
         if width * height > self._limits.pixels:
             raise HttpError(
                 400,
                 f"{where}: expected at most {self._limits.pixels} pixels, found {width} x {height}",
                 "messages",
             )
-        sizes = asked.min_pixels, asked.max_pixels, asked.resized, asked.detail
-        return self._model.load_image(asked.image, *sizes, max_tokens=room)
+
+
+def has_clips(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return any(_is_clip(part) for message in messages for part in _parts(message))
 
 
 def _fetch_nothing(address: str, where: str) -> bytes:
@@ -75,5 +97,20 @@ def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
     return content if isinstance(content, list) else ()
 
 
-def _is_picture(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in _KINDS
+def _require_read(file: Any, where: str) -> bytes:
+    """ValueError for a path, which nobody has read."""
+    if not isinstance(file, bytes):
+        raise ValueError(f"{where}: expected a data: URI or an http(s) address")
+    return file
+
+
+def _is_clip(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in _CLIPS
+
+
+def _picture_count(part: Any) -> int:
+    """A list of frames counts each."""
+    if _is_clip(part):
+        frames = part.get("video")
+        return max(1, len(frames)) if isinstance(frames, list) else 1
+    return int(isinstance(part, Mapping) and part.get("type") in _KINDS)

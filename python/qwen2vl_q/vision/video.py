@@ -18,7 +18,14 @@ from PIL import Image
 
 from qwen2vl_q.base.arguments import integer
 from qwen2vl_q.base.printable import printable
-from qwen2vl_q.vision.image_processor import ImageProcessor, Picture, ProcessedImage, load_image, smart_resize
+from qwen2vl_q.vision.image_processor import (
+    MAX_BOUND,
+    ImageProcessor,
+    Picture,
+    ProcessedImage,
+    load_image,
+    smart_resize,
+)
 
 # qwen_vl_utils/vision_process.py
 FPS = 2.0
@@ -62,6 +69,9 @@ class VideoOptions:
         for name in ("nframes", "min_frames", "max_frames"):
             if (value := getattr(self, name)) is not None:
                 integer(name, value, FRAME_FACTOR, MAX_FILE_FRAMES)
+        for name in ("min_pixels", "max_pixels", "total_pixels"):
+            if (value := getattr(self, name)) is not None:
+                integer(name, value, 1, MAX_BOUND)
 
 
 @dataclass(frozen=True)
@@ -137,12 +147,13 @@ def process_video(
     options: VideoOptions,
     max_tokens: int | None = None,
     budget: int | None = None,
+    seconds: float | None = None,
 ) -> ProcessedImage:
     """A clip as the tower sees it: pixels uint8 [frames, height, width, 3] with an even number of frames.
 
     video: a file (also an animated GIF, PNG or WebP), an encoded file's bytes, or pictures in a row, which
-    all count. budget: of tokens, see `plan`. Of a file that ends early or is damaged, the frames before that
-    are shown, with a warning.
+    all count. budget: of tokens, see `plan`. seconds: that decoding may take. Of a file that ends early or is
+    damaged, the frames before that are shown, with a warning.
 
     OSError for a file that cannot be read, FormatError for one without pictures, UnsupportedError where PyAV
     is missing, or decoding takes too much time or memory, ValueError for options that leave nothing, and for
@@ -157,7 +168,7 @@ def process_video(
     else:
         from qwen2vl_q.vision.video_decoder import decoded
 
-        pixels = decoded(video, factor, options, limit, budget)
+        pixels = decoded(video, factor, options, limit, budget, seconds)
     digest = hashlib.blake2b(f"video {pixels.shape}:".encode(), digest_size=16)
     digest.update(pixels.data)
     count, height, width, _ = pixels.shape

@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from math import inf
 from os import PathLike, fspath
 from pathlib import Path
 from threading import Event, Timer
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -22,17 +24,22 @@ from qwen2vl_q.base.errors import FormatError, UnsupportedError
 from qwen2vl_q.base.printable import printable
 from qwen2vl_q.vision.video import FRAME_FACTOR, VideoOptions
 
-SECONDS_A_FRAME = 120  # the first waits for the file's end to be found
+SECONDS_A_FRAME = 120.0  # the first waits for the file's end to be found
 
 
 def decoded(
-    video: Any, factor: int, options: VideoOptions, limit: int | None, budget: int | None
+    video: Any,
+    factor: int,
+    options: VideoOptions,
+    limit: int | None,
+    budget: int | None,
+    seconds: float | None = None,
 ) -> NDArray[np.uint8]:
     """uint8 [frames, height, width, 3] of a file or its bytes. Errors and warnings of `process_video`."""
     question = {"options": asdict(options), "factor": factor, "limit": limit, "budget": budget}
     name = _name(video)
     with _asked(video, question) as process:
-        pixels = _received(process, name)
+        pixels = _received(process, _Patience(name, seconds))
     if pixels is None:
         raise UnsupportedError(f"{name}: its decoder has failed, or needs too much memory")
     return pixels
@@ -41,7 +48,7 @@ def decoded(
 def video_seconds(video: Any) -> float:
     """How long a file, or its bytes, lasts: its last frame's time. Errors as of `decoded`."""
     name = _name(video)
-    with _asked(video, None) as process, _limited(process, name):
+    with _asked(video, None) as process, _Patience(name).with_each(process):
         answer = process.stdout.readline()  # type: ignore[union-attr]
     if not answer:
         raise UnsupportedError(f"{name}: its reader has failed, or needs too much memory")
@@ -90,17 +97,17 @@ def _require_file(path: Path, name: str) -> None:
         pass
 
 
-def _received(process: subprocess.Popen[bytes], name: str) -> NDArray[np.uint8] | None:
+def _received(process: subprocess.Popen[bytes], patience: _Patience) -> NDArray[np.uint8] | None:
     """None where it has ended before the first frame."""
     output: Any = process.stdout
-    with _limited(process, name):
+    with patience.with_each(process):
         header = output.readline()
     if not header:
         return None
     count, height, width = json.loads(header)
     pixels = np.empty((count, height, width, 3), np.uint8)
     for i, frame in enumerate(pixels):
-        with _limited(process, name):
+        with patience.with_each(process):
             complete = output.readinto(frame.data) == frame.nbytes
         if not complete:
             if i == 0:
@@ -110,24 +117,35 @@ def _received(process: subprocess.Popen[bytes], name: str) -> NDArray[np.uint8] 
     return pixels
 
 
-@contextmanager
-def _limited(process: subprocess.Popen[bytes], name: str) -> Iterator[None]:
-    """UnsupportedError where what is waited for does not come in time."""
-    late = Event()
+class _Patience:
+    """How long frames are waited for: each so long, and all of them `seconds`, where these are given."""
 
-    def end() -> None:
-        late.set()
-        process.kill()
+    def __init__(self, name: str, seconds: float | None = None) -> None:
+        self._name = name
+        self._seconds = seconds
+        self._end = inf if seconds is None else monotonic() + seconds
 
-    timer = Timer(SECONDS_A_FRAME, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    if late.is_set():
-        raise UnsupportedError(f"{name}: no frame within {SECONDS_A_FRAME} seconds")
+    @contextmanager
+    def with_each(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        """UnsupportedError, and the process's end, where what is waited for does not come in time."""
+        late = Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        left = self._end - monotonic()
+        timer = Timer(max(0.0, min(SECONDS_A_FRAME, left)), end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        if late.is_set() and left < SECONDS_A_FRAME:
+            raise UnsupportedError(f"{self._name}: not decoded within {self._seconds:g} seconds")
+        if late.is_set():
+            raise UnsupportedError(f"{self._name}: no frame within {SECONDS_A_FRAME:g} seconds")
 
 
 _ERRORS = {"unsupported": UnsupportedError, "damaged": FormatError, "invalid": ValueError}

@@ -1,7 +1,7 @@
 // The page: a conversation, those before it, and what is typed.
 
 import { grounding } from "./boxes.js";
-import { hasCamera, photograph, picture } from "./pictures.js";
+import { hasCamera, isClip, photograph, picture } from "./pictures.js";
 import { ServerError, complete, modelName } from "./server.js";
 import * as store from "./store.js";
 import * as view from "./view.js";
@@ -22,7 +22,7 @@ function body() {
     .map(({ role, text, pictures }) => ({
       role,
       content: pictures?.length
-        ? [...pictures.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }]
+        ? [...pictures.map(part), { type: "text", text }]
         : text,
     }));
   const system = at("system").value.trim();
@@ -30,6 +30,11 @@ function body() {
   for (const name of ["temperature", "top_p", "max_tokens", "seed"])
     if (at(name).value !== "") asked[name] = Number(at(name).value);
   return asked;
+}
+
+function part(url) {
+  const type = isClip(url) ? "video_url" : "image_url";
+  return { type, [type]: { url } };
 }
 
 async function ask() {
@@ -87,7 +92,7 @@ async function submit() {
   if (running || (!text && !pictures.length)) return;
   const message = { role: "user", text, pictures };
   talk.messages.push(message);
-  talk.title ||= text.slice(0, 80) || "A picture";
+  talk.title ||= text.slice(0, 80) || (isClip(pictures[0]) ? "A clip" : "A picture");
   append(message);
   pictures = [];
   at("question").value = "";
@@ -129,7 +134,7 @@ function render() {
   if (!talk.messages.length) {
     const welcome = document.createElement("p");
     welcome.className = "welcome";
-    welcome.textContent = "Drop, paste or choose a picture, and ask about it.";
+    welcome.textContent = "Drop, paste or choose a picture or a clip, and ask about it.";
     at("log").append(welcome);
   }
   talk.messages.forEach(append);
@@ -145,11 +150,11 @@ function show() {
 function showPictures() {
   at("pictures").replaceChildren(
     ...pictures.map((uri, i) => {
-      const node = view.figure(uri, `Picture ${i + 1}`);
+      const node = view.figure(uri, i);
       const drop = document.createElement("button");
       drop.type = "button";
       drop.textContent = "×";
-      drop.setAttribute("aria-label", `Remove picture ${i + 1}`);
+      drop.setAttribute("aria-label", `Remove ${view.nameOf(uri, i).toLowerCase()}`);
       drop.onclick = () => ((pictures = pictures.filter((_, j) => j !== i)), showPictures());
       node.append(drop);
       return node;

@@ -1,12 +1,20 @@
-// Pictures on their way into a question.
+// Pictures and clips on their way into a question.
 
 const LARGEST_FILE = 2 ** 21; // bytes; what has more, of these or of pixels, is encoded anew
 const MOST_PIXELS = 2 ** 21; // some 2,700 tokens: several fit into what a request may bring
+const LARGEST_CLIP = 20 * 2 ** 20; // bytes: as base64 within what the server takes
 const KNOWN = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff"]; // to the server
+
+export const isClip = (uri) => uri.startsWith("data:video/");
 
 /** A file's data: URI. Throws an Error with a message for people. */
 export async function picture(file) {
-  if (!file.type.startsWith("image/")) throw new Error(`${file.name || "This"} is not a picture.`);
+  const name = file.name || "This";
+  if (file.type.startsWith("video/")) {
+    if (file.size > LARGEST_CLIP) throw new Error(`${name} is too large: a clip may have 20 MiB.`);
+    return dataUri(file);
+  }
+  if (!file.type.startsWith("image/")) throw new Error(`${name} is neither a picture nor a clip.`);
   const light = KNOWN.includes(file.type) && file.size <= LARGEST_FILE;
   const bitmap = await createImageBitmap(file).catch(() => null);
   if (!bitmap && !light) throw new Error(`This browser cannot read ${file.name || "the picture"}.`);

@@ -2,15 +2,26 @@
 
 import { draw, grounding } from "./boxes.js";
 import { markdown } from "./markdown.js";
+import { isClip } from "./pictures.js";
 
 const SMALL = 320; // pixels of the longer side; smaller pictures are enlarged to it
 
-export function figure(uri, name) {
+export const nameOf = (uri, i) => `${isClip(uri) ? "Clip" : "Picture"} ${i + 1}`;
+
+export function figure(uri, i) {
   const node = document.createElement("figure");
-  const img = document.createElement("img");
-  img.src = uri;
-  img.alt = name;
-  node.append(img);
+  if (isClip(uri)) {
+    const video = document.createElement("video");
+    video.src = uri;
+    video.controls = video.muted = true;
+    video.setAttribute("aria-label", nameOf(uri, i));
+    node.append(video);
+  } else {
+    const img = document.createElement("img");
+    img.src = uri;
+    img.alt = nameOf(uri, i);
+    node.append(img);
+  }
   return node;
 }
 
@@ -21,7 +32,7 @@ export function question(message) {
   if (message.pictures.length) {
     const shown = document.createElement("div");
     shown.className = "shown";
-    shown.append(...message.pictures.map((uri, i) => figure(uri, `Picture ${i + 1}`)));
+    shown.append(...message.pictures.map(figure));
     shown.querySelectorAll("img").forEach((img) => (img.onload = () => enlarge(img)));
     node.append(shown);
   }
@@ -54,7 +65,7 @@ export function answer(message, retry) {
   return node;
 }
 
-/** Shows what has come of an answer; boxes go over the pictures before it. */
+/** Shows what has come of an answer; boxes go over the picture before it. */
 export function update(node, message) {
   const { text, regions } = grounding(message.text);
   const [body, facts] = node.children;
@@ -75,7 +86,7 @@ export function update(node, message) {
 function lastFigures(node) {
   for (let before = node.previousElementSibling; before; before = before.previousElementSibling) {
     const found = before.querySelectorAll("figure");
-    if (found.length) return found;
+    if (found.length) return [...found].filter((figure) => figure.querySelector("img"));
   }
   return [];
 }
