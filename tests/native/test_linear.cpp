@@ -223,16 +223,19 @@ TEST_CASE("the fewest bits of a layer's parts say how its inputs are taken") {
       q6(DType::Q6_K, n, kCols, 15, true), q8(DType::Q8_0, n, kCols, 16, true);
   const LinearWeights four = q4.weights(), five = q5.weights(), six = q6.weights(), eight = q8.weights();
   Context ctx(select_kernels(""), 1, Precision::Fast);
-  constexpr InputsByBits kInputs = {Inputs::Fine, Inputs::Blocks};
-  const auto inputs_of = [&](const LinearWeights& first, const LinearWeights& second) {
-    const PackedLinear layer = pack_linear("test", {{&first, kInputs}, {&second, kInputs}}, ctx);
+  constexpr InputsByBits kOf8And6 = {Inputs::Fine, Inputs::Blocks, Inputs::Groups};
+  constexpr InputsByBits kOf5 = {Inputs::Groups, Inputs::Groups, Inputs::Blocks};
+  const auto inputs_of = [&](InputsByBits inputs, const LinearWeights& first, const LinearWeights& second) {
+    const PackedLinear layer = pack_linear("test", {{&first, inputs}, {&second, inputs}}, ctx);
     CHECK(layer.parts[0].inputs == layer.parts[1].inputs);
     return layer.parts[0].inputs;
   };
-  CHECK(inputs_of(eight, eight) == Inputs::Fine);
-  CHECK(inputs_of(eight, six) == Inputs::Blocks);
-  CHECK(inputs_of(five, six) == Inputs::Blocks);
-  CHECK(inputs_of(four, six) == Inputs::Groups);
+  CHECK(inputs_of(kOf8And6, eight, eight) == Inputs::Fine);
+  CHECK(inputs_of(kOf8And6, eight, six) == Inputs::Blocks);
+  CHECK(inputs_of(kOf8And6, five, six) == Inputs::Groups);
+  CHECK(inputs_of(kOf5, five, six) == Inputs::Blocks);
+  CHECK(inputs_of(kOf5, six, six) == Inputs::Groups);
+  CHECK(inputs_of(kOf5, four, five) == Inputs::Groups);
 }
 
 TEST_CASE("swiglu is silu(gate) * up, the same bits as from two layers") {

@@ -105,6 +105,7 @@ inline IntVec look_up(IntVec table, IntVec indices) { return _mm256_shuffle_epi8
 inline IntVec add(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
 inline IntVec sub(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
 inline IntVec max(IntVec a, IntVec b) { return _mm256_max_epi32(a, b); }
+inline IntVec min(IntVec a, IntVec b) { return _mm256_min_epi32(a, b); }
 inline int32_t reduce_max(IntVec a) {
   __m128i x = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));

@@ -99,6 +99,7 @@ inline IntVec look_up(IntVec table, IntVec indices) { return _mm512_shuffle_epi8
 inline IntVec add(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
 inline IntVec sub(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
 inline IntVec max(IntVec a, IntVec b) { return _mm512_max_epi32(a, b); }
+inline IntVec min(IntVec a, IntVec b) { return _mm512_min_epi32(a, b); }
 inline int32_t reduce_max(IntVec a) { return _mm512_reduce_max_epi32(a); }
 inline IntVec bit_and(IntVec a, IntVec b) { return _mm512_and_si512(a, b); }
 inline IntVec bit_or(IntVec a, IntVec b) { return _mm512_or_si512(a, b); }

@@ -1,9 +1,8 @@
-#include <math.h>
 #include <string.h>
 
 // clang-format off: tile.h is written in the names of simd.h
 #include "cpu/kernels/avx512/simd.h"
-#include "cpu/kernels/simd/exp.h"
+#include "cpu/kernels/simd/bf16_softmax.h"
 #include "cpu/kernels/simd/tile.h"
 // clang-format on
 #include "cpu/kernels/isa_kernels.h"
@@ -84,30 +83,12 @@ void gemm_bf16_pairs(const uint16_t* a, int64_t a_stride, const uint16_t* b, int
   }
 }
 
-/// 2^x for x <= 0. The cubic, for the fraction in [-1/2, 1/2], has the least greatest relative error: 7.5e-5.
+/// 2^x for x <= 0.
 inline Vec exp2_coarse(Vec x) {
   const Vec whole = round_even(x), fraction = sub(x, whole);
-  Vec p = fma(set1(0.0551713211f), fraction, set1(0.242610541f));
-  p = fma(p, fraction, set1(0.693260986f));
-  p = fma(p, fraction, set1(0.999928109f));
-  return _mm512_scalef_ps(p, whole);
+  return _mm512_scalef_ps(exp2_fraction(fraction), whole);
 }
 
-/// Vectors of a row's largest elements: the largest of them is the row's.
-inline Vec row_maximum(const float* scores, int64_t n) {
-  const Vec lowest = set1(-INFINITY);
-  Vec m0 = lowest, m1 = lowest;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    m0 = max(load(scores + i), m0);
-    m1 = max(load(scores + i + kLanes), m1);
-  }
-  for (; i < n; i += kLanes)
-    m0 = max(n - i >= kLanes ? load(scores + i) : load_first(scores + i, n - i, lowest), m0);
-  return max(m0, m1);
-}
-
-/// out = 2^(scores * slope + offset); returns the sum.
 inline float row_exponentials(const float* scores, int64_t n, Vec slope, Vec offset, uint16_t* out) {
   Vec s0 = set1(0.0f), s1 = s0;
   int64_t i = 0;
@@ -127,30 +108,6 @@ inline float row_exponentials(const float* scores, int64_t n, Vec slope, Vec off
     _mm256_mask_storeu_epi16(out + i, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e)));
   }
   return reduce_add(add(s0, s1));
-}
-
-/// All maxima before the first exponential: a row alone would wait for its own.
-void softmax_steps_bf16(const float* scores, int64_t stride, int64_t rows, int64_t n, float scale,
-                        float* maxima, float* sums, float* factors, uint16_t* out, int64_t out_stride) {
-  constexpr float kLog2E = 1.44269504f;
-  for (int64_t begin = 0; begin < rows; begin += kLanes) {
-    const int64_t part = rows - begin < kLanes ? rows - begin : kLanes;
-    const __mmask16 mask = static_cast<__mmask16>((1u << part) - 1u);
-    alignas(64) float offsets[kLanes];
-    for (int64_t r = 0; r < part; ++r) offsets[r] = reduce_max(row_maximum(scores + (begin + r) * stride, n));
-    const Vec before = _mm512_maskz_loadu_ps(mask, maxima + begin);
-    const Vec here = _mm512_maskz_mul_ps(mask, load(offsets), set1(scale));
-    const Vec now = max(here, before);
-    _mm512_mask_storeu_ps(maxima + begin, mask, now);
-    _mm512_mask_storeu_ps(factors + begin, mask, exp(sub(before, now)));
-    store(offsets, mul(now, set1(-kLog2E)));
-    for (int64_t r = 0; r < part; ++r) {
-      const int64_t row = begin + r;
-      const float sum = row_exponentials(scores + row * stride, n, set1(scale * kLog2E), set1(offsets[r]),
-                                         out + row * out_stride);
-      sums[row] = sums[row] * factors[row] + sum;
-    }
-  }
 }
 
 void convert_f32_to_bf16(const float* x, uint16_t* out, int64_t n) {

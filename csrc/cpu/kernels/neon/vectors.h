@@ -104,6 +104,7 @@ inline IntVec high_by_turns(IntVec a, IntVec b) { return vzip2q_s32(a, b); }
 inline IntVec add(IntVec a, IntVec b) { return vaddq_s32(a, b); }
 inline IntVec sub(IntVec a, IntVec b) { return vsubq_s32(a, b); }
 inline IntVec max(IntVec a, IntVec b) { return vmaxq_s32(a, b); }
+inline IntVec min(IntVec a, IntVec b) { return vminq_s32(a, b); }
 inline int32_t reduce_max(IntVec a) { return vmaxvq_s32(a); }
 inline IntVec bit_and(IntVec a, IntVec b) { return vandq_s32(a, b); }
 inline IntVec bit_or(IntVec a, IntVec b) { return vorrq_s32(a, b); }
