@@ -46,15 +46,26 @@ def run(*command: str | Path, **environment: str) -> None:
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **environment})
 
 
+# For -march zig has names of its own.
+_SCRIPT = """#!/bin/sh
+for argument; do
+  shift
+  case $argument in
+    -march=armv8.2-a*) argument="-march=generic+v8_2a${{argument#-march=armv8.2-a}}" ;;
+  esac
+  set -- "$@" "$argument"
+done
+exec "{}" -m ziglang {} "$@"
+"""
+
+
 def write_toolchain(target: Target, folder: Path) -> Path:
     """A toolchain file for CMake, whose programs take no arguments of their own: each gets a script."""
     folder.mkdir(parents=True, exist_ok=True)
     programs = {"cc": f"cc -target {target.triple}", "c++": f"c++ -target {target.triple}"}
     for name, arguments in {**programs, "ar": "ar", "ranlib": "ranlib", "rc": "rc"}.items():
         script = folder / name
-        script.write_text(
-            f'#!/bin/sh\nexec "{sys.executable}" -m ziglang {arguments} "$@"\n', encoding="utf-8"
-        )
+        script.write_text(_SCRIPT.format(sys.executable, arguments), encoding="utf-8")
         script.chmod(0o755)
     lines = {
         "CMAKE_SYSTEM_NAME": target.system,

@@ -55,6 +55,13 @@ class PanelDecoder {
   template <int kBits>
   int bits(int64_t part, int64_t k, int64_t r) const {
     const int64_t in_block = k % kBlock32;
+    if constexpr (kBits == 3) {
+      const auto byte = [&](int64_t word) {
+        return panel_[part + layout_.offset(3, k / kBlock32, r, 4 * word + k % 4)];
+      };
+      const int64_t word = in_block / 4 % 4, half = in_block / 16;
+      return word < 3 ? byte(word) >> 3 * half & 7 : byte(half) >> 6 | (byte(2) >> (6 + half) & 1) << 2;
+    }
     const int byte = panel_[part + layout_.offset(kBits, k / kBlock32, r, in_block % (4 * kBits))];
     return byte >> (in_block / (4 * kBits) * kBits) & ((1 << kBits) - 1);
   }

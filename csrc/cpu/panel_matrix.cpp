@@ -48,12 +48,20 @@ struct PackedBits {
   /// Block b of row r: of 32 integers, the bits from kShift on.
   template <int kShift = 0>
   void pack(const uint8_t* q, int64_t b, int64_t r) const {
-    constexpr uint32_t kMask = 0x01010101u * ((1u << kBits) - 1);
+    const auto bits = [&](int group, int from, int n) {
+      return load_u32(q + 4 * group) >> from & 0x01010101u * ((1u << n) - 1);
+    };
     uint8_t* block = data + b * 4 * kBits * kPanelRows + r * row;
     for (int i = 0; i < kBits; ++i) {
       uint32_t word = 0;
-      for (int field = 0; field < 8 / kBits; ++field)
-        word |= (load_u32(q + 4 * (kBits * field + i)) >> kShift & kMask) << (kBits * field);
+      if constexpr (kBits == 3) {
+        const uint32_t rest =
+            i < 2 ? bits(3 + 4 * i, kShift, 2) : bits(3, kShift + 2, 1) | bits(7, kShift + 2, 1) << 1;
+        word = bits(i, kShift, 3) | bits(4 + i, kShift, 3) << 3 | rest << 6;
+      } else {
+        for (int field = 0; field < 8 / kBits; ++field)
+          word |= bits(kBits * field + i, kShift, kBits) << (kBits * field);
+      }
       store_u32(block + words[i], word);
     }
   }

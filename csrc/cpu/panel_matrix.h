@@ -18,7 +18,7 @@ struct PanelLayout {
   int64_t run = 4;  ///< 4, 8 or 16
 
   /// Of a part with `bits` bits a value: the bytes of a row side by side,
-  int64_t run_of(int bits) const { return std::min<int64_t>(run, 4 * bits); }
+  int64_t run_of(int bits) const { return bits == 3 ? 4 : std::min<int64_t>(run, 4 * bits); }
   /// and where byte `byte` of a row's block stands.
   int64_t offset(int bits, int64_t block, int64_t row, int64_t byte) const {
     const int64_t n = run_of(bits);  // a power of two
@@ -34,7 +34,9 @@ struct PanelLayout {
 ///
 ///   low, high bits  [cols / 32][4n / run][16 rows][run bytes], n bits a value, run = layout.run_of(n): 32
 ///                   values of a row are 4n bytes, and value k is the n bits from bit n (k / 4n) on of byte
-///                   k % 4n
+///                   k % 4n. Of 3 bits, byte j of the row's i-th word of 4 has values 4i + j and 16 + 4i + j
+///                   and two bits more: of 12 + j (i = 0) and of 28 + j (1) the low ones, of both the high
+///                   one (2)
 ///   scales          16 bits: f16 [cols / 32][16 rows]; 8 bits: int8 [cols / part][16 rows]; 4 bits: the
 ///                   same, a minimum above each
 ///   block scales    of fewer bits than 16: f16 [cols / 256][16 rows]

@@ -31,7 +31,7 @@ inline constexpr int8_t kIq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1,
 
 /// What a quantized value is: x = scale * value(q) - minimum, with integers q of low_bits + high_bits.
 struct QuantFormat {
-  int low_bits = 0;   ///< 2 or 4: unsigned; 8: signed; 0: the type is not quantized
+  int low_bits = 0;   ///< 2, 3 or 4: unsigned; 8: signed; 0: the type is not quantized
   int high_bits = 0;  ///< stored apart from the low ones
   int offset = 0;
   int part = 32;        ///< values that share a scale (and a minimum): 32 or 16

@@ -21,7 +21,7 @@ inline constexpr DTypeTraits kDTypes[] = {
     {DType::Q5_1, "Q5_1", kBlock32, sizeof(Block<DType::Q5_1>), {4, 1, 0, 32, 16, true}},
     {DType::Q8_0, "Q8_0", kBlock32, sizeof(Block<DType::Q8_0>), {8, 0, 0, 32, 16, false}},
     {DType::Q2_K, "Q2_K", kBlock256, sizeof(Block<DType::Q2_K>), {2, 0, 0, 16, 4, true}},
-    {DType::Q3_K, "Q3_K", kBlock256, sizeof(Block<DType::Q3_K>), {2, 1, 4, 16, 8, false}},
+    {DType::Q3_K, "Q3_K", kBlock256, sizeof(Block<DType::Q3_K>), {3, 0, 4, 16, 8, false}},
     {DType::Q4_K, "Q4_K", kBlock256, sizeof(Block<DType::Q4_K>), {4, 0, 0, 32, 8, true}},
     {DType::Q5_K, "Q5_K", kBlock256, sizeof(Block<DType::Q5_K>), {4, 1, 0, 32, 8, true}},
     {DType::Q6_K, "Q6_K", kBlock256, sizeof(Block<DType::Q6_K>), {4, 2, 32, 16, 8, false}},

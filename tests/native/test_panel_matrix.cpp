@@ -25,7 +25,7 @@ TEST_CASE("a packed row dequantizes to the same bits as the row of the file") {
   }
 }
 
-TEST_CASE("every layout holds the same values, in other places") {
+TEST_CASE("every layout holds the same values, in other places but for those of 3 bits") {
   for (const DType type : quantized_dtypes()) {
     CAPTURE(dtype_traits(type).name);
     const int64_t rows = 20, cols = 512;
@@ -35,7 +35,8 @@ TEST_CASE("every layout holds the same values, in other places") {
       CAPTURE(run);
       const TestMatrix matrix(type, rows, cols, 8, PanelLayout{run});
       CHECK(matrix.panels.panel_bytes == usual.panels.panel_bytes);
-      CHECK(std::memcmp(matrix.storage.data(), usual.storage.data(), matrix.panels.panel_bytes) != 0);
+      const int differ = std::memcmp(matrix.storage.data(), usual.storage.data(), matrix.panels.panel_bytes);
+      CHECK((differ == 0) == (dtype_traits(type).format.low_bits == 3));
       Floats row(cols);
       for (int64_t r = 0; r < rows; ++r) {
         dequantize_panel_row(matrix.panels, r, row.data());

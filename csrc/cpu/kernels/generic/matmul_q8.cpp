@@ -31,6 +31,7 @@ class PackedBits {
   void read(int64_t block, uint8_t (&out)[kPanelRows * kBlock32]) const {
     constexpr int64_t kBytes = 4 * kBits;  // of a row
     const uint8_t* at = part_ + block * kBytes * kPanelRows;
+    if constexpr (kBits == 3) return read_threes(at, out);
     for (int64_t first = 0, shift = 0; first < kBlock32; first += kBytes, shift += kBits) {
       uint8_t values[kBytes * kPanelRows];
       for (int64_t i = 0; i < kBytes * kPanelRows; ++i)
@@ -42,6 +43,19 @@ class PackedBits {
   }
 
  private:
+  static void read_threes(const uint8_t* at, uint8_t (&out)[kPanelRows * kBlock32]) {
+    constexpr int64_t kWords = 4 * kPanelRows;  // bytes of all rows
+    for (int64_t group = 0; group < 8; ++group) {
+      const int64_t word = group % 4, half = group / 4;
+      uint8_t values[kWords];
+      for (int64_t i = 0; i < kWords; ++i)
+        values[i] = static_cast<uint8_t>(word < 3 ? at[word * kWords + i] >> 3 * half & 7
+                                                  : at[half * kWords + i] >> 6 |
+                                                        (at[2 * kWords + i] >> (6 + half) & 1) << 2);
+      for (int64_t r = 0; r < kPanelRows; ++r) std::memcpy(out + r * kBlock32 + 4 * group, values + 4 * r, 4);
+    }
+  }
+
   const uint8_t* part_;
   int64_t run_;
   int64_t offsets_[kBits];  // of four bytes each, in the first row

@@ -45,6 +45,10 @@ struct Dot {
 
   static Weights weights(const auto& decoder, int64_t b, int i, int v) {
     constexpr int m = kFormat.low_bits, n = kFormat.high_bits;
+    if constexpr (m == 3) {  // four bytes a row
+      const IntVec four = decoder.quants(b, 2 * i, v), next = decoder.quants(b, 2 * i + 1, v);
+      return {as_bytes(low_by_turns(four, next)), as_bytes(high_by_turns(four, next))};
+    }
     RowPairs w = pairs<m>(decoder, decoder.low, b, i, v, 0);
     if constexpr (m == 8) return w;
     const IntVec mask = set1_bytes((1 << m) - 1);

@@ -17,8 +17,8 @@ struct Dot {
   static constexpr QuantFormat kFormat = traits_of(T).format;
   static constexpr int kOffset = kFormat.is_signed() ? 128 : kFormat.offset;
   static constexpr int kRows = 1, kColumns = 4;
-  /// Of two parts of 16, the second's weights stay in the upper halves of bytes.
-  static constexpr int kSecond = 4;
+  /// Of two parts of 16, the second's weights stay where they are in their bytes.
+  static constexpr int kSecond = kFormat.low_bits == 3 ? 3 : 4;
   using Weights = IntVec;
   using Activations = IntVec;
   using Acc = IntVec;

@@ -62,12 +62,12 @@ struct VectorDecoder {
   /// kPanelRun bytes a row.
   template <int kBits>
   const uint8_t* block(const uint8_t* part, int64_t b, int v) const {
-    return part + offset(v, kBits == 1 ? 4 : kPanelRun) + b * kBits * kGroupBytes;
+    return part + offset(v, kBits % 2 == 1 ? 4 : kPanelRun) + b * kBits * kGroupBytes;
   }
 
   /// Where the low bits of group g (0..7: four consecutive columns) lie.
   const uint8_t* group(int64_t b, int g, int v) const {
-    constexpr int m = kFormat.low_bits, kWords = kPanelRun / 4;
+    constexpr int m = kFormat.low_bits, kWords = m == 3 ? 1 : kPanelRun / 4;
     return block<m>(low, b, v) + g % m / kWords * kWords * kGroupBytes;
   }
 
@@ -76,9 +76,11 @@ struct VectorDecoder {
   IntVec quants(int64_t b, int g, int v, int shift = 0) const {
     constexpr int m = kFormat.low_bits, n = kFormat.high_bits;
     if constexpr (m == 8) return word<m>(low, b, g, v);
-    if constexpr (m == 2 && n == 1) {
-      const int half = g / 4 * 4;
-      return bit_and(shifted(nibbles(b, g % 4, v), shift - half), set1_bytes(7 << shift));
+    if constexpr (m == 3) {
+      const int half = g / 4;
+      if (g % 4 < 3) return bit_and(shifted(of_three(b, g % 4, v), shift - 3 * half), set1_bytes(7 << shift));
+      return merge_bits(shifted(of_three(b, half, v), shift - 6), set1_bytes(3 << shift),
+                        shifted(of_three(b, 2, v), shift - 4 - half), set1_bytes(4 << shift));
     }
     const IntVec low_ones = shifted(word<m>(low, b, g, v), shift - g / m * m),
                  mask = set1_bytes(((1 << m) - 1) << shift);
@@ -121,11 +123,8 @@ struct VectorDecoder {
     }
   }
 
-  /// Groups g (0..3) and g + 4 of 3 bits, in the halves of a byte.
-  IntVec nibbles(int64_t b, int g, int v) const {
-    return merge_bits(shifted(word<2>(low, b, g, v), -(g & 2)), set1_bytes(0x33),
-                      shifted(word<1>(high, b, g, v), 2 - g), set1_bytes(0x44));
-  }
+  /// A block's i-th word of 3 bits a value: groups i and 4 + i, and two bits more (see PanelMatrix).
+  IntVec of_three(int64_t b, int i, int v) const { return load_int(block<3>(low, b, v) + i * kGroupBytes); }
 
   Vec block_value(const uint8_t* values, int64_t b, int v) const {
     return load_f16(as_16_bits(values + offset(v, 2)) + b / 8 * kPanelRows);
