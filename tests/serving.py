@@ -6,9 +6,10 @@ import base64
 import io
 import json
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.client import HTTPConnection
 from time import monotonic, sleep
 from typing import Any
@@ -26,12 +27,13 @@ WHAT = "What is in the picture?"
 
 @dataclass
 class Serving:
-    """host, port: where. lines: of its log."""
+    """port: where. lines: the last of its log. failures: all that tell of a 500."""
 
     model: Qwen2VL
     port: int
     server: uvicorn.Server
-    lines: list[str] = field(default_factory=list)
+    lines: deque[str]
+    failures: list[str]
 
     @property
     def client(self) -> Any:
@@ -72,8 +74,15 @@ class Serving:
 @contextmanager
 def serving(model: Qwen2VL | None = None, **settings: Any) -> Iterator[Serving]:
     model = model or Qwen2VL.from_gguf(DEMO_MODEL, n_ctx=4096)
-    lines: list[str] = []
-    app = make_app(model, Settings(name="demo", write=lines.append, **settings))
+    lines: deque[str] = deque(maxlen=10_000)  # all of half an hour are 100 MB
+    failures: list[str] = []
+
+    def write(line: str) -> None:
+        lines.append(line)
+        if " 500 " in line:
+            failures.append(line)
+
+    app = make_app(model, Settings(name="demo", write=write, **settings))
     config = uvicorn.Config(
         app, port=0, log_level="error", http="h11", ws="none", timeout_graceful_shutdown=5
     )
@@ -85,7 +94,7 @@ def serving(model: Qwen2VL | None = None, **settings: Any) -> Iterator[Serving]:
             assert thread.is_alive()
             sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Serving(model, port, server, lines)
+        yield Serving(model, port, server, lines, failures)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -178,7 +178,7 @@ def test_malformed_bodies_are_the_client_s_fault() -> None:
                 assert answer["error"]["message"]
             statuses[status] = statuses.get(status, 0) + 1
         assert statuses[400] > count // 2, statuses
-        assert not any(" 500 " in line for line in served.lines)
+        assert not served.failures
 
 
 @pytest.mark.parametrize("length", ["short", pytest.param("long", marks=pytest.mark.soak)])
@@ -215,7 +215,7 @@ def test_a_crowd(length: str, request: pytest.FixtureRequest) -> None:
         assert crowd.answered > 100
         assert [crowd.right(i) for i in range(len(crowd.talks))] == crowd.alone
         assert served.metric("qwen2vl_q_held_body_bytes") == 0
-        assert not any(" 500 " in line for line in served.lines)
+        assert not served.failures
         grown = served.metric("process_resident_memory_bytes") - before
         assert grown < CACHE_BYTES + 100e6, grown
         print(f"{crowd.answered} answers in {time.monotonic() - begin:.0f} s, {grown / 1e6:+.0f} MB")

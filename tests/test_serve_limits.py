@@ -321,7 +321,7 @@ def test_a_step_that_fails_ends_no_other_request(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_log_says_nothing_of_what_was_said(small: Serving) -> None:
-    del small.lines[:]
+    small.lines.clear()
     secret = "xylophone"
     small.ask(CHAT, {**HELLO, "messages": [{"role": "user", "content": secret}]})
     small.ask(CHAT, with_parts({"type": "text", "text": secret}, image_part(png(card(0)[0]))))
