@@ -195,15 +195,17 @@ def _of_pictures(
         raise ValueError("a video of no frames")
     if len(frames) > MAX_FRAMES:
         raise ValueError(f"expected at most {MAX_FRAMES} frames, found {len(frames)}")
-    pictures = [load_image(frame) for frame in frames]
-    if any(picture.size != pictures[0].size for picture in pictures):
-        raise ValueError("expected frames of one size")
-    pictures += pictures[-1:] * (len(pictures) % FRAME_FACTOR)
-    found = plan(*pictures[0].size, [len(pictures)], factor, options, budget)
+    first = load_image(frames[0])
+    count = len(frames) + len(frames) % FRAME_FACTOR
+    found = plan(*first.size, [count], factor, options, budget)
     require_room(found, factor, limit)
     pixels = np.empty((found.count, found.height, found.width, 3), np.uint8)
-    for out, picture in zip(pixels, pictures, strict=True):
-        out[:] = resized(picture, found)
+    for i, frame in enumerate(frames):  # each as large as it is only for now
+        picture = load_image(frame) if i > 0 else first
+        if picture.size != first.size:
+            raise ValueError("expected frames of one size")
+        pixels[i] = resized(picture, found)
+    pixels[len(frames) :] = pixels[len(frames) - 1]
     return pixels
 
 
