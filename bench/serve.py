@@ -197,6 +197,9 @@ async def open_loop(server: Server, coming: Sequence[Arrival]) -> list[Visit]:
 
 def row_of(name: str, rate: float, visits: Sequence[Visit], pid: int) -> tuple[str, ...]:
     good = [v for v in visits if not v.error and v.pieces]
+    memory = f"{peak_bytes(pid) / 1e9:.2f}"
+    if not good:
+        return f"{rate:g}/s", name, f"0 of {len(visits)}", *"-----", memory
     firsts = sorted(v.first for v in good)
     gaps = sorted(gap for v in good for gap in v.gaps)
     span = max(v.pieces[-1] for v in good) - min(v.sent for v in good)
@@ -207,7 +210,7 @@ def row_of(name: str, rate: float, visits: Sequence[Visit], pid: int) -> tuple[s
         *(f"{at(firsts, q):.2f}" for q in (0.5, 0.99)),
         *(f"{1000 * at(gaps, q):.0f}" for q in (0.5, 0.99)),
         f"{sum(v.tokens for v in good) / span:.1f}",
-        f"{peak_bytes(pid) / 1e9:.2f}",
+        memory,
     )
 
 
