@@ -144,14 +144,16 @@ def test_bytes_that_are_no_clip(small: Serving) -> None:
 
 
 def test_decoding_has_its_time_and_keeps_nobody(small: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that hangs; pictures and texts are answered meanwhile, clips one after the other."""
+    """A decoder that hangs and reads nothing: pictures are answered meanwhile, clips one after the other."""
     sleeping = ["-c", "import time; time.sleep(60)", ""]
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **how: popen([command[0], *sleeping], **how))
     limits = Limits(video_seconds=1.0)
     with serving(small.model, limits=limits) as hanging, ThreadPoolExecutor(2) as pool:
         begin = monotonic()
-        clips = [pool.submit(refusal, hanging, {"type": "video", "video": uri(b"x")}) for _ in range(2)]
+        clips = [
+            pool.submit(refusal, hanging, {"type": "video", "video": uri(bytes(2**20))}) for _ in range(2)
+        ]
         sleep(0.2)
         picture = {"type": "image_url", "image_url": {"url": data_uri(Image.new("RGB", (56, 56)))}}
         assert answered(hanging, asking(picture, max_tokens=1))[1] > 0

@@ -304,27 +304,27 @@ def read_part(part: Any, where: str, fetch: Fetch | None = None) -> TextPart | V
         return _image_part(read_source(source, where, fetch), part, where)
     if kind == "image_url":
         _require_known(part, ("type", "image_url", *_SIZES[:-1]), where)
-        address, detail = part.get("image_url"), None
-        if isinstance(address, Mapping):
-            _require_known(address, ("url", "detail"), f"{where}, image_url")
-            detail = address.get("detail")
-            address = address.get("url")
-        if not isinstance(address, str):
-            raise ValueError(f"{where}: expected image_url with a url, found {type(address).__name__}")
-        return _image_part(read_source(address, where, fetch), {**part, "detail": detail}, where)
+        link = _link(part, "image_url", ("url", "detail"), where)
+        source = read_source(link["url"], where, fetch)
+        return _image_part(source, {**part, "detail": link.get("detail")}, where)
     if kind == "video":
         return _video_part(part, where, fetch)
     if kind == "video_url":
-        address = part.get("video_url")
-        if isinstance(address, Mapping):
-            _require_known(address, ("url",), f"{where}, video_url")
-            address = address.get("url")
-        if not isinstance(address, str):
-            raise ValueError(f"{where}: expected video_url with a url, found {type(address).__name__}")
-        others = {key: value for key, value in part.items() if key != "video_url"}
-        return _video_part({**others, "type": "video", "video": address}, where, fetch)
+        link = _link(part, "video_url", ("url",), where)
+        return _video_part({**part, "video_url": None, "video": link["url"]}, where, fetch)
     expected = "text, image, image_url, video or video_url"
     raise ValueError(f"{where}: expected the type {expected}, found {printable(kind)}")
+
+
+def _link(part: Mapping[str, Any], key: str, known: Sequence[str], where: str) -> Mapping[str, Any]:
+    """{"url": address, ...}, for which the address itself may stand."""
+    link = part.get(key)
+    if not isinstance(link, Mapping):
+        link = {"url": link}
+    _require_known(link, known, f"{where}, {key}")
+    if not isinstance(link.get("url"), str):
+        raise ValueError(f"{where}: expected {key} with a url, found {type(link.get('url')).__name__}")
+    return link
 
 
 _IN_MEMORY = (bytes, bytearray, memoryview)

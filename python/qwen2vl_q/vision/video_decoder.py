@@ -38,8 +38,9 @@ def decoded(
     """uint8 [frames, height, width, 3] of a file or its bytes. Errors and warnings of `process_video`."""
     question = {"options": asdict(options), "factor": factor, "limit": limit, "budget": budget}
     name = _name(video)
-    with _asked(video, question) as process:
-        pixels = _received(process, _Patience(name, seconds))
+    patience = _Patience(name, seconds)
+    with _asked(video, question, patience) as process:
+        pixels = _received(process, patience)
     if pixels is None:
         raise UnsupportedError(f"{name}: its decoder has failed, or needs too much memory")
     return pixels
@@ -48,7 +49,8 @@ def decoded(
 def video_seconds(video: Any) -> float:
     """How long a file, or its bytes, lasts: its last frame's time. Errors as of `decoded`."""
     name = _name(video)
-    with _asked(video, None) as process, _Patience(name).with_each(process):
+    patience = _Patience(name)
+    with _asked(video, None, patience) as process, patience.with_each(process):
         answer = process.stdout.readline()  # type: ignore[union-attr]
     if not answer:
         raise UnsupportedError(f"{name}: its reader has failed, or needs too much memory")
@@ -60,7 +62,9 @@ def _name(video: Any) -> str:
 
 
 @contextmanager
-def _asked(video: Any, question: dict[str, Any] | None) -> Iterator[subprocess.Popen[bytes]]:
+def _asked(
+    video: Any, question: dict[str, Any] | None, patience: _Patience
+) -> Iterator[subprocess.Popen[bytes]]:
     """The process, at work; at the end its warnings and errors are told."""
     path, data = None, b""
     if isinstance(video, (str, PathLike)):
@@ -75,12 +79,14 @@ def _asked(video: Any, question: dict[str, Any] | None) -> Iterator[subprocess.P
     with tempfile.TemporaryFile() as messages:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages)
         try:
-            with suppress(BrokenPipeError):  # it says why
-                process.stdin.write(data)  # type: ignore[union-attr]
-            with suppress(BrokenPipeError):
-                process.stdin.close()  # type: ignore[union-attr]
+            with patience.with_each(process):
+                with suppress(BrokenPipeError):  # it says why
+                    process.stdin.write(data)  # type: ignore[union-attr]
+                with suppress(BrokenPipeError):
+                    process.stdin.close()  # type: ignore[union-attr]
             yield process
-            process.wait()
+            with patience.with_each(process):
+                process.wait()
         finally:
             process.kill()
             process.wait()
@@ -118,7 +124,7 @@ def _received(process: subprocess.Popen[bytes], patience: _Patience) -> NDArray[
 
 
 class _Patience:
-    """How long frames are waited for: each so long, and all of them `seconds`, where these are given."""
+    """How long a process is waited for: so long for each frame, and `seconds` in all where these are given."""
 
     def __init__(self, name: str, seconds: float | None = None) -> None:
         self._name = name

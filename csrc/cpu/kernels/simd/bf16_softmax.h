@@ -1,6 +1,7 @@
 #pragma once
 
-// Steps of a softmax whose probabilities are bf16, written once over an instruction set's vectors.
+// Steps of a softmax whose probabilities are bf16, written once; needs the including instruction set's
+// simd.h.
 
 #include <math.h>
 

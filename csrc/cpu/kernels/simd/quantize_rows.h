@@ -1,6 +1,6 @@
 #pragma once
 
-// Rows in blocks of 8 bits, written once over an instruction set's vectors.
+// Rows in blocks of 8 bits, written once; needs the including instruction set's simd.h.
 
 #include <math.h>
 #include <string.h>
