@@ -124,7 +124,7 @@ def _received(process: subprocess.Popen[bytes], patience: _Patience) -> NDArray[
 
 
 class _Patience:
-    """How long a process is waited for: so long for each frame, and `seconds` in all where these are given."""
+    """How long a process is waited for: so long for each frame, and `seconds` in all, if there are any."""
 
     def __init__(self, name: str, seconds: float | None = None) -> None:
         self._name = name
