@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from checkpoints import CheckpointSpec, write_checkpoint
 from conversations import Parts, conversation, encoded_patches, random_image
 from demo import cases
 from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
-from qwen2vl_q.base.errors import DeviceError, UnsupportedError
+from qwen2vl_q.base.errors import DeviceError
 from qwen2vl_q.convert import FileType, Recipe, convert_checkpoint
 from qwen2vl_q.engine.devices import cuda_plugin
 from shapes import SHAPES
@@ -128,9 +127,9 @@ def test_shapes(name: str, precision: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "type", [pytest.param(type, marks=pytest.mark.slow) for type in ("f32", "f16", "bf16")] + ["q8_0", "q4_0"]
+    "type", [pytest.param(type, marks=pytest.mark.slow) for type in ("f32", "f16", "bf16")] + ["q8_0", "q4_k_m"]
 )
-def test_types(type: FileType, tmp_path: Path) -> None:
+def test_file_types(type: FileType, tmp_path: Path) -> None:
     path = make(tmp_path, WIDE, type)
     cpu = Qwen2VL.from_gguf(path, precision="exact")
     c, few = conversation(3, [70, (60, 200), 3]), conversation(4, [9]).token_ids
@@ -139,6 +138,28 @@ def test_types(type: FileType, tmp_path: Path) -> None:
         assert nmse(gpu.logits(c.token_ids, c.images), cpu.logits(c.token_ids, c.images)) < bound
         assert nmse(gpu.logits(few), cpu.logits(few)) < bound
         assert gpu.precision == precision
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Q2_K", "Q3_K", "Q5_1", "IQ4_XS"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "IQ4_NL")
+    ],
+)
+def test_weight_types(name: str, tmp_path: Path) -> None:
+    """Blocks with integers and scales of any kind, against the numbers that they stand for."""
+    source = make(tmp_path, WIDE, "f32")
+    packed = with_weights(source, tmp_path / "packed.gguf", name, as_f32=False)
+    reference = with_weights(source, tmp_path / "reference.gguf", name, as_f32=True)
+    cpu = Qwen2VL.from_gguf(reference, precision="exact")
+    ids, few = (conversation(3, [n]).token_ids for n in (70, 9))
+    gpu = Qwen2VL.from_gguf(packed, device="cuda")
+    assert nmse(gpu.logits(ids), cpu.logits(ids)) < FAST
+    assert nmse(gpu.logits(few), cpu.logits(few)) < FAST
+    gpu = Qwen2VL.from_gguf(packed, precision="exact", device="cuda")
+    assert nmse(gpu.logits(few), cpu.logits(few)) < EXACT
 
 
 def test_outlier_channels(tmp_path: Path) -> None:
@@ -339,8 +360,3 @@ def test_a_device_that_is_not_there() -> None:
         Qwen2VL.from_gguf(DEMO_MODEL, device="cuda:99")
 
 
-@pytest.mark.parametrize("precision", ["fast", "exact"])
-def test_types_without_kernels_are_refused(precision: Literal["fast", "exact"], tmp_path: Path) -> None:
-    path = with_weights(make(tmp_path, WIDE, "f32"), tmp_path / "packed.gguf", "Q4_1", as_f32=False)
-    with pytest.raises(UnsupportedError, match="the CUDA backend has no kernel for tensors of type Q4_1"):
-        Qwen2VL.from_gguf(path, precision=precision, device="cuda")

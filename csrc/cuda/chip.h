@@ -98,6 +98,11 @@ CHIP_DEVICE uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t bits) {
   return word;
 }
 
+/// Four bytes of a (0..3) and b (4..7), by the low four nibbles of `which`, each 0..7.
+CHIP_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t which) {
+  return __byte_perm(a, b, which);
+}
+
 CHIP_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -170,6 +175,11 @@ CHIP_DEVICE uint4 load_once(const uint4* from) {
 CHIP_DEVICE uint2 load_once(const uint2* from) {
   uint2 v;
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
+CHIP_DEVICE uint32_t load_once(const uint32_t* from) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(from));
   return v;
 }
 

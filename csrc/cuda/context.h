@@ -74,6 +74,7 @@ class Context {
   bool has_wgmma = false;
   cudaStream_t stream = nullptr;
   StageTimer timer;
+  DeviceBuffer dequantized;  ///< a plain product's weights as float32
 
  private:
   int64_t budget_ = 0;

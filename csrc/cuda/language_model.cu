@@ -297,22 +297,13 @@ void LanguageModel::embed_tokens(int64_t rows) {
   p.rotation = rotation_.as<float>();
   const Launch how{"text embed", dim3(static_cast<unsigned>(rows), kEmbedParts), 128, 0, true};
   if (exact_) {
-    p.raw_type = stored_embed_tokens_.type;
-    p.raw_rows = stored_embed_tokens_.weight;
-    p.raw_row_bytes = stored_embed_tokens_.row_bytes;
-    return launch(ctx_.stream, how, embed_rows<Format::Bf16>, p);
+    p.stored_rows = stored_embed_tokens_.weight;
+    p.stored_row_bytes = stored_embed_tokens_.row_bytes;
+    return visit_dtype(stored_embed_tokens_.type,
+                       [&]<DType T>() { launch(ctx_.stream, how, embed_rows<T, true>, p); });
   }
   p.embed_tokens = embed_tokens_.parts[0];
-  switch (p.embed_tokens.format) {
-    case Format::Nibbles:
-      return launch(ctx_.stream, how, embed_rows<Format::Nibbles>, p);
-    case Format::Bytes:
-      return launch(ctx_.stream, how, embed_rows<Format::Bytes>, p);
-    case Format::Sixes:
-      return launch(ctx_.stream, how, embed_rows<Format::Sixes>, p);
-    case Format::Bf16:
-      return launch(ctx_.stream, how, embed_rows<Format::Bf16>, p);
-  }
+  visit_packed(p.embed_tokens.type, [&]<DType T>() { launch(ctx_.stream, how, embed_rows<T, false>, p); });
 }
 
 namespace {
@@ -693,7 +684,7 @@ int64_t LanguageModel::read_weights() {
   };
   const auto packed = [&](const PackedLinear& linear) {
     if (!linear.parts.empty())
-      read(linear.parts[0].quants, linear.bytes / static_cast<int64_t>(linear.parts.size()));
+      read(linear.parts[0].low, linear.bytes / static_cast<int64_t>(linear.parts.size()));
   };
   const auto stored = [&](const StoredLinear& linear) {
     if (linear.weight != nullptr) read(linear.weight, linear.rows * linear.row_bytes);

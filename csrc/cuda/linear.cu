@@ -1,73 +1,65 @@
 #include <algorithm>
+#include <cstring>
 #include <map>
 
-#include "cuda/kernels/few_rows.cuh"
+#include "base/half.h"
 #include "cuda/kernels/many_rows.cuh"
 #include "cuda/kernels/norms.cuh"
 #include "cuda/kernels/pack.cuh"
 #include "cuda/kernels/plain.cuh"
 #include "cuda/linear.h"
 #include "cuda/wgmma.h"
+#include "quant/quantize.h"
 
 namespace qwen2vl::cuda {
 namespace {
 
-Format format_of(DType type) {
-  switch (type) {
-    case DType::Q4_0:
-      return Format::Nibbles;
-    case DType::Q8_0:
-      return Format::Bytes;
-    case DType::Q6_K:
-      return Format::Sixes;
-    case DType::F32:
-    case DType::F16:
-    case DType::BF16:
-      return Format::Bf16;
-    default:
-      throw UnsupportedError("the CUDA backend has no kernel for tensors of type " +
-                             std::string(dtype_traits(type).name));
+DType type_of(const Feature& feature) { return static_cast<DType>(feature.linear->weight.type); }
+
+/// What both features of a pair are packed as; of two types, bf16. A pair of zeros is of any.
+DType type_of(const std::pair<Feature, Feature>& pair, DType any) {
+  const auto& [a, b] = pair;
+  if (a.linear == nullptr) return b.linear == nullptr ? any : type_of(b);
+  return b.linear == nullptr || type_of(a) == type_of(b) ? type_of(a) : DType::BF16;
+}
+
+/// A matrix's rows as bf16.
+std::vector<uint8_t> as_bf16(const qwen2vl_matrix& m) {
+  const DType type = static_cast<DType>(m.type);
+  std::vector<uint8_t> out(static_cast<size_t>(2 * m.rows * m.cols));
+  std::vector<float> row(static_cast<size_t>(m.cols));
+  for (int64_t i = 0; i < m.rows; ++i) {
+    dequantize_row(type, m.data + i * row_bytes(type, m.cols), m.cols, row.data());
+    for (int64_t k = 0; k < m.cols; ++k) {
+      const uint16_t half = f32_to_bf16(row[static_cast<size_t>(k)]);
+      std::memcpy(out.data() + 2 * (i * m.cols + k), &half, sizeof half);
+    }
   }
+  return out;
 }
 
-DType type_of(const Feature& feature, DType otherwise) {
-  return feature.linear == nullptr ? otherwise : static_cast<DType>(feature.linear->weight.type);
-}
-
-/// Calls fn with the format as a compile-time constant.
-template <typename Fn>
-void with_format(Format format, const Fn& fn) {
-  switch (format) {
-    case Format::Nibbles:
-      return fn(std::integral_constant<Format, Format::Nibbles>());
-    case Format::Bytes:
-      return fn(std::integral_constant<Format, Format::Bytes>());
-    case Format::Sixes:
-      return fn(std::integral_constant<Format, Format::Sixes>());
-    case Format::Bf16:
-      return fn(std::integral_constant<Format, Format::Bf16>());
-  }
-}
-
-/// Uploads the matrices that `pairs` [begin, end) read and writes the address of every slot's row.
+/// Uploads the matrices that `pairs` [begin, end) read, as `type` if they are not, and writes the address of
+/// every slot's row.
 class RowAddresses {
  public:
-  RowAddresses(const Pairs& pairs, int64_t begin, int64_t end, PackingBuffers& buffers) {
+  RowAddresses(const Pairs& pairs, int64_t begin, int64_t end, DType type, PackingBuffers& buffers) {
     std::map<const uint8_t*, std::pair<int64_t, const qwen2vl_matrix*>> places;  // data -> offset
     int64_t bytes = 0;
-    const auto size = [&](const qwen2vl_matrix& m) {
-      return m.rows * row_bytes(static_cast<DType>(m.type), m.cols);
-    };
+    const auto size = [&](const qwen2vl_matrix& m) { return m.rows * row_bytes(type, m.cols); };
     for (int64_t i = begin; i < end; ++i)
       for (const Feature* f : {&pairs[i].first, &pairs[i].second})
         if (f->linear != nullptr &&
             places.try_emplace(f->linear->weight.data, bytes, &f->linear->weight).second)
           bytes += (size(f->linear->weight) + 255) / 256 * 256;
     buffers.raw.resize(bytes);
-    for (const auto& [data, place] : places)
-      check(cudaMemcpy(buffers.raw.as() + place.first, data, static_cast<size_t>(size(*place.second)),
-                       cudaMemcpyHostToDevice),
+    for (const auto& [data, place] : places) {
+      const auto& [offset, matrix] = place;
+      const bool same = static_cast<DType>(matrix->type) == type;
+      const std::vector<uint8_t> converted = same ? std::vector<uint8_t>() : as_bf16(*matrix);
+      check(cudaMemcpy(buffers.raw.as() + offset, same ? data : converted.data(),
+                       static_cast<size_t>(size(*matrix)), cudaMemcpyHostToDevice),
             "copying weights to the device");
+    }
     const int64_t tiles = (end - begin + kTilePairs - 1) / kTilePairs;
     addresses_.assign(tiles * kTileSlots, nullptr);
     for (int64_t i = begin; i < end; ++i)
@@ -77,7 +69,7 @@ class RowAddresses {
         const qwen2vl_matrix& m = f.linear->weight;
         addresses_[(i - begin) / kTilePairs * kTileSlots + 8 * b + (i - begin) % kTilePairs] =
             buffers.raw.as() + places.at(m.data).first +
-            f.row * row_bytes(static_cast<DType>(m.type), m.cols);
+            f.row * row_bytes(type, m.cols);
       }
     buffers.addresses.resize(static_cast<int64_t>(addresses_.size()) * 8);
     check(
@@ -145,54 +137,45 @@ PackedLinear pack(Context& ctx, const char* name, const Pairs& pairs, PackingBuf
   const int64_t n = static_cast<int64_t>(pairs.size());
   for (int64_t begin = 0; begin < n;) {
     // As many pairs as have one type: parts end where the type changes, at a tile's border.
-    DType type = type_of(pairs[begin].first, DType::F32);
+    const DType type = type_of(pairs[begin], DType::F32);
     int64_t end = begin;
-    while (end < n && type_of(pairs[end].first, type) == type && type_of(pairs[end].second, type) == type)
-      ++end;
-    if (end < n && (end == begin || end % kTilePairs != 0))
-      throw UnsupportedError(std::string(name) +
-                             ": the CUDA backend cannot run gate and up projections of different types");
-    const RowAddresses addresses(pairs, begin, end, buffers);
+    while (end < n && type_of(pairs[end], type) == type) ++end;
+    if (end < n && end % kTilePairs != 0)
+      throw UnsupportedError(std::string(name) + ": the CUDA backend takes layers of several types by " +
+                             std::to_string(2 * kTilePairs) + " features");
+    const RowAddresses addresses(pairs, begin, end, type, buffers);
     PackedMatrix m;
-    m.format = format_of(type);
+    m.type = packed_type(type);
     m.tiles = static_cast<int32_t>((end - begin + kTilePairs - 1) / kTilePairs);
     m.units = static_cast<int32_t>(units);
     m.first_pair = static_cast<int32_t>(begin);
-    const int64_t all = static_cast<int64_t>(m.tiles) * units;
-    const int64_t quants = all * 32 * 16 * quant_vectors(m.format);
-    const int64_t high = m.format == Format::Sixes ? all * 32 * 8 : 0;
-    const int64_t scales = m.format == Format::Bf16 ? 0 : all * 8 * 8;
-    const int64_t supers = m.format == Format::Sixes ? all / 4 * 8 * 4 : 0;
-    uint8_t* at = ctx.allocate_weights(quants + high + scales + supers);
-    PackRows p{type,
-               out.cols,
-               reinterpret_cast<const uint8_t* const*>(buffers.addresses.as()),
-               m.tiles,
-               m.units,
-               reinterpret_cast<uint4*>(at),
-               reinterpret_cast<uint2*>(at + quants),
-               reinterpret_cast<uint2*>(at + quants + high),
-               reinterpret_cast<uint32_t*>(at + quants + high + scales)};
-    // The grid's second side ends at 65,535.
-    for (int32_t first = 0; first < m.tiles; first += 32768) {
-      PackRows some = p;
-      some.tiles = std::min(m.tiles - first, 32768);
-      const int64_t skipped = static_cast<int64_t>(first) * units;
-      some.rows += static_cast<int64_t>(first) * kTileSlots;
-      some.quants += skipped * 32 * quant_vectors(m.format);
-      some.high += skipped * 32;
-      some.scales += skipped * 8;
-      some.supers += skipped / 4 * 8;
-      launch(ctx.stream,
-             {"pack_rows", dim3(static_cast<unsigned>(units), static_cast<unsigned>(some.tiles)), 32},
-             pack_rows, some);
-    }
+    const PackedFormat format(dtype_traits(m.type).format);
+    const int64_t low = m.tiles * format.low_bytes(units), high = m.tiles * format.high_bytes(units),
+                  scales = m.tiles * format.scale_bytes(units),
+                  minima = m.tiles * format.minimum_bytes(units),
+                  supers = m.tiles * format.super_bytes(units), all = low + high + scales + minima + supers;
+    uint8_t* at = ctx.allocate_weights(all);
+    const PackRows p{out.cols,
+                     reinterpret_cast<const uint8_t* const*>(buffers.addresses.as()),
+                     m.tiles,
+                     units,
+                     at,
+                     at + low,
+                     at + low + high,
+                     at + low + high + scales,
+                     at + low + high + scales + minima};
+    visit_dtype(type, [&]<DType T>() {
+      const int64_t threads = p.tiles * kTileSlots * (units * kUnit / kPackedAtOnce<T>);
+      launch(ctx.stream, {"pack_rows", dim3(static_cast<unsigned>((threads + 127) / 128)), 128}, pack_rows<T>,
+             p);
+    });
     ctx.synchronize();  // the buffers are needed again
-    m.quants = p.quants;
+    m.low = p.low;
     m.high = p.high;
-    m.scales = p.scales;
+    m.scales = reinterpret_cast<const uint2*>(p.scales);
+    m.minima = reinterpret_cast<const uint2*>(p.minima);
     m.supers = p.supers;
-    out.bytes += quants + high + scales + supers;
+    out.bytes += all;
     out.parts.push_back(m);
     begin = end;
   }
@@ -201,7 +184,6 @@ PackedLinear pack(Context& ctx, const char* name, const Pairs& pairs, PackingBuf
 
 StoredLinear store(Context& ctx, const char* name, const qwen2vl_linear& linear) {
   const qwen2vl_matrix& m = linear.weight;
-  format_of(static_cast<DType>(m.type));  // refuses what the kernels do not read
   StoredLinear out{name,    static_cast<DType>(m.type),
                    nullptr, row_bytes(static_cast<DType>(m.type), m.cols),
                    m.rows,  m.cols,
@@ -221,55 +203,6 @@ const float* store_floats(Context& ctx, const float* values, int64_t n) {
   return at;
 }
 
-void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& input, int64_t rows,
-                     Finish finish, Epilogue epilogue) {
-  const auto stage = ctx.stage(linear.name, linear.work(rows));
-  epilogue.bias = linear.bias;
-  for (const PackedMatrix& m : linear.parts) {
-    // Enough warps that a matrix of few tiles is read by all of the chip; more would have too little to do.
-    const int warps = m.units >= 64   ? 16
-                      : m.tiles > 512 ? std::clamp(m.units / 6, 1, 4)
-                                      : std::clamp(m.units / 3, 1, 8);
-    FewRows p;
-    p.m = m;
-    p.rows = static_cast<int32_t>(rows);
-    p.input = input.half;
-    p.x = input.x;
-    p.norm = input.norm;
-    p.eps = input.eps;
-    p.width = static_cast<int32_t>(linear.cols);
-    p.finish = finish;
-    p.epilogue = epilogue;
-    const int row_tiles = rows <= 8 ? 1 : 4;
-    // Rows of a layer of 29,568 inputs do not fit shared memory eight at a time.
-    const bool shared = row_tiles == 1 && few_rows_shared_bytes(p, warps, 1, true) <=
-                                              static_cast<int64_t>(ctx.properties.sharedMemPerBlockOptin);
-    if (!shared && input.x != nullptr)
-      throw UnsupportedError(std::string(linear.name) + ": " + std::to_string(linear.cols) +
-                             " inputs are more than the CUDA backend normalizes in shared memory");
-    const int64_t shared_bytes = few_rows_shared_bytes(p, warps, row_tiles, shared);
-    with_format(m.format, [&](auto format) {
-      constexpr Format kFormat = decltype(format)::value;
-      const auto kernel =
-          row_tiles == 4 ? (warps > 8 ? few_rows<kFormat, 4, false, 512> : few_rows<kFormat, 4, false, 256>)
-          : !shared      ? few_rows<kFormat, 1, false, 512>
-          : warps > 8    ? few_rows<kFormat, 1, true, 512>
-                         : few_rows<kFormat, 1, true, 256>;
-      const int resident =
-          ctx.resident_blocks(reinterpret_cast<const void*>(kernel), warps * 32, shared_bytes);
-      const int at_once = tiles_at_once(kFormat, row_tiles, 32 * warps),
-                tiles = (m.tiles + at_once - 1) / at_once;
-      const int turns = (tiles + resident - 1) / resident;
-      launch(ctx.stream,
-             {linear.name,
-              dim3(static_cast<unsigned>((tiles + turns - 1) / turns),
-                   static_cast<unsigned>((rows + 8 * row_tiles - 1) / (8 * row_tiles))),
-              warps * 32, shared_bytes, true},
-             kernel, p);
-    });
-  }
-}
-
 void many_rows_linear(Context& ctx, const PackedLinear& linear, const uint16_t* x, int64_t rows,
                       Finish finish, Epilogue epilogue, DeviceBuffer& expanded) {
   const auto stage = ctx.stage(linear.name, linear.work(rows));
@@ -277,11 +210,11 @@ void many_rows_linear(Context& ctx, const PackedLinear& linear, const uint16_t* 
   for (const PackedMatrix& m : linear.parts) {
     const int64_t features = static_cast<int64_t>(m.tiles) * kTileSlots;
     expanded.resize(features * linear.stride * 2);
-    with_format(m.format, [&](auto format) {
+    visit_packed(m.type, [&]<DType T>() {
       launch(ctx.stream,
              {"expand_rows", dim3(static_cast<unsigned>((m.units + 3) / 4), static_cast<unsigned>(m.tiles)),
               128, 0},
-             expand_rows<format.value>, m, expanded.as<uint16_t>());
+             expand_rows<T>, m, expanded.as<uint16_t>());
     });
     ManyRows p{x,
                expanded.as<uint16_t>(),
@@ -342,24 +275,36 @@ void plain_linear_rows(Context& ctx, const StoredLinear& linear, const float* x,
       static_cast<double>(rows) * static_cast<double>(linear.rows) * static_cast<double>(linear.cols);
   const auto stage = ctx.stage(
       linear.name, {0, 2 * n, static_cast<double>(linear.rows) * static_cast<double>(linear.row_bytes)});
-  const PlainLinear p{linear.type,
-                      linear.weight,
-                      linear.row_bytes,
-                      linear.bias,
-                      x,
-                      x_stride,
-                      static_cast<int32_t>(rows),
-                      static_cast<int32_t>(linear.cols),
-                      static_cast<int32_t>(linear.rows),
-                      out,
-                      stride,
-                      accumulate ? 1 : 0};
-  launch(ctx.stream,
-         {linear.name,
-          dim3(static_cast<unsigned>((linear.rows + kPlainTile - 1) / kPlainTile),
-               static_cast<unsigned>((rows + kPlainTile - 1) / kPlainTile)),
-          256, 2 * kPlainTile * (kPlainTile + 1) * 4},
-         plain_linear, p);
+  // The weights of some features at a time: 64 MiB of float32.
+  const int64_t some = std::max<int64_t>((int64_t{16} << 20) / linear.cols / kPlainTile, 1) * kPlainTile;
+  for (int64_t first = 0; first < linear.rows; first += some) {
+    const int32_t features = static_cast<int32_t>(std::min(some, linear.rows - first));
+    ctx.dequantized.resize(features * linear.cols * 4);
+    const Dequantize d{linear.weight + first * linear.row_bytes, linear.row_bytes, features,
+                       static_cast<int32_t>(linear.cols), ctx.dequantized.as<float>()};
+    visit_dtype(linear.type, [&]<DType T>() {
+      const int64_t pieces = (linear.cols + RowPiece<T>::kColumns - 1) / RowPiece<T>::kColumns;
+      launch(ctx.stream,
+             {"dequantize_rows", dim3(static_cast<unsigned>((features * pieces + 127) / 128)), 128},
+             dequantize_rows<T>, d);
+    });
+    const PlainLinear p{d.out,
+                        linear.bias == nullptr ? nullptr : linear.bias + first,
+                        x,
+                        x_stride,
+                        static_cast<int32_t>(rows),
+                        static_cast<int32_t>(linear.cols),
+                        features,
+                        out + first,
+                        stride,
+                        accumulate ? 1 : 0};
+    launch(ctx.stream,
+           {linear.name,
+            dim3(static_cast<unsigned>((features + kPlainTile - 1) / kPlainTile),
+                 static_cast<unsigned>((rows + kPlainTile - 1) / kPlainTile)),
+            256, 2 * kPlainTile * (kPlainTile + 1) * 4},
+           plain_linear, p);
+  }
 }
 
 }  // namespace qwen2vl::cuda

@@ -37,9 +37,9 @@ struct FewRows {
 /// Tiles of features that a block of so many threads at most computes at once: what its registers hold, or
 /// nearly. (Of 512 threads, a few words spill; with a tile at a time 64 rows of down_proj took 37 us instead
 /// of 22.)
-CHIP_HOST_DEVICE constexpr int tiles_at_once(Format format, int row_tiles, int threads) {
-  if (row_tiles == 1 || format == Format::Bf16) return 1;
-  return threads <= 256 || format != Format::Sixes ? 2 : 1;
+CHIP_HOST_DEVICE constexpr int tiles_at_once(DType type, int row_tiles, int threads) {
+  if (row_tiles == 1 || type == DType::BF16) return 1;
+  return threads <= 256 || type == DType::Q4_0 || type == DType::Q8_0 ? 2 : 1;
 }
 
 /// Blocks of so many threads that are to fit a multiprocessor: registers are what keeps them out.
@@ -50,7 +50,7 @@ CHIP_HOST_DEVICE constexpr int few_rows_blocks(int row_tiles, int threads) {
 /// Shared memory: the warps' sums, and the rows.
 CHIP_HOST_DEVICE int64_t few_rows_shared_bytes(const FewRows& p, int warps, int row_tiles, bool shared) {
   const int64_t sums =
-      int64_t{4} * warps * tiles_at_once(p.m.format, row_tiles, 32 * warps) * row_tiles * 8 * kTileSlots;
+      int64_t{4} * warps * tiles_at_once(p.m.type, row_tiles, 32 * warps) * row_tiles * 8 * kTileSlots;
   if (!shared) return sums;
   return sums + int64_t{2} * p.rows * p.m.units * kUnit;
 }
@@ -105,11 +105,12 @@ CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms
 
 /// Grid: (blocks, which take tiles in turns; groups of 8 kRowTiles rows). kShared: rows are brought into
 /// shared memory. kThreads: at most.
-template <Format format, int kRowTiles, bool kShared, int kThreads>
+template <DType T, int kRowTiles, bool kShared, int kThreads>
 CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(kRowTiles, kThreads)) few_rows(FewRows p) {
-  constexpr int kTiles = tiles_at_once(format, kRowTiles, kThreads);
+  constexpr int kTiles = tiles_at_once(T, kRowTiles, kThreads);
   // Units a piece: in the 2B shape a warp has three of most matrices; more rows need the registers.
-  constexpr int kAhead = kRowTiles == 1 ? (format == Format::Bf16 ? 1 : 3) : 1;
+  constexpr uint32_t kOnes[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+  constexpr int kAhead = kRowTiles == 1 ? (T == DType::BF16 ? 1 : 3) : 1;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int warps = threads / 32, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int begin = p.m.units * warp / warps, end = p.m.units * (warp + 1) / warps,
@@ -119,8 +120,8 @@ CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(kRowTiles, kThreads)) few
   const Shared<float> sums = shared_cast<float>(shared_memory());
   const Shared<uint16_t> rows = shared_cast<uint16_t>(sums + warps * kTiles * kRowTiles * 8 * kTileSlots);
 
-  Unit<format> now[kTiles][kAhead], next[kTiles][kAhead];
-  const auto fetch = [&](int tile, int unit, Unit<format>(&to)[kTiles][kAhead]) {
+  Unit<T> now[kTiles][kAhead], next[kTiles][kAhead];
+  const auto fetch = [&](int tile, int unit, Unit<T>(&to)[kTiles][kAhead]) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const int64_t at = static_cast<int64_t>(min(tile + j, p.m.tiles - 1)) * p.m.units + unit;
@@ -195,7 +196,7 @@ CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(kRowTiles, kThreads)) few
         for (int j = 0; j < kTiles; ++j)
 #pragma unroll
           for (int block = 0; block < 2; ++block) {
-            float part[kRowTiles][4];
+            float part[kRowTiles][4], total[kRowTiles][4];
 #pragma unroll
             for (int step = 0; step < 2; ++step) {
               uint32_t a[4];
@@ -204,18 +205,30 @@ CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(kRowTiles, kThreads)) few
 #pragma unroll
               for (int n = 0; n < kRowTiles; ++n) {
                 const uint2 bn = b[n][2 * block + step];
-                if constexpr (!Unit<format>::kScaled) {
+                if constexpr (!Unit<T>::kScaled) {
                   mma_bf16(acc[j][n], a, bn.x, bn.y);
                 } else {
-                  if (Unit<format>::kScalePerStep || step == 0)
-                    mma_bf16_first(part[n], a, bn.x, bn.y);
-                  else
-                    mma_bf16(part[n], a, bn.x, bn.y);
-                  if (Unit<format>::kScalePerStep || step == 1) {
+                  const auto add = [&](const uint32_t(&factors)[4], float(&to)[4]) {
+                    if (Unit<T>::kScalePerStep || step == 0)
+                      mma_bf16_first(to, factors, bn.x, bn.y);
+                    else
+                      mma_bf16(to, factors, bn.x, bn.y);
+                  };
+                  add(a, part[n]);
+                  // What the minima are multiplied with: the sums of the inputs.
+                  if constexpr (Unit<T>::kHasMinimum) add(kOnes, total[n]);
+                  if (Unit<T>::kScalePerStep || step == 1) {
                     acc[j][n][0] += s.x * part[n][0];
                     acc[j][n][1] += s.x * part[n][1];
                     acc[j][n][2] += s.y * part[n][2];
                     acc[j][n][3] += s.y * part[n][3];
+                    if constexpr (Unit<T>::kHasMinimum) {
+                      const float2 m = now[j][i].minimum(block, step);
+                      acc[j][n][0] -= m.x * total[n][0];
+                      acc[j][n][1] -= m.x * total[n][1];
+                      acc[j][n][2] -= m.y * total[n][2];
+                      acc[j][n][3] -= m.y * total[n][3];
+                    }
                   }
                 }
               }

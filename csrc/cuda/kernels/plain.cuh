@@ -1,7 +1,7 @@
 #pragma once
 
-// The plain twins: precision "exact". float32 throughout, weights as the file has them, one obvious loop
-// each. They are what the fast kernels are compared with on a device, and what verifies a file there; nothing
+// The plain twins: precision "exact". float32 throughout, one obvious loop each; weights stay as the
+// file has them and are taken apart for each product. They are what the fast kernels are compared with on a device, and what verifies a file there; nothing
 // here is tuned.
 
 #include "cuda/chip.h"
@@ -11,11 +11,27 @@
 
 namespace qwen2vl::cuda {
 
-struct PlainLinear {
-  DType type;
-  const uint8_t* weight;  ///< [features] rows of row_bytes
+struct Dequantize {
+  const uint8_t* rows;  ///< [features] of row_bytes
   int64_t row_bytes;
-  const float* bias;  ///< or null
+  int32_t features, columns;
+  float* out;  ///< [features][columns]
+};
+
+/// A thread a piece of a row.
+template <DType T>
+CHIP_KERNEL void CHIP_BOUNDS(128, 4) dequantize_rows(Dequantize p) {
+  const int64_t pieces = (p.columns + RowPiece<T>::kColumns - 1) / RowPiece<T>::kColumns;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, row = i / pieces;
+  if (row >= p.features) return;
+  float* out = p.out + row * p.columns;
+  values_of<T>(p.rows + row * p.row_bytes, p.columns, i % pieces,
+               [&](int64_t k, float value) { out[k] = value; });
+}
+
+struct PlainLinear {
+  const float* weight;  ///< [features][columns]
+  const float* bias;    ///< or null
   const float* x;     ///< [rows][x_stride]
   int64_t x_stride;
   int32_t rows, columns, features;
@@ -37,7 +53,7 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 2) plain_linear(PlainLinear p) {
     const bool inside = k + j < p.columns;
     x[i * kPitch + j] = inside && row + i < p.rows ? p.x[(row + i) * p.x_stride + k + j] : 0.0f;
     w[i * kPitch + j] = inside && feature + i < p.features
-                            ? row_value(p.type, p.weight + (feature + i) * p.row_bytes, k + j)
+                            ? p.weight[static_cast<int64_t>(feature + i) * p.columns + k + j]
                             : 0.0f;
     __syncthreads();
     for (int c = 0; c < kTile; ++c) sum += x[i * kPitch + c] * w[j * kPitch + c];

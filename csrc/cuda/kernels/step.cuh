@@ -13,9 +13,8 @@ namespace qwen2vl::cuda {
 
 struct Embed {
   PackedMatrix embed_tokens;
-  DType raw_type;           ///< where embed_tokens is not packed (exact): rows as in the file
-  const uint8_t* raw_rows;  ///< or null
-  int64_t raw_row_bytes;
+  const uint8_t* stored_rows;  ///< exact: as in the file
+  int64_t stored_row_bytes;
   const RowInfo* rows;
   const float* inv_freq;  ///< [half]
   int32_t section_ends[3];
@@ -27,8 +26,8 @@ struct Embed {
 inline constexpr int kEmbedParts = 8;
 
 /// Grid: (rows, kEmbedParts). The first mrope_section[0] frequencies turn with the time index, the next with
-/// the row, the last with the column (apply_multimodal_rotary_pos_emb).
-template <Format format>
+/// the row, the last with the column (apply_multimodal_rotary_pos_emb). kStored: T is the file's type.
+template <DType T, bool kStored>
 CHIP_KERNEL void CHIP_BOUNDS(256, 4) embed_rows(Embed p) {
   let_next_launch_start();
   wait_for_previous_launch();
@@ -36,15 +35,15 @@ CHIP_KERNEL void CHIP_BOUNDS(256, 4) embed_rows(Embed p) {
   const RowInfo& info = p.rows[row];
   const int first = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   const int step = static_cast<int>(gridDim.y * blockDim.x);
-  for (int i = first; i < p.hidden; i += step) {
-    float v;
-    if (info.embedding != nullptr)
-      v = info.embedding[i];
-    else if (p.raw_rows != nullptr)
-      v = row_value(p.raw_type, p.raw_rows + info.token * p.raw_row_bytes, i);
-    else
-      v = packed_value<format>(p.embed_tokens, info.token, i);
-    p.x[row * p.hidden + i] = v;
+  float* x = p.x + row * p.hidden;
+  if (info.embedding != nullptr) {
+    for (int i = first; i < p.hidden; i += step) x[i] = info.embedding[i];
+  } else if constexpr (kStored) {
+    const uint8_t* stored = p.stored_rows + info.token * p.stored_row_bytes;
+    for (int64_t piece = first; piece * RowPiece<T>::kColumns < p.hidden; piece += step)
+      values_of<T>(stored, p.hidden, piece, [&](int64_t k, float value) { x[k] = value; });
+  } else {
+    for (int i = first; i < p.hidden; i += step) x[i] = packed_value<T>(p.embed_tokens, info.token, i);
   }
   for (int i = first; i < p.half; i += step) {
     const int axis = i < p.section_ends[0] ? 0 : i < p.section_ends[1] ? 1 : 2;

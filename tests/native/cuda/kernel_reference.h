@@ -130,7 +130,7 @@ struct Layer {
   }
   /// The weights as few_rows multiplies with them: integers and scales are exact.
   Values multiplied() const {
-    return type == DType::Q4_0 || type == DType::Q8_0 || type == DType::Q6_K ? weight : rounded();
+    return is_quantized(type) ? weight : rounded();
   }
   /// x W^T + bias of x [rows][cols], with `w` for the weights.
   Doubles product(const Doubles& x, const Values& w) const {

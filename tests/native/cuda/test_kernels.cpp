@@ -19,7 +19,11 @@
 namespace qwen2vl::cuda {
 namespace {
 
-constexpr std::array kTypes{DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q8_0, DType::Q6_K};
+constexpr auto kTypes = [] {
+  std::array<DType, std::size(kDTypes)> types{};
+  for (size_t i = 0; i < types.size(); ++i) types[i] = kDTypes[i].type;
+  return types;
+}();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct WithOrder {
@@ -40,15 +44,8 @@ auto in_both_orders(Compute compute) {
 
 /// Columns that no whole unit of 64 (float types: no vector of 4) ends with.
 int64_t columns_of(DType type) {
-  return type == DType::Q6_K ? 512 : type == DType::Q4_0 || type == DType::Q8_0 ? 288 : 75;
-}
-
-template <typename Fn>
-void with_format(Format format, Fn fn) {
-  if (format == Format::Nibbles) fn(std::integral_constant<Format, Format::Nibbles>());
-  if (format == Format::Bytes) fn(std::integral_constant<Format, Format::Bytes>());
-  if (format == Format::Sixes) fn(std::integral_constant<Format, Format::Sixes>());
-  if (format == Format::Bf16) fn(std::integral_constant<Format, Format::Bf16>());
+  const int64_t block = dtype_traits(type).block_elements;
+  return block == kBlock256 ? 512 : block == kBlock32 ? 288 : 75;
 }
 
 // --- packing -----------------------------------------------------------------------------------------------
@@ -74,10 +71,10 @@ void check_packed(const Pairs& pairs, const std::vector<const Layer*>& layers, i
     const int64_t stride = m.units * kUnit, rows = m.tiles * kTileSlots;
     CHECK(stride == packed.stride);
     Output<uint16_t> expanded(rows, stride);
-    with_format(m.format, [&](auto format) {
+    visit_packed(m.type, [&]<DType T>() {
       launch(ctx.stream,
              {"expand_rows", dim3(static_cast<unsigned>(m.units / 4), static_cast<unsigned>(m.tiles)), 128},
-             expand_rows<format.value>, m, expanded.data());
+             expand_rows<T>, m, expanded.data());
       ctx.synchronize();
       int64_t wrong = 0;
       for (int64_t slot = 0; slot < rows; ++slot)
@@ -86,7 +83,7 @@ void check_packed(const Pairs& pairs, const std::vector<const Layer*>& layers, i
           const uint16_t at = expanded.data()[(16 * tile + 8 * (g % 2) + g - g % 2 + b) * stride + k];
           const float expected = bf16_of(weight(pair, static_cast<int>(b), k));
           wrong += bf16_to_f32(at) != expected;
-          if (plain) wrong += bf16_of(packed_value<format.value>(m, slot, k)) != expected;
+          if (plain) wrong += bf16_of(packed_value<T>(m, slot, k)) != expected;
         }
       CHECK(wrong == 0);
     });
@@ -136,10 +133,12 @@ TEST_CASE("heads of two stored types become two parts") {
   append_heads(pairs, values.linear, 1, 20);
   check_packed(pairs, {&queries, &keys, &values}, 2, false);
 
-  const Layer gate(DType::Q4_0, 8, 256, 4), up(DType::Q8_0, 8, 256, 5);
   Context ctx(0, 0);
   PackingBuffers buffers;
-  CHECK_THROWS_AS(pack(ctx, "test", side_by_side(gate.linear, up.linear), buffers), UnsupportedError);
+  const Layer six(DType::Q4_0, 6, 256, 4);
+  Pairs uneven = neighbouring(six.linear);
+  uneven.push_back({{&keys.linear, 0}, {&keys.linear, 1}});
+  CHECK_THROWS_AS(pack(ctx, "test", uneven, buffers), UnsupportedError);
 }
 
 // --- products ----------------------------------------------------------------------------------------------
@@ -225,6 +224,26 @@ Doubles first_rows(const Values& x, int64_t rows, int64_t cols) {
   Doubles out(rows * cols);
   for (size_t i = 0; i < out.size(); ++i) out[i] = bf16_of(x[i]);
   return out;
+}
+
+TEST_CASE("pairs of two stored types, gate and up, are bf16") {
+  const Layer gate(DType::Q4_K, 21, 256, 4), up(DType::Q6_K, 21, 256, 5);
+  const Pairs pairs = side_by_side(gate.linear, up.linear);
+  check_packed(pairs, {&gate, &up}, 1, false);
+  Context ctx(0, 0);
+  PackingBuffers buffers;
+  const PackedLinear packed = pack(ctx, "gate and up", pairs, buffers);
+  CHECK(packed.parts[0].type == DType::BF16);
+  const Doubles x(first_rows(random_values(2 * 256, 6), 2, 256));
+  const Halves half = bf16_rows(Values(x.begin(), x.end()), 256, packed.stride);
+  Doubles reference = gate.product(x, gate.rounded());
+  const Doubles other = up.product(x, up.rounded());
+  for (size_t i = 0; i < reference.size(); ++i) reference[i] = silu_of(reference[i]) * other[i];
+  const Doubles found = outputs(Finish::SwiGlu, 2, 21, {}, [&](const Epilogue& e) {
+    few_rows_linear(ctx, packed, {half.data()}, 2, Finish::SwiGlu, e);
+    ctx.synchronize();
+  });
+  CHECK(distance(found, reference) < kStored);
 }
 
 constexpr std::array kFewFinishes{Finish::Store, Finish::Residual, Finish::SwiGlu};

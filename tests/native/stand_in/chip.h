@@ -242,6 +242,16 @@ Shared<T> shared_cast(Shared<U> pointer) {
 
 inline uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t which) {
+  if ((which & 0x8888u) != 0) stand_in::fail("permute_bytes of a selector beyond 7");
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t from = which >> (4 * i) & 7u;
+    out |= ((from < 4 ? a >> (8 * from) : b >> (8 * (from - 4))) & 255u) << (8 * i);
+  }
+  return out;
+}
+
 inline uint32_t pack_small_f16(float low, float high) {
   return f32_to_f16(low) | static_cast<uint32_t>(f32_to_f16(high)) << 16;
 }
@@ -328,6 +338,10 @@ inline uint4 load_once(const uint4* from) {
 }
 inline uint2 load_once(const uint2* from) {
   stand_in::check_alignment(from, alignof(uint2));
+  return *from;
+}
+inline uint32_t load_once(const uint32_t* from) {
+  stand_in::check_alignment(from, alignof(uint32_t));
   return *from;
 }
 
