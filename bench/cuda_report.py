@@ -41,6 +41,11 @@ _SIZES = (
     "--prompt-tokens 512,1024,2048 --depth 0,4096 --image-size 1024x683,2044x2044 --decode-tokens 256 "
     "--streams 1,8,32,64"
 )
+# With a minimum, scales of 16 values, a table.
+_OTHER_TYPES = ("q4_k_m", "q2_k", "iq4_xs")
+_OTHER_SIZES = (
+    "--prompt-tokens 1024 --decode-tokens 256 --streams 1,64 --only prefill --only decode --only streams"
+)
 _QUICK_SIZES = "--prompt-tokens 80 --image-size 112x112 --decode-tokens 4 --streams 1,3 --repeat 1"
 _CPU_SIZES = "--prompt-tokens 512 --only prefill --only decode --only image --repeat 2"
 _SMALL_RUN = """
@@ -240,11 +245,12 @@ def measure(report: Report, folder: Path, quick: bool) -> None:
         report.bench("demo", "demo", ["--device", "cuda", *_QUICK_SIZES.split()], 240)
         report.bench("demo-cpu", "demo", _QUICK_SIZES.split(), 60)
         return
-    for type_ in ("q4_0", "q8_0"):
+    for type_ in ("q4_0", "q8_0", *_OTHER_TYPES):
         model = folder / f"2b-{type_}.gguf"
         maker = _ROOT / "bench" / "make_model.py"
+        sizes = _OTHER_SIZES if type_ in _OTHER_TYPES else _SIZES
         if report.run(f"make-{type_}", [_PYTHON, maker, "--type", type_, model], 90):
-            report.bench(type_, model, ["--device", "cuda", *_SIZES.split()], 120)
+            report.bench(type_, model, ["--device", "cuda", *sizes.split()], 120)
     if (model := folder / "2b-q4_0.gguf").exists():
         report.bench("q4_0-cpu", model, _CPU_SIZES.split(), 120)
 

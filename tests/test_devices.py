@@ -64,7 +64,13 @@ class Fake:
     def __init__(self, path: str) -> None:
         self.path = path
         self._library = ctypes.CDLL(path)
-        for name in ("likeliest_calls", "last_logits_calls", "forward_calls", "forward_without_logits"):
+        for name in (
+            "likeliest_calls",
+            "kept_logits_calls",
+            "forward_calls",
+            "forward_without_logits",
+            "page_copies",
+        ):
             ctypes.c_int32.in_dll(self._library, f"fake_{name}").value = 0
 
     def __getattr__(self, name: str) -> int:
@@ -110,7 +116,7 @@ def test_libraries_that_are_no_plugins(
         (str(tmp_path), "expected a plug-in library, found no such file"),
         (str(text), "notes.so: cannot be loaded: .*"),
         (compile_plugin("nameless", "-DFAKE_SYMBOL=something_else"), "not a plug-in: .* no qwen2vl_backend"),
-        (compile_plugin("later", "-DFAKE_ABI=99"), "another version .* expected interface 1 .*, found 99 of"),
+        (compile_plugin("later", "-DFAKE_ABI=99"), "another version .* expected interface 2 .*, found 99 of"),
     ):
         with pytest.raises(DeviceError, match=message):
             _native.plugin_devices(path)
@@ -295,11 +301,11 @@ def test_statuses_become_errors(
     fails("create", lambda: on_cuda(tiny_gguf))
     model = on_cuda(tiny_gguf)
     sequence = sequence_after(model, [1, 2])
-    fails("new_cache", lambda: sequence_after(model, [1, 2]))
+    fails("new_page", lambda: sequence_after(model, [1, 2]))
     fails("forward", lambda: sequence.accept(3))
     sequence = sequence_after(model, [1, 2])
     fails("likeliest", lambda: sequence.sample(_native.Sampler()))
-    fails("last_logits", lambda: sequence.logits)
+    fails("kept_logits", lambda: sequence.logits)
     fails("encode_vision", lambda: model.encode_image(np.zeros((56, 56, 3), np.uint8)))
     fails("start_profile", model._native.start_profile)
     fails("stop_profile", model._native.stop_profile)
@@ -309,9 +315,9 @@ def test_statuses_become_errors(
 def test_greedy_tokens_need_no_logits(fake: Fake, tiny_gguf: Path) -> None:
     model = on_cuda(tiny_gguf)
     assert list(model.generate([7, 8, 9], max_new_tokens=4, ignore_eos=True)) == [10, 11, 12, 13]
-    assert (fake.likeliest_calls, fake.last_logits_calls) == (4, 0)
+    assert (fake.likeliest_calls, fake.kept_logits_calls) == (4, 0)
     assert fake.forward_without_logits == fake.forward_calls == 4
-    assert model.last_stats.kv_bytes == 600
+    assert model.last_stats.kv_bytes == 2 * 400  # pages of four cells
 
 
 @pytest.mark.parametrize(
@@ -327,18 +333,18 @@ def test_other_samplers_fetch_them_once_a_token(
 ) -> None:
     tokens = on_cuda(tiny_gguf).generate([7, 8, 9], max_new_tokens=4, ignore_eos=True, **sampling)
     assert list(tokens) == [10, 11, 12, 13]
-    assert (fake.likeliest_calls, fake.last_logits_calls) == (4 - fetched, fetched)
+    assert (fake.likeliest_calls, fake.kept_logits_calls) == (4 - fetched, fetched)
 
 
 def test_logits_are_fetched_once(fake: Fake, tiny_gguf: Path) -> None:
     model = on_cuda(tiny_gguf)
     sequence = sequence_after(model, [5, 6])
-    assert fake.last_logits_calls == 0
+    assert fake.kept_logits_calls == 0
     assert sequence.logits.argmax() == sequence.logits.argmax() == 7
     assert sequence.sample(_native.Sampler()) == 7  # what is here need not be asked for
-    assert (fake.likeliest_calls, fake.last_logits_calls) == (0, 1)
+    assert (fake.likeliest_calls, fake.kept_logits_calls) == (0, 1)
     sequence.accept(20)
-    assert sequence.logits.argmax() == 21 and fake.last_logits_calls == 2
+    assert sequence.logits.argmax() == 21 and fake.kept_logits_calls == 2
 
 
 def test_all_rows_are_written(fake: Fake, tiny_gguf: Path) -> None:
@@ -354,12 +360,12 @@ def test_logits_that_are_not_numbers(fake: Fake, tiny_gguf: Path) -> None:
         sequence.sample(_native.Sampler())
 
 
-def test_a_cache_is_cut_and_goes_on(fake: Fake, tiny_gguf: Path) -> None:
+def test_what_is_common_is_not_computed_again(fake: Fake, tiny_gguf: Path) -> None:
     model = on_cuda(tiny_gguf)
     list(model.generate([7, 8, 9], max_new_tokens=4, ignore_eos=True))
     assert list(model.generate([7, 8, 30], max_new_tokens=2, ignore_eos=True)) == [31, 32]
     assert model.last_stats.reused_tokens == 2
-    assert model.last_stats.kv_bytes == 400  # the cells of the other answer are gone
+    assert (model.last_stats.kv_bytes, fake.page_copies) == (3 * 400, 1)  # both answers can be gone on with
 
 
 def test_progress_and_cancelling(fake: Fake, tiny_gguf: Path) -> None:
@@ -436,41 +442,41 @@ def test_profile(fake: Fake, tiny_gguf: Path) -> None:
 # --- lifetimes and threads ------------------------------------------------------------------------
 
 
-def test_caches_end_before_their_backend(fake: Fake, tiny_gguf: Path) -> None:
+def test_pages_end_before_their_backend(fake: Fake, tiny_gguf: Path) -> None:
     gc.collect()  # what other tests have left
-    backends, caches = fake.live_backends, fake.live_caches
+    backends, pages = fake.live_backends, fake.live_pages
     model = on_cuda(tiny_gguf)
     sequence = sequence_after(model, [1, 2])
-    assert (fake.live_backends, fake.live_caches) == (backends + 1, caches + 1)
+    assert (fake.live_backends, fake.live_pages) == (backends + 1, pages + 1)
     del model
     assert fake.live_backends == backends + 1  # the sequence needs it
     sequence.accept(3)
     del sequence
-    assert (fake.live_backends, fake.live_caches) == (backends, caches)
-    assert fake.caches_left_behind == 0
+    assert (fake.live_backends, fake.live_pages) == (backends, pages)
+    assert fake.pages_left_behind == 0
 
 
-def test_a_cache_dropped_during_a_call_is_given_back_after_it(fake: Fake, tiny_gguf: Path) -> None:
+def test_pages_dropped_during_a_call_are_given_back_after_it(fake: Fake, tiny_gguf: Path) -> None:
     model = on_cuda(tiny_gguf)
     dropped = [sequence_after(model, [1])]
     during = []
 
     def drop(done: int, total: int) -> None:
         dropped.clear()
-        during.append(fake.live_caches)
+        during.append(fake.live_pages)
 
-    before = fake.live_caches
+    before = fake.live_pages
     prompt = _native.Prompt(model._native, np.array([2, 3], np.int32))
     sequence = _native.SequenceState(model._native, 16)
     sequence.prefill(prompt, [], progress=drop)
     assert during == [before + 1] and model._native.idle_pages == 1
     model._native.forget()
-    assert fake.live_caches == before
+    assert fake.live_pages == before
     del sequence
-    model._native.limit_cache(0)
+    model._native.limit_cache(400)
     assert model._native.idle_pages == 1  # until its memory is needed
     kept = [sequence_after(model, [4])]
-    assert (model._native.idle_pages, fake.live_caches) == (0, before + len(kept) - 1)
+    assert (model._native.idle_pages, fake.live_pages) == (0, before + len(kept) - 1)
     assert fake.overlapping_calls == 0
 
 
@@ -493,19 +499,32 @@ def test_calls_go_one_at_a_time(fake: Fake, tiny_gguf: Path) -> None:
     assert fake.overlapping_calls == 0
 
 
-def test_streams_on_a_plugin_have_a_cache_each(fake: Fake, tiny_gguf: Path) -> None:
-    """Its caches cannot be copied: one that is in use is nobody else's, one that was left is taken over."""
+def test_streams_share_the_pages_of_what_they_have_in_common(fake: Fake, tiny_gguf: Path) -> None:
     model = on_cuda(tiny_gguf)
-    before = fake.live_caches
-    first, second = (model.generate([7, 8, n], max_new_tokens=20, ignore_eos=True) for n in (9, 50))
-    found = [(next(first), next(second)) for _ in range(5)]
-    assert found == [(10 + i, 51 + i) for i in range(5)] and fake.live_caches == before + 2
-    answers = model.chat([[{"role": "user", "content": text}] for text in "abc"], max_new_tokens=3)
-    assert len(answers) == 3 and fake.live_caches == before + 5
-    assert list(first) == list(range(15, 30)) and list(second) == list(range(56, 71))
-    list(model.generate([7, 8, 9, 10, 11, 99], max_new_tokens=2, ignore_eos=True))
-    assert model.last_stats.reused_tokens == 5 and fake.live_caches == before + 5
-    assert (fake.overlapping_calls, model._native.idle_pages) == (0, 5)
+    before = fake.live_pages
+    prompt = list(range(7, 15))  # two pages
+    first, second = (model.generate([*prompt, n], max_new_tokens=20, ignore_eos=True) for n in (90, 50))
+    found = [(next(first), next(second)) for _ in range(3)]
+    assert found == [(91 + i, 51 + i) for i in range(3)]
+    assert fake.live_pages == before + 2 + 2  # their own: the ninth cell and three more
+    assert list(first) == list(range(94, 111)) and list(second) == list(range(54, 71))
+    list(model.generate([*prompt, 50, 51, 99], max_new_tokens=2, ignore_eos=True))
+    assert model.last_stats.reused_tokens == 10 and fake.page_copies == 1  # of the part-filled third page
+    assert fake.overlapping_calls == 0
+
+
+def test_kept_logits_outlast_the_steps_of_others(fake: Fake, tiny_gguf: Path) -> None:
+    """The plug-in keeps those of its last call: the host fetches what it still needs before the next."""
+    model = on_cuda(tiny_gguf)
+    waiting, asked = sequence_after(model, [5, 6]), sequence_after(model, [30])
+    assert (fake.likeliest_calls, fake.kept_logits_calls) == (0, 1)
+    greedy = _native.Sampler()
+    for n in range(3):
+        asked.accept(asked.sample(greedy))
+        assert (fake.likeliest_calls, fake.kept_logits_calls) == (n + 1, 1)
+    assert waiting.sample(greedy) == 7 and asked.sample(greedy) == 34
+    waiting.accept(7)
+    assert (asked.logits.argmax(), waiting.logits.argmax()) == (34, 8)
 
 
 CALLBACK_CALLS_THE_MODEL = """

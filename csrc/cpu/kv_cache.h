@@ -26,7 +26,6 @@ class KvPages final : public PageStore {
   int64_t page_bytes() const override { return page_bytes_; }
   PageHandle make() override;
   void free(PageHandle page) noexcept override;
-  int64_t bytes(PageHandle) const override { return page_bytes_; }
   void copy(PageHandle from, PageHandle to) override;
 
   /// Of all slabs: some of their pages may be free.

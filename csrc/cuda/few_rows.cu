@@ -1,10 +1,9 @@
 // Products of few rows, in a file of their own: their kernels, of every type, take longest to compile.
 
-#include "cuda/kernels/few_rows.cuh"
-
 #include <algorithm>
 #include <string>
 
+#include "cuda/kernels/few_rows.cuh"
 #include "cuda/linear.h"
 
 namespace qwen2vl::cuda {
@@ -37,15 +36,14 @@ void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& i
                              " inputs are more than the CUDA backend normalizes in shared memory");
     const int64_t shared_bytes = few_rows_shared_bytes(p, warps, row_tiles, shared);
     visit_packed(m.type, [&]<DType T>() {
-      const auto kernel =
-          row_tiles == 4 ? (warps > 8 ? few_rows<T, 4, false, 512> : few_rows<T, 4, false, 256>)
-          : !shared      ? few_rows<T, 1, false, 512>
-          : warps > 8    ? few_rows<T, 1, true, 512>
-                         : few_rows<T, 1, true, 256>;
+      const auto kernel = row_tiles == 4
+                              ? (warps > 8 ? few_rows<T, 4, false, 512> : few_rows<T, 4, false, 256>)
+                          : !shared   ? few_rows<T, 1, false, 512>
+                          : warps > 8 ? few_rows<T, 1, true, 512>
+                                      : few_rows<T, 1, true, 256>;
       const int resident =
           ctx.resident_blocks(reinterpret_cast<const void*>(kernel), warps * 32, shared_bytes);
-      const int at_once = tiles_at_once(T, row_tiles, 32 * warps),
-                tiles = (m.tiles + at_once - 1) / at_once;
+      const int at_once = tiles_at_once(T, row_tiles, 32 * warps), tiles = (m.tiles + at_once - 1) / at_once;
       const int turns = (tiles + resident - 1) / resident;
       launch(ctx.stream,
              {linear.name,

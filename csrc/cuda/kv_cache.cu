@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <utility>
 
 #include "cuda/kv_cache.h"
 
@@ -6,6 +7,7 @@ namespace qwen2vl::cuda {
 namespace {
 
 constexpr int64_t kSlabBytes = int64_t{32} << 20;  // asking the device takes long: not page by page
+constexpr size_t kTableStep = 64;                  // pages by which a table grows
 
 }  // namespace
 
@@ -26,28 +28,33 @@ uint8_t* PagePool::take() {
   return page;
 }
 
-void Cache::truncate(int64_t size) {
-  size_ = std::min(size_, size);
-  const size_t keep = static_cast<size_t>((size_ + kPageCells - 1) / kPageCells);
-  while (pages_.size() > keep) {
-    pool_->give_back(pages_.back());
-    pages_.pop_back();
-  }
+void PagePool::copy(const uint8_t* from, uint8_t* to) {
+  check(cudaMemcpyAsync(to, from, static_cast<size_t>(page_bytes_), cudaMemcpyDeviceToDevice, ctx_.stream),
+        "copying a page");
 }
 
-void Cache::reserve(int64_t cells) {
-  const int64_t wanted = (size_ + cells + kPageCells - 1) / kPageCells, had = pages();
-  if (wanted <= had) return;
-  while (pages() < wanted) pages_.push_back(pool_->take());
-  const int64_t bytes = wanted * 8;
-  const bool grown = bytes > table_.bytes();
-  if (grown) {
-    ctx_.synchronize();  // a step that reads the old table may be at work
-    table_.resize(std::max<int64_t>(2 * bytes, 4096 * 8));
+void PageTables::put(Context& ctx, std::span<const SequenceRows> batch) {
+  std::vector<uint8_t*> wanted;
+  firsts_.clear();
+  for (const SequenceRows& s : batch) {
+    firsts_.push_back(static_cast<int64_t>(wanted.size()));
+    wanted.insert(wanted.end(), s.pages.begin(), s.pages.end());
+    // With room to grow: the tables behind it stay where they are.
+    wanted.resize((wanted.size() + kTableStep - 1) / kTableStep * kTableStep, nullptr);
   }
-  const int64_t first = grown ? 0 : had;
-  // From pageable memory: taken over before the call returns.
-  ctx_.copy_to_device(table_.as() + first * 8, pages_.data() + first, (wanted - first) * 8);
+  if (wanted == uploaded_) return;
+  const int64_t bytes = static_cast<int64_t>(wanted.size()) * 8;
+  if (bytes > tables_.bytes()) {
+    ctx.synchronize();  // a step that reads the old ones may be at work
+    tables_.resize(2 * bytes);
+  }
+  uploaded_ = std::move(wanted);
+  ctx.copy_to_device(tables_.as(), uploaded_.data(), bytes);
+}
+
+bool PageTables::holds(const SequenceRows& sequence) const {
+  return firsts_.size() == 1 && sequence.pages.size() <= uploaded_.size() &&
+         std::equal(sequence.pages.begin(), sequence.pages.end(), uploaded_.begin());
 }
 
 }  // namespace qwen2vl::cuda

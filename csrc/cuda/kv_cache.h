@@ -1,7 +1,7 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
+#include <span>
 #include <vector>
 
 #include "cuda/context.h"
@@ -16,6 +16,7 @@ class PagePool {
 
   uint8_t* take();
   void give_back(uint8_t* page) { free_.push_back(page); }
+  void copy(const uint8_t* from, uint8_t* to);
   int64_t page_bytes() const { return page_bytes_; }
   PageLayout layout() const { return layout_; }
 
@@ -27,30 +28,31 @@ class PagePool {
   std::vector<uint8_t*> free_;
 };
 
-/// One sequence: its pages, and a table of their addresses on the device.
-class Cache {
+/// Consecutive rows of one sequence.
+struct SequenceRows {
+  std::span<uint8_t* const> pages;  ///< of all its cells, those of the rows included
+  int64_t first_cell;               ///< of the rows
+  int64_t n;
+  const int32_t* token_ids;
+  const float* const* embeddings;
+  const int32_t* positions;
+  int32_t logits;  ///< 0 none, 1 of the last row, 2 of all
+};
+
+/// On the device, for each sequence of a batch, the addresses of its pages.
+class PageTables {
  public:
-  Cache(Context& ctx, std::shared_ptr<PagePool> pool) : ctx_(ctx), pool_(std::move(pool)) {}
-  ~Cache() { truncate(0); }
-  Cache(const Cache&) = delete;
-  Cache& operator=(const Cache&) = delete;
-
-  int64_t size() const { return size_; }
-  int64_t allocated_bytes() const { return static_cast<int64_t>(pages_.size()) * pool_->page_bytes(); }
-  void truncate(int64_t size);
-
-  /// Pages for `cells` cells beyond size(); they count only after commit.
-  void reserve(int64_t cells);
-  void commit(int64_t cells) { size_ += cells; }
-  uint8_t* const* table() const { return table_.as<uint8_t*>(); }
-  int64_t pages() const { return static_cast<int64_t>(pages_.size()); }
+  /// Uploads what is not there yet: from one step to the next, tables seldom change. What the last call has
+  /// uploaded must have arrived.
+  void put(Context& ctx, std::span<const SequenceRows> batch);
+  /// Whether the last put's batch was this sequence with these pages.
+  bool holds(const SequenceRows& sequence) const;
+  uint8_t* const* table(size_t sequence) const { return tables_.as<uint8_t*>() + firsts_[sequence]; }
 
  private:
-  Context& ctx_;
-  std::shared_ptr<PagePool> pool_;
-  int64_t size_ = 0;
-  std::vector<uint8_t*> pages_;
-  DeviceBuffer table_;
+  DeviceBuffer tables_;
+  std::vector<uint8_t*> uploaded_;
+  std::vector<int64_t> firsts_;  // of each sequence's table
 };
 
 }  // namespace qwen2vl::cuda

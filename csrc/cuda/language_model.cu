@@ -32,16 +32,19 @@ int64_t padded(int64_t head_dim) {
 }  // namespace
 
 LanguageModel::LanguageModel(Context& ctx, const qwen2vl_text& text, bool exact, const Report& report)
-    : ctx_(ctx), text_(text), exact_(exact) {
+    : ctx_(ctx),
+      text_(text),
+      exact_(exact),
+      padded_head_dim_(exact ? text.head_dim : padded(text.head_dim)),
+      pool_(
+          ctx,
+          PageLayout{static_cast<int32_t>(text.num_key_value_heads), static_cast<int32_t>(padded_head_dim_)},
+          text.num_hidden_layers, exact ? 4 : 2) {
   q_size_ = text.num_attention_heads * text.head_dim;
   kv_size_ = text.num_key_value_heads * text.head_dim;
   if (text.head_dim > 256)
     throw UnsupportedError("the CUDA backend takes a head_dim of 256 at most, found " +
                            std::to_string(text.head_dim));
-  padded_head_dim_ = exact ? text.head_dim : padded(text.head_dim);
-  pool_ = std::make_shared<PagePool>(
-      ctx, PageLayout{static_cast<int32_t>(text.num_key_value_heads), static_cast<int32_t>(padded_head_dim_)},
-      text.num_hidden_layers, exact ? 4 : 2);
   PackingBuffers buffers;
   const auto vector = [&](const qwen2vl_vector& v) { return store_floats(ctx, v.data, v.size); };
   const qwen2vl_linear embedding = bare(text.embed_tokens), head = bare(text.lm_head);
@@ -108,18 +111,6 @@ LanguageModel::~LanguageModel() {
     if (result.done != nullptr) (void)cudaEventDestroy(result.done);
 }
 
-void LanguageModel::forget(const Cache* cache) {
-  if (ahead_.cache == cache) {
-    ctx_.synchronize();  // its pages are at work
-    ahead_.cache = nullptr;
-  }
-  if (greedy_ == cache) greedy_ = nullptr;
-  saved_.erase(cache);
-  for (Result& result : results_)
-    for (Cache*& owner : result.caches)
-      if (owner == cache) owner = nullptr;
-}
-
 void LanguageModel::drop_graphs() {
   for (auto& [key, graph] : graphs_) {
     if (graph.exec != nullptr) (void)cudaGraphExecDestroy(graph.exec);
@@ -174,16 +165,17 @@ int64_t LanguageModel::upload(std::span<const SequenceRows> batch) {
   if (rows > kMaxBatchRows)
     throw std::invalid_argument("a batch has " + std::to_string(kMaxBatchRows) + " rows at most, found " +
                                 std::to_string(rows));
-  for (const SequenceRows& s : batch) s.cache->reserve(s.n + 1);  // one more for a step ahead
   reserve(rows);
   if (given * hidden * 4 > embeddings_.bytes()) {
     ctx_.synchronize();
     embeddings_.resize(given * hidden * 4);
   }
   check(cudaEventSynchronize(staged_), "cudaEventSynchronize");
+  tables_.put(ctx_, batch);
   RowInfo* info = staged_info_.as<RowInfo>();
   int64_t at = 0;
-  for (const SequenceRows& s : batch)
+  for (size_t sequence = 0; sequence < batch.size(); ++sequence) {
+    const SequenceRows& s = batch[sequence];
     for (int64_t i = 0; i < s.n;) {
       // Embeddings of an image are neighbours: they travel together.
       int64_t run = 1;
@@ -193,15 +185,16 @@ int64_t LanguageModel::upload(std::span<const SequenceRows> batch) {
       }
       for (int64_t j = i; j < i + run; ++j, ++info) {
         const bool token = s.embeddings[j] == nullptr;
-        *info = RowInfo{s.cache->table(),
+        *info = RowInfo{tables_.table(sequence),
                         token ? nullptr : embeddings_.as<float>() + (at + j - i) * hidden,
                         s.token_ids[j],
-                        static_cast<int32_t>(s.cache->size() + j),
+                        static_cast<int32_t>(s.first_cell + j),
                         {s.positions[3 * j], s.positions[3 * j + 1], s.positions[3 * j + 2]}};
       }
       if (s.embeddings[i] != nullptr) at += run;
       i += run;
     }
+  }
   ctx_.copy_to_device(row_info_.as(), staged_info_.as(), rows * static_cast<int64_t>(sizeof(RowInfo)));
   check(cudaEventRecord(staged_, ctx_.stream), "cudaEventRecord");
   return rows;
@@ -217,12 +210,11 @@ void LanguageModel::operator()(std::span<const SequenceRows> batch, float* logit
   if (steps && logits == nullptr && !exact_ && static_cast<int64_t>(batch.size()) <= kFewRows)
     return step(batch, report);
 
-  ahead_.cache = nullptr;
-  greedy_ = nullptr;
+  ahead_.at_work = false;
   const int64_t rows = upload(batch);
   embed_tokens(rows);
   int64_t chunks = 1;
-  for (const SequenceRows& s : batch) chunks = std::max(chunks, chunks_of(s.cache->size() + s.n));
+  for (const SequenceRows& s : batch) chunks = std::max(chunks, chunks_of(s.first_cell + s.n));
   for (int64_t i = 0; i < text_.num_hidden_layers; ++i) {
     report(i, text_.num_hidden_layers);
     if (exact_)
@@ -234,17 +226,15 @@ void LanguageModel::operator()(std::span<const SequenceRows> batch, float* logit
   }
 
   std::vector<int64_t> wanted;
-  std::vector<Cache*> owners;
   int64_t row = 0;
   for (const SequenceRows& s : batch) {
-    for (int64_t i = s.logits == 2 ? 0 : s.logits == 1 ? s.n - 1 : s.n; i < s.n; ++i) {
+    for (int64_t i = s.logits == 2 ? 0 : s.logits == 1 ? s.n - 1 : s.n; i < s.n; ++i)
       wanted.push_back(row + i);
-      owners.push_back(s.cache);
-    }
     row += s.n;
   }
   const int64_t hidden = text_.hidden_size, vocab = text_.vocab_size;
   const int64_t n = static_cast<int64_t>(wanted.size());
+  results_[current_].rows = 0;
   if (logits == nullptr && n > kFewRows)
     throw std::invalid_argument("logits of " + std::to_string(kFewRows) + " rows at most stay on the device");
   for (int64_t begin = 0; begin < n; begin += kHeadRows) {
@@ -263,8 +253,7 @@ void LanguageModel::operator()(std::span<const SequenceRows> batch, float* logit
       head(head_rows_.as<float>(), some, head_logits_.as<float>());
       ctx_.copy_to_host(logits + begin * vocab, head_logits_.as(), some * vocab * 4);
     } else {
-      const int slot = take_slot();
-      Result& result = results_[slot];
+      Result& result = results_[current_];
       if (some * vocab * 4 > result.logits.bytes()) {
         ctx_.synchronize();
         drop_graphs();
@@ -273,13 +262,16 @@ void LanguageModel::operator()(std::span<const SequenceRows> batch, float* logit
       head(head_rows_.as<float>(), some, result.logits.as<float>());
       find_likeliest(some, result, false);
       check(cudaEventRecord(result.done, ctx_.stream), "cudaEventRecord");
-      result.caches = owners;
-      result.step = ++steps_;
-      for (const Cache* owner : owners) saved_.erase(owner);
+      result.rows = some;
     }
   }
+  remember(batch);
   report(text_.num_hidden_layers, text_.num_hidden_layers);
-  for (const SequenceRows& s : batch) s.cache->commit(s.n);
+}
+
+void LanguageModel::remember(std::span<const SequenceRows> batch) {
+  const SequenceRows& s = batch[0];
+  last_ = {false, batch.size() == 1 ? s.pages.back() : nullptr, s.first_cell + s.n};
 }
 
 void LanguageModel::embed_tokens(int64_t rows) {
@@ -335,7 +327,7 @@ Epilogue LanguageModel::qkv_epilogue(int64_t layer) const {
   e.rotation = rotation_.as<float>();
   e.half_out = queries_.as<uint16_t>();
   e.rows = row_info_.as<RowInfo>();
-  e.pages = pool_->layout();
+  e.pages = pool_.layout();
   e.layer = static_cast<int32_t>(layer);
   return e;
 }
@@ -352,7 +344,7 @@ void LanguageModel::attend_rows(int64_t layer, int64_t first_row, int64_t rows, 
   DecodeAttention p{};
   p.queries = queries_.as<uint16_t>() + first_row * heads * padded_head_dim_;
   p.rows = row_info_.as<RowInfo>() + first_row;
-  p.pages = pool_->layout();
+  p.pages = pool_.layout();
   p.layer = static_cast<int32_t>(layer);
   p.group = static_cast<int32_t>(group);
   p.heads = static_cast<int32_t>(heads);
@@ -417,27 +409,28 @@ void LanguageModel::layer_many(int64_t index, std::span<const SequenceRows> batc
   many_rows_linear(ctx_, l.qkv_proj, normed_.as<uint16_t>(), rows, Finish::TextQkv, qkv_epilogue(index),
                    expanded_);
   int64_t row = 0;
-  for (const SequenceRows& s : batch) {
+  for (size_t sequence = 0; sequence < batch.size(); ++sequence) {
+    const SequenceRows& s = batch[sequence];
     if (s.n == 1) {
-      attend_rows(index, row, 1, chunks_of(s.cache->size() + 1), true);
+      attend_rows(index, row, 1, chunks_of(s.first_cell + 1), true);
     } else {
-      const auto stage = ctx_.stage(
-          "text attention", {0,
-                             4.0 * static_cast<double>(s.n) *
-                                 (static_cast<double>(s.cache->size()) + static_cast<double>(s.n) / 2) *
-                                 static_cast<double>(q_size_),
-                             0});
+      const auto stage = ctx_.stage("text attention",
+                                    {0,
+                                     4.0 * static_cast<double>(s.n) *
+                                         (static_cast<double>(s.first_cell) + static_cast<double>(s.n) / 2) *
+                                         static_cast<double>(q_size_),
+                                     0});
       FlashAttention p{};
       p.queries = queries_.as<uint16_t>() + row * heads * padded_head_dim_;
       p.query_row_stride = heads * padded_head_dim_;
       p.query_head_stride = padded_head_dim_;
       p.rows = static_cast<int32_t>(s.n);
-      p.cells = static_cast<int32_t>(s.cache->size() + s.n);
-      p.page_table = s.cache->table();
-      p.pages = pool_->layout();
+      p.cells = static_cast<int32_t>(s.first_cell + s.n);
+      p.page_table = tables_.table(sequence);
+      p.pages = pool_.layout();
       p.layer = static_cast<int32_t>(index);
       p.group = static_cast<int32_t>(heads / kv_heads);
-      p.first_cell = static_cast<int32_t>(s.cache->size());
+      p.first_cell = static_cast<int32_t>(s.first_cell);
       p.stride = l.o_proj.stride;
       p.out = attended_.as<uint16_t>() + row * p.stride;
       p.true_head_dim = static_cast<int32_t>(text_.head_dim);
@@ -484,7 +477,7 @@ void LanguageModel::layer_plain(int64_t index, int64_t rows) {
   plain_linear_rows(ctx_, l.v, normed, hidden, rows, qkv + q_size_ + kv_size_, stride, false);
   launch(ctx_.stream, {"text rope", dim3(static_cast<unsigned>(rows)), 256}, plain_rotate,
          PlainRotate{qkv, stride, rotation_.as<float>(), static_cast<int32_t>(text_.head_dim / 2),
-                     static_cast<int32_t>(heads + kv_heads), row_info_.as<RowInfo>(), pool_->layout(),
+                     static_cast<int32_t>(heads + kv_heads), row_info_.as<RowInfo>(), pool_.layout(),
                      static_cast<int32_t>(index), static_cast<int32_t>(heads)});
   PlainAttention p{};
   p.queries = qkv;
@@ -493,7 +486,7 @@ void LanguageModel::layer_plain(int64_t index, int64_t rows) {
   p.head_dim = static_cast<int32_t>(text_.head_dim);
   p.group = static_cast<int32_t>(heads / kv_heads);
   p.rows = row_info_.as<RowInfo>();
-  p.pages = pool_->layout();
+  p.pages = pool_.layout();
   p.layer = static_cast<int32_t>(index);
   p.out = float_attended_.as<float>();
   p.out_stride = q_size_;
@@ -543,42 +536,36 @@ void LanguageModel::find_likeliest(int64_t rows, Result& result, bool advance) {
 
 /// One token of each sequence.
 void LanguageModel::step(std::span<const SequenceRows> batch, const Report& report) {
-  int slot = ahead_.slot;
-  if (!is_ahead(batch)) {
-    ahead_.cache = nullptr;
+  const SequenceRows& s = batch[0];
+  const bool goes_on = batch.size() == 1 && last_.greedy && s.first_cell == last_.cells &&
+                       s.pages[(s.first_cell - 1) / kPageCells] == last_.page;
+  const bool ahead = is_ahead(batch);
+  ahead_.at_work = false;
+  if (ahead) {
+    current_ = 1 - current_;
+  } else {
     const int64_t rows = upload(batch);
     int64_t chunks = 1;
-    for (const SequenceRows& s : batch) chunks = std::max(chunks, chunks_of(s.cache->size() + 1));
-    slot = take_slot();
-    decode(rows, chunks, slot);
+    for (const SequenceRows& each : batch) chunks = std::max(chunks, chunks_of(each.first_cell + 1));
+    decode(rows, chunks, current_);
   }
-  ahead_.cache = nullptr;
+  results_[current_].rows = static_cast<int64_t>(batch.size());
+  remember(batch);
   report(text_.num_hidden_layers, text_.num_hidden_layers);
-  Result& result = results_[slot];
-  result.step = ++steps_;
-  result.caches.clear();
-  for (const SequenceRows& s : batch) {
-    result.caches.push_back(s.cache);
-    saved_.erase(s.cache);
-    s.cache->commit(1);
-  }
-  Cache* cache = batch[0].cache;
-  if (batch.size() != 1 || greedy_ != cache || ctx_.timer.on()) return;
-  uint8_t* const* table = cache->table();
-  cache->reserve(2);
-  if (cache->table() != table) return;  // the device's row still names the old one
-  const int next = take_slot();
-  results_[next].caches.clear();
-  results_[next].step = 0;
-  decode(1, chunks_of(cache->size() + 1), next);
-  ahead_ = {cache, next, cache->size(), batch[0].positions[0] + 1};
+  const int64_t next = s.first_cell + 1;
+  if (!goes_on || ctx_.timer.on() || next / kPageCells >= static_cast<int64_t>(s.pages.size())) return;
+  decode(1, chunks_of(next + 1), 1 - current_);
+  ahead_ = {true, next, s.positions[0] + 1};
 }
 
+/// Whether this step is at work already: greedy decoding goes on with the token that the device has.
 bool LanguageModel::is_ahead(std::span<const SequenceRows> batch) {
   const SequenceRows& s = batch[0];
-  return batch.size() == 1 && ahead_.cache == s.cache && ahead_.cell == s.cache->size() &&
-         std::all_of(s.positions, s.positions + 3, [&](int32_t p) { return p == ahead_.position; }) &&
-         s.token_ids[0] == likeliest(s.cache);
+  if (!ahead_.at_work || batch.size() != 1 || s.first_cell != ahead_.cell || !tables_.holds(s) ||
+      !std::all_of(s.positions, s.positions + 3, [&](int32_t p) { return p == ahead_.position; }))
+    return false;
+  const Result& result = kept(0);
+  return s.token_ids[0] == result.tokens.as<int32_t>()[0];
 }
 
 void LanguageModel::run_step(int64_t rows, int64_t chunks, int slot) {
@@ -620,58 +607,24 @@ void LanguageModel::decode(int64_t rows, int64_t chunks, int slot) {
   check(cudaEventRecord(result.done, ctx_.stream), "cudaEventRecord");
 }
 
-/// The place of the older result. What its owners have not seen newer ones of is kept for them.
-int LanguageModel::take_slot() {
-  const int slot = ahead_.cache != nullptr ? 1 - ahead_.slot : results_[0].step <= results_[1].step ? 0 : 1;
-  Result& result = results_[slot];
-  for (size_t row = 0; row < result.caches.size(); ++row) {
-    const Cache* cache = result.caches[row];
-    if (cache == nullptr || result_of(cache) != &result) continue;
-    check(cudaEventSynchronize(result.done), "a decoding step");
-    Saved& saved = saved_[cache];
-    saved.token = result.tokens.as<int32_t>()[row];
-    saved.logits.resize(text_.vocab_size * 4);
-    check(cudaMemcpyAsync(saved.logits.as(),
-                          result.logits.as<float>() + static_cast<int64_t>(row) * text_.vocab_size,
-                          static_cast<size_t>(text_.vocab_size) * 4, cudaMemcpyDeviceToDevice, ctx_.stream),
-          "copying logits");
-  }
-  result.caches.clear();
-  result.step = 0;
-  return slot;
+/// The last call's, when it has been computed.
+LanguageModel::Result& LanguageModel::kept(int64_t row) {
+  Result& result = results_[current_];
+  if (row < 0 || row >= result.rows)
+    throw std::invalid_argument("kept logits: expected a row below " + std::to_string(result.rows) +
+                                ", found " + std::to_string(row));
+  check(cudaEventSynchronize(result.done), "a decoding step");
+  return result;
 }
 
-LanguageModel::Result* LanguageModel::result_of(const Cache* cache) {
-  Result* found = nullptr;
-  for (Result& result : results_)
-    if (result.step > 0 &&
-        std::find(result.caches.begin(), result.caches.end(), cache) != result.caches.end() &&
-        (found == nullptr || result.step > found->step))
-      found = &result;
-  return found;
+int32_t LanguageModel::likeliest(int64_t row) {
+  const int32_t token = kept(row).tokens.as<int32_t>()[row];
+  last_.greedy = true;
+  return token;
 }
 
-int32_t LanguageModel::likeliest(Cache* cache) {
-  greedy_ = cache;
-  const Result* result = result_of(cache);
-  if (result == nullptr) return saved_.at(cache).token;
-  check(cudaEventSynchronize(result->done), "a decoding step");
-  const auto row = std::find(result->caches.begin(), result->caches.end(), cache) - result->caches.begin();
-  return result->tokens.as<int32_t>()[row];
-}
-
-void LanguageModel::last_logits(const Cache* cache, float* out) {
-  const Result* result = result_of(cache);
-  const float* from;
-  if (result == nullptr) {
-    from = saved_.at(cache).logits.as<float>();
-  } else {
-    check(cudaEventSynchronize(result->done), "a decoding step");
-    from = result->logits.as<float>() +
-           (std::find(result->caches.begin(), result->caches.end(), cache) - result->caches.begin()) *
-               text_.vocab_size;
-  }
-  ctx_.copy_to_host(out, from, text_.vocab_size * 4);
+void LanguageModel::kept_logits(int64_t row, float* out) {
+  ctx_.copy_to_host(out, kept(row).logits.as<float>() + row * text_.vocab_size, text_.vocab_size * 4);
 }
 
 int64_t LanguageModel::read_weights() {

@@ -14,16 +14,6 @@ namespace qwen2vl::cuda {
 
 using Report = std::function<void(int64_t done, int64_t total)>;  ///< throws to cancel
 
-/// Consecutive rows of one sequence.
-struct SequenceRows {
-  Cache* cache;
-  int64_t n;
-  const int32_t* token_ids;
-  const float* const* embeddings;
-  const int32_t* positions;
-  int32_t logits;  ///< 0 none, 1 of the last row, 2 of all
-};
-
 inline constexpr int64_t kMaxBatchRows = 2048;
 inline constexpr int64_t kFewRows = 64;  ///< up to so many, weights are read by few_rows; above, expanded
 
@@ -38,13 +28,13 @@ class LanguageModel {
   LanguageModel(Context& ctx, const qwen2vl_text& text, bool exact, const Report& report);
   ~LanguageModel();
 
-  std::unique_ptr<Cache> new_cache() { return std::make_unique<Cache>(ctx_, pool_); }
-  void forget(const Cache* cache);  ///< it is about to go
+  PagePool& pages() { return pool_; }
+  const PagePool& pages() const { return pool_; }
 
-  /// See Backend::forward; logits null: they stay here, for likeliest and last_logits.
+  /// See Backend::forward; logits null: they stay here until the next call, for likeliest and kept_logits.
   void operator()(std::span<const SequenceRows> batch, float* logits, const Report& report);
-  int32_t likeliest(Cache* cache);
-  void last_logits(const Cache* cache, float* out);
+  int32_t likeliest(int64_t row);
+  void kept_logits(int64_t row, float* out);
 
   int64_t read_weights();  ///< returns their bytes
 
@@ -54,12 +44,11 @@ class LanguageModel {
     PackedLinear qkv_proj, o_proj, gate_up_proj, down_proj;  // fast
     StoredLinear q, k, v, o, gate, up, down;                 // exact
   };
-  /// What a step leaves: two of them, since one may be ahead.
+  /// What a call leaves: two of them, since a step may be ahead.
   struct Result {
-    std::vector<Cache*> caches;  // in the order of rows; null where a cache has gone
-    int64_t step = 0;            // when it was made; 0: empty
-    DeviceBuffer logits;         // [rows][vocab]
-    PinnedBuffer tokens;         // [kFewRows]
+    int64_t rows = 0;
+    DeviceBuffer logits;  // [rows][vocab]
+    PinnedBuffer tokens;  // [kFewRows]
     cudaEvent_t done = nullptr;
   };
   struct Graph {
@@ -81,16 +70,17 @@ class LanguageModel {
   void run_step(int64_t rows, int64_t chunks, int slot);
   void drop_graphs();
   void step(std::span<const SequenceRows> batch, const Report& report);
+  void remember(std::span<const SequenceRows> batch);
   bool is_ahead(std::span<const SequenceRows> batch);
-  int take_slot();
-  Result* result_of(const Cache* cache);
+  Result& kept(int64_t row);
   static int64_t chunks_of(int64_t cells);
 
   Context& ctx_;
   qwen2vl_text text_;
   bool exact_;
   int64_t q_size_, kv_size_, padded_head_dim_;
-  std::shared_ptr<PagePool> pool_;
+  PagePool pool_;
+  PageTables tables_;
   PackedLinear embed_tokens_, lm_head_;
   StoredLinear stored_embed_tokens_, stored_lm_head_;
   std::vector<Layer> layers_;
@@ -100,7 +90,7 @@ class LanguageModel {
   int64_t reserved_rows_ = 0;
   DeviceBuffer row_info_, embeddings_;  // RowInfo [rows], [rows][hidden]
   PinnedBuffer staged_info_;
-  cudaEvent_t staged_ = nullptr;  // staged_info_ has been read
+  cudaEvent_t staged_ = nullptr;  // staged_info_ and tables_ have been read
   DeviceBuffer x_, rotation_;     // [rows][hidden], [rows][2 half]
   DeviceBuffer normed_, queries_, attended_,
       wide_;  // bf16 [rows][stride]; f16 [rows][heads][head_dim]; bf16; bf16
@@ -108,20 +98,18 @@ class LanguageModel {
   DeviceBuffer expanded_;                                         // a layer's weights as bf16
   DeviceBuffer parts_, arrived_, likeliest_parts_, likeliest_arrived_, head_rows_, head_logits_;
   std::array<Result, 2> results_;
-  int64_t steps_ = 0;
-  struct Saved {
-    DeviceBuffer logits;  // [vocab]
-    int32_t token = 0;
-  };
-  std::map<const Cache*, Saved> saved_;             // results whose place another sequence has taken
-  std::map<std::array<int64_t, 3>, Graph> graphs_;  // rows, chunks, slot
+  int current_ = 0;                                 // the last call's; a step ahead writes the other
+  std::map<std::array<int64_t, 3>, Graph> graphs_;  // rows, chunks, which result
   struct {
-    Cache* cache = nullptr;  // whose step is at work before it was asked for
-    int slot = 0;
+    bool at_work = false;  // the step after the last one, before it was asked for
     int64_t cell = 0;
     int32_t position = 0;
   } ahead_;
-  Cache* greedy_ = nullptr;  // whose likeliest token was asked for last
+  struct {
+    bool greedy = false;  // the likeliest token was asked for
+    const uint8_t* page = nullptr;
+    int64_t cells = 0;
+  } last_;  // the one sequence of the last call: its last page, what it has computed
 };
 
 }  // namespace qwen2vl::cuda

@@ -68,8 +68,7 @@ class RowAddresses {
         if (f.linear == nullptr) continue;
         const qwen2vl_matrix& m = f.linear->weight;
         addresses_[(i - begin) / kTilePairs * kTileSlots + 8 * b + (i - begin) % kTilePairs] =
-            buffers.raw.as() + places.at(m.data).first +
-            f.row * row_bytes(type, m.cols);
+            buffers.raw.as() + places.at(m.data).first + f.row * row_bytes(type, m.cols);
       }
     buffers.addresses.resize(static_cast<int64_t>(addresses_.size()) * 8);
     check(

@@ -40,11 +40,6 @@ struct qwen2vl_backend_handle {
   std::optional<cuda::VisionEncoder> vision_encoder;  // from the first image on
 };
 
-struct qwen2vl_cache_handle {
-  qwen2vl_backend_handle* backend;
-  std::unique_ptr<cuda::Cache> cache;
-};
-
 namespace {
 
 struct Cancelled {};
@@ -170,22 +165,29 @@ void info(const qwen2vl_backend_handle* backend, qwen2vl_info* out) {
                   " MiB of weights stay in the host's memory, from where they are read at every step");
   out->weight_bytes = ctx.weight_bytes();
   out->max_batch_rows = cuda::kMaxBatchRows;
+  out->page_cells = cuda::kPageCells;
+  out->page_bytes = backend->language_model.pages().page_bytes();
 }
 
-int new_cache(qwen2vl_backend_handle* backend, qwen2vl_cache_handle** out, qwen2vl_error* error) {
-  return on_device(backend, error,
-                   [&] { *out = new qwen2vl_cache_handle{backend, backend->language_model.new_cache()}; });
+// A page's handle is its address on the device.
+
+int new_page(qwen2vl_backend_handle* backend, qwen2vl_page_handle** out, qwen2vl_error* error) {
+  return on_device(backend, error, [&] {
+    *out = reinterpret_cast<qwen2vl_page_handle*>(backend->language_model.pages().take());
+  });
 }
 
-void free_cache(qwen2vl_cache_handle* cache) {
-  (void)cudaSetDevice(cache->backend->ctx.device);
-  cache->backend->language_model.forget(cache->cache.get());
-  delete cache;
+void free_page(qwen2vl_backend_handle* backend, qwen2vl_page_handle* page) {
+  backend->language_model.pages().give_back(reinterpret_cast<uint8_t*>(page));
 }
 
-int64_t cache_size(const qwen2vl_cache_handle* cache) { return cache->cache->size(); }
-void cache_truncate(qwen2vl_cache_handle* cache, int64_t size) { cache->cache->truncate(size); }
-int64_t cache_bytes(const qwen2vl_cache_handle* cache) { return cache->cache->allocated_bytes(); }
+int copy_page(qwen2vl_backend_handle* backend, const qwen2vl_page_handle* from, qwen2vl_page_handle* to,
+              qwen2vl_error* error) {
+  return on_device(backend, error, [&] {
+    backend->language_model.pages().copy(reinterpret_cast<const uint8_t*>(from),
+                                         reinterpret_cast<uint8_t*>(to));
+  });
+}
 
 int encode(qwen2vl_backend_handle* backend, const cuda::VisionInput& input, float* out,
            qwen2vl_progress progress, qwen2vl_error* error) {
@@ -216,19 +218,23 @@ int forward(qwen2vl_backend_handle* backend, const qwen2vl_rows* batch, int64_t 
   return on_device(backend, error, [&] {
     std::vector<cuda::SequenceRows> rows;
     for (const qwen2vl_rows& s : std::span(batch, static_cast<size_t>(n)))
-      rows.push_back({s.cache->cache.get(), s.n, s.token_ids, s.embeddings, s.positions, s.logits});
+      rows.push_back({{reinterpret_cast<uint8_t* const*>(s.pages), static_cast<size_t>(s.n_pages)},
+                      s.first_cell,
+                      s.n,
+                      s.token_ids,
+                      s.embeddings,
+                      s.positions,
+                      s.logits});
     backend->language_model(rows, logits, to_report(progress));
   });
 }
 
-int likeliest(qwen2vl_cache_handle* cache, int32_t* token, qwen2vl_error* error) {
-  return on_device(cache->backend, error,
-                   [&] { *token = cache->backend->language_model.likeliest(cache->cache.get()); });
+int likeliest(qwen2vl_backend_handle* backend, int64_t row, int32_t* token, qwen2vl_error* error) {
+  return on_device(backend, error, [&] { *token = backend->language_model.likeliest(row); });
 }
 
-int last_logits(qwen2vl_cache_handle* cache, float* out, qwen2vl_error* error) {
-  return on_device(cache->backend, error,
-                   [&] { cache->backend->language_model.last_logits(cache->cache.get(), out); });
+int kept_logits(qwen2vl_backend_handle* backend, int64_t row, float* out, qwen2vl_error* error) {
+  return on_device(backend, error, [&] { backend->language_model.kept_logits(row, out); });
 }
 
 int start_profile(qwen2vl_backend_handle* backend, qwen2vl_error* error) {
@@ -260,16 +266,14 @@ constexpr qwen2vl_backend_api kApi{QWEN2VL_BACKEND_ABI,
                                    create,
                                    destroy,
                                    info,
-                                   new_cache,
-                                   free_cache,
-                                   cache_size,
-                                   cache_truncate,
-                                   cache_bytes,
+                                   new_page,
+                                   free_page,
+                                   copy_page,
                                    encode_vision,
                                    encode_pixels,
                                    forward,
                                    likeliest,
-                                   last_logits,
+                                   kept_logits,
                                    start_profile,
                                    stop_profile,
                                    read_weights};

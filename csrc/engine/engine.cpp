@@ -38,15 +38,11 @@ int64_t Engine::idle_pages() {
 
 int64_t Engine::cell_bytes() const {
   const PageStore& store = chosen_.backend->pages();
-  if (store.page_bytes() > 0) return store.page_bytes() / store.page_cells();
-  return 2 * config_.text.num_hidden_layers * config_.text.kv_size() *
-         (precision_ == Precision::Exact ? 4 : 2);
+  return store.page_bytes() / store.page_cells();
 }
 
 int64_t Engine::bytes(const Sequence& sequence) const {
-  int64_t bytes = 0;
-  for (const CachedPage* page : sequence.table.pages) bytes += chosen_.backend->pages().bytes(page->handle);
-  return bytes;
+  return std::ssize(sequence.table.pages) * chosen_.backend->pages().page_bytes();
 }
 
 void Engine::forget() {
@@ -148,8 +144,7 @@ void Engine::require_pushable(const Sequence& sequence, int32_t token) const {
   if (std::ssize(sequence.cells) >= sequence.n_ctx)
     throw std::invalid_argument("the context is full: it holds " + std::to_string(sequence.n_ctx) +
                                 " tokens");
-  if (sequence.where == Sequence::Logits::None)
-    throw std::invalid_argument("accept: the last prefill was not finished");
+  if (!sequence.logits) throw std::invalid_argument("accept: the last prefill was not finished");
 }
 
 void Engine::push(Sequence& sequence, int32_t token) const {
@@ -199,6 +194,10 @@ void Engine::require_batch(std::span<const StepRows> batch) const {
 /// The forward pass; the logits of sequences that have no cells to wait for behind these rows.
 void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Progress& progress) {
   const int64_t vocab = config_.text.vocab_size;
+  for (const StepRows& s : batch) s.sequence->drop_logits();
+  // The others' must not be lost.
+  for (const std::weak_ptr<Logits>& kept : std::exchange(kept_, {}))
+    if (const std::shared_ptr<Logits> logits = kept.lock()) fetch(backend, *logits);
   embeddings_.clear();
   pages_.clear();
   for (const StepRows& s : batch) {
@@ -230,7 +229,6 @@ void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Pr
                     : last                  ? LogitsWanted::Last
                                             : LogitsWanted::None,
                     sequence.size() >= sequence.prompt_cells});
-    sequence.drop_logits();
     row += n;
     page += n_pages;
   }
@@ -243,9 +241,14 @@ void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Pr
   }
   backend.forward(rows, logits, progress);
   for (size_t i = 0; i < finished.size() && !all; ++i) {
-    Sequence& sequence = *finished[i];
-    sequence.where = kept ? Sequence::Logits::Device : Sequence::Logits::Host;
-    if (!kept) sequence.logits = {logits_, logits + static_cast<int64_t>(i) * vocab};
+    std::shared_ptr<Logits>& result = finished[i]->logits;
+    result = std::make_shared<Logits>();
+    if (kept) {
+      result->kept_row = static_cast<int64_t>(i);
+      kept_.push_back(result);
+    } else {
+      result->values = {logits_, logits + static_cast<int64_t>(i) * vocab};
+    }
   }
 }
 
@@ -259,33 +262,32 @@ void Engine::evaluate(Sequence& sequence, const Progress& progress, float* all_l
   }
 }
 
-std::span<const float> Engine::logits(Sequence& sequence) {
-  Turn turn(*this);
-  return logits(turn.backend, sequence);
+void Engine::fetch(Backend& backend, Logits& logits) const {
+  if (logits.values) return;
+  const auto row = std::make_shared<std::vector<float>>(static_cast<size_t>(config_.text.vocab_size));
+  backend.kept_logits(logits.kept_row, row->data());
+  logits.values = {row, row->data()};
 }
 
-std::span<const float> Engine::logits(Backend& backend, Sequence& sequence) {
-  const size_t vocab = static_cast<size_t>(config_.text.vocab_size);
-  if (sequence.where == Sequence::Logits::Device) {
-    const auto fetched = std::make_shared<std::vector<float>>(vocab);
-    backend.last_logits(sequence.table.pages.back()->handle, fetched->data());
-    sequence.logits = {fetched, fetched->data()};
-    sequence.where = Sequence::Logits::Host;
-  }
-  if (sequence.where == Sequence::Logits::None) return {};
-  return {sequence.logits.get(), vocab};
+std::span<const float> Engine::logits(Sequence& sequence) {
+  Turn turn(*this);
+  if (!sequence.logits) return {};
+  fetch(turn.backend, *sequence.logits);
+  return {sequence.logits->values.get(), static_cast<size_t>(config_.text.vocab_size)};
 }
 
 int32_t Engine::sample(Sequence& sequence, Sampler& sampler, std::span<const uint8_t> allowed) {
   Turn turn(*this);
-  if (sequence.where == Sequence::Logits::Device && sampler.is_greedy() && allowed.empty()) {
-    const int32_t token = turn.backend.likeliest(sequence.table.pages.back()->handle);
+  if (!sequence.logits) throw std::invalid_argument("sample: nothing has been evaluated yet");
+  Logits& logits = *sequence.logits;
+  if (!logits.values && sampler.is_greedy() && allowed.empty()) {
+    const int32_t token = turn.backend.likeliest(logits.kept_row);
     if (token < 0) throw damaged_logits();
     return token;
   }
-  const std::span<const float> values = logits(turn.backend, sequence);
-  if (values.empty()) throw std::invalid_argument("sample: nothing has been evaluated yet");
-  return sampler.sample(values, sequence.token_ids, allowed, static_cast<size_t>(sequence.prompt_cells));
+  fetch(turn.backend, logits);
+  return sampler.sample({logits.values.get(), static_cast<size_t>(config_.text.vocab_size)},
+                        sequence.token_ids, allowed, static_cast<size_t>(sequence.prompt_cells));
 }
 
 LogProbabilities Engine::log_probabilities(Sequence& sequence, int32_t token, size_t top) {

@@ -110,7 +110,7 @@ class Engine {
  private:
   void require_batch(std::span<const StepRows> batch) const;
   void compute(Backend& backend, std::span<const StepRows> batch, const Progress& progress);
-  std::span<const float> logits(Backend& backend, Sequence& sequence);
+  void fetch(Backend& backend, Logits& logits) const;
   void give_back_abandoned() noexcept;
 
   ModelConfig config_;
@@ -126,6 +126,7 @@ class Engine {
   std::vector<const float*> embeddings_;
   std::vector<PageHandle> pages_;
   std::shared_ptr<std::vector<float>> logits_;  ///< [sequence][vocab_size]; anew where one still has its row
+  std::vector<std::weak_ptr<Logits>> kept_;     ///< that the last step has left with the backend
 };
 
 }  // namespace qwen2vl

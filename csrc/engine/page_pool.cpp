@@ -36,12 +36,7 @@ PagePool::~PagePool() {
   for (const auto& [page, owner] : pages_) store_.free(page->handle);
 }
 
-int64_t PagePool::bytes() const {
-  if (store_.page_bytes() > 0) return page_count() * store_.page_bytes();
-  int64_t bytes = 0;
-  for (const auto& [page, owner] : pages_) bytes += store_.bytes(page->handle);
-  return bytes;
-}
+int64_t PagePool::bytes() const { return page_count() * store_.page_bytes(); }
 
 PageTable PagePool::find(std::span<const CellKey> cells) {
   PageTable table;
@@ -65,7 +60,7 @@ CachedPage* PagePool::longest(uint64_t before, std::span<const CellKey> cells, i
   const auto [begin, end] = index_.equal_range(link(before, cells[0]));
   for (auto it = begin; it != end; ++it) {
     CachedPage* page = it->second;
-    if (page->before != before || (page->users > 0 && !store_.copies())) continue;
+    if (page->before != before) continue;
     const auto differ = std::mismatch(page->cells.begin(), page->cells.end(), cells.begin(), cells.end());
     const int64_t n = differ.first - page->cells.begin();
     if (n > common) {
@@ -90,8 +85,8 @@ void PagePool::make_writable(PageTable& table) {
   if (last->users == 1 && static_cast<int64_t>(last->cells.size()) == used) return;
   CachedPage* own = nullptr;
   try {
-    if (store_.copies()) own = make_page();
-  } catch (const OutOfPages&) {
+    own = make_page();
+  } catch (const Error&) {
     if (last->users > 1) throw;
   }
   if (own == nullptr) {  // its other cells go; what was computed behind them is no longer found
@@ -107,26 +102,33 @@ void PagePool::make_writable(PageTable& table) {
 
 CachedPage* PagePool::make_page() {
   while (bytes() + store_.page_bytes() > budget_) {
-    if (idle_.empty())
+    if (!drop_oldest())
       throw OutOfPages("the KV cache is full: expected " + std::to_string(store_.page_bytes()) +
                        " bytes for more cells, found " + std::to_string(bytes()) + " of " +
                        std::to_string(budget_) + " in use by sequences");
-    CachedPage* oldest = idle_.front();
-    idle_.pop_front();
-    destroy(oldest);
   }
   auto owner = std::make_unique<CachedPage>();
   CachedPage* page = owner.get();
   pages_.emplace(page, std::move(owner));
-  try {
-    page->handle = store_.make();
-  } catch (...) {
-    pages_.erase(page);
-    throw;
-  }
+  while (page->handle == nullptr) try {
+      page->handle = store_.make();
+    } catch (...) {  // a device may have less room than the budget
+      if (drop_oldest()) continue;
+      pages_.erase(page);
+      throw;
+    }
   page->id = ++last_id_;
   page->users = 1;
   return page;
+}
+
+/// Of the pages without users; false where there is none.
+bool PagePool::drop_oldest() {
+  if (idle_.empty()) return false;
+  CachedPage* oldest = idle_.front();
+  idle_.pop_front();
+  destroy(oldest);
+  return true;
 }
 
 void PagePool::commit(PageTable& table, std::span<const CellKey> cells) {

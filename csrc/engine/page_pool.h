@@ -82,6 +82,7 @@ class PagePool {
  private:
   CachedPage* longest(uint64_t before, std::span<const CellKey> cells, int64_t& common);
   CachedPage* make_page();
+  bool drop_oldest();
   void make_writable(PageTable& table);
   void use(CachedPage* page);
   void leave(CachedPage* page);

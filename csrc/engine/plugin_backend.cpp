@@ -77,29 +77,39 @@ class Handle {
   Weights weights_;
 };
 
-/// The interface knows a cache for each sequence and no pages: its one page, which never gets full, is such a
-/// cache, so that sequences share nothing, and the next one goes on with what the last one has left.
 class PluginPages final : public PageStore {
  public:
-  explicit PluginPages(const Handle& handle) : handle_(handle) {}
+  explicit PluginPages(const Handle& handle) : handle_(handle) {
+    qwen2vl_info info{};
+    handle.api.info(handle.backend, &info);
+    cells_ = info.page_cells;
+    bytes_ = info.page_bytes;
+    if (cells_ < 1 || bytes_ < 1)
+      throw DeviceError("the plug-in: expected pages of some cells and bytes, found " +
+                        std::to_string(cells_) + " and " + std::to_string(bytes_));
+  }
 
-  static qwen2vl_cache_handle* cache(PageHandle page) { return static_cast<qwen2vl_cache_handle*>(page); }
-
-  int64_t page_cells() const override { return int64_t{1} << 40; }  // more than any context
-  int64_t page_bytes() const override { return 0; }
+  int64_t page_cells() const override { return cells_; }
+  int64_t page_bytes() const override { return bytes_; }
   PageHandle make() override {
-    qwen2vl_cache_handle* made = nullptr;
+    qwen2vl_page_handle* made = nullptr;
     qwen2vl_error error{};
-    check_plugin(handle_.api.new_cache(handle_.backend, &made, &error), error);
+    check_plugin(handle_.api.new_page(handle_.backend, &made, &error), error);
     return made;
   }
-  void free(PageHandle page) noexcept override { handle_.api.free_cache(cache(page)); }
-  int64_t bytes(PageHandle page) const override { return handle_.api.cache_bytes(cache(page)); }
-  bool copies() const override { return false; }
-  void copy(PageHandle, PageHandle) override { throw std::logic_error("plug-ins cannot copy caches"); }
+  void free(PageHandle page) noexcept override {
+    handle_.api.free_page(handle_.backend, static_cast<qwen2vl_page_handle*>(page));
+  }
+  void copy(PageHandle from, PageHandle to) override {
+    qwen2vl_error error{};
+    check_plugin(handle_.api.copy_page(handle_.backend, static_cast<qwen2vl_page_handle*>(from),
+                                       static_cast<qwen2vl_page_handle*>(to), &error),
+                 error);
+  }
 
  private:
   const Handle& handle_;
+  int64_t cells_ = 0, bytes_ = 0;
 };
 
 class PluginBackend final : public Backend, private Instruments {
@@ -122,13 +132,17 @@ class PluginBackend final : public Backend, private Instruments {
   }
 
   void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) override {
+    page_handles_.clear();
+    for (const SequenceRows& s : batch)
+      for (const PageHandle page : s.pages) page_handles_.push_back(static_cast<qwen2vl_page_handle*>(page));
     std::vector<qwen2vl_rows> rows;
+    size_t page = 0;
     for (const SequenceRows& s : batch) {
-      qwen2vl_cache_handle* cache = PluginPages::cache(s.pages[0]);
-      if (api().cache_size(cache) > s.first_cell) api().cache_truncate(cache, s.first_cell);
-      rows.push_back({cache, static_cast<int64_t>(s.token_ids.size()), s.token_ids.data(),
-                      s.embeddings.data(), s.positions.empty() ? nullptr : s.positions.data()->data(),
+      rows.push_back({page_handles_.data() + page, static_cast<int64_t>(s.pages.size()), s.first_cell,
+                      static_cast<int64_t>(s.token_ids.size()), s.token_ids.data(), s.embeddings.data(),
+                      s.positions.empty() ? nullptr : s.positions.data()->data(),
                       static_cast<int32_t>(s.logits)});
+      page += s.pages.size();
     }
     Reporter reporter(progress);
     qwen2vl_error error{};
@@ -139,15 +153,15 @@ class PluginBackend final : public Backend, private Instruments {
 
   bool keeps_logits() const override { return true; }
 
-  void last_logits(PageHandle last, float* out) override {
+  void kept_logits(int64_t row, float* out) override {
     qwen2vl_error error{};
-    check_plugin(api().last_logits(PluginPages::cache(last), out, &error), error);
+    check_plugin(api().kept_logits(handle_.backend, row, out, &error), error);
   }
 
-  int32_t likeliest(PageHandle last) override {
+  int32_t likeliest(int64_t row) override {
     int32_t token = -1;
     qwen2vl_error error{};
-    check_plugin(api().likeliest(PluginPages::cache(last), &token, &error), error);
+    check_plugin(api().likeliest(handle_.backend, row, &token, &error), error);
     return token;
   }
 
@@ -244,6 +258,7 @@ class PluginBackend final : public Backend, private Instruments {
 
   Handle handle_;
   PluginPages pages_;
+  std::vector<qwen2vl_page_handle*> page_handles_;  // of the call at work
   bool has_vision_;
   bool vision_loaded_ = false;
   std::string device_;

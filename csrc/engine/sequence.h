@@ -10,6 +10,13 @@
 
 namespace qwen2vl {
 
+/// After the last cell of a sequence, [vocab_size].
+struct Logits {
+  int64_t kept_row = -1;  ///< where they are with a backend that keeps them, until it computes again
+  /// A row of all that a step has computed, which it keeps; null as long as the backend alone has them.
+  std::shared_ptr<const float> values;
+};
+
 /// A conversation's cells: the first size() have been computed, the others wait for a step of the engine.
 struct Sequence {
   /// An image or video some of whose cells wait: its first cell, and a row for each.
@@ -17,9 +24,6 @@ struct Sequence {
     int64_t start;
     std::shared_ptr<const Embeddings> embeddings;
   };
-  /// Where the logits after the last cell are; nowhere as long as cells wait.
-  enum class Logits { None, Host, Device };
-
   int64_t n_ctx = 0;         ///< cells at most
   int64_t prompt_cells = 0;  ///< the first; those behind them hold tokens that were drawn
   std::vector<int32_t> token_ids;
@@ -28,17 +32,12 @@ struct Sequence {
   std::vector<Item> items;
   int32_t next_position = 0;  ///< of a text token after the last cell
   PageTable table;
-  Logits where = Logits::None;
-  /// [vocab_size], a row of all that a step has computed, which it keeps.
-  std::shared_ptr<const float> logits;
+  std::shared_ptr<Logits> logits;  ///< null as long as cells wait
 
   int64_t size() const { return table.size; }
   int64_t waiting() const { return static_cast<int64_t>(cells.size()) - table.size; }
 
-  void drop_logits() {
-    where = Logits::None;
-    logits.reset();
-  }
+  void drop_logits() { logits.reset(); }
   /// Drops the cells that wait.
   void drop_waiting() { resize(table.size); }
   void resize(int64_t n) {

@@ -84,17 +84,16 @@ class Backend {
 
   /// Computes the rows of every sequence and fills their cells; writes the logits wanted, [rows, vocab_size],
   /// sequence after sequence. A backend that keeps logits may be given none to write to unless all rows' are
-  /// wanted: then they stay on the device.
+  /// wanted: then they stay on the device until the next call.
   virtual void forward(std::span<const SequenceRows> batch, float* logits, const Progress& progress) = 0;
 
-  /// Where a backend keeps logits, those after the last cell of a sequence, asked for by the page that holds
-  /// it before that page changes: all of them [vocab_size], or the first of the largest, -1 where none is a
-  /// number.
+  /// Where a backend keeps logits: row `row` of them [vocab_size], or the first of its largest, -1 where none
+  /// is a number. Whoever asks for the likeliest is likely to append it next.
   virtual bool keeps_logits() const { return false; }
-  virtual void last_logits(PageHandle /*last*/, float* /*out*/) {
+  virtual void kept_logits(int64_t /*row*/, float* /*out*/) {
     throw std::logic_error("this backend keeps no logits");
   }
-  virtual int32_t likeliest(PageHandle /*last*/) { throw std::logic_error("this backend keeps no logits"); }
+  virtual int32_t likeliest(int64_t /*row*/) { throw std::logic_error("this backend keeps no logits"); }
 
   /// Rows that forward takes in one call at most; longer prompts are cut by the caller.
   virtual int64_t max_batch_rows() const = 0;

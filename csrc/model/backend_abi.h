@@ -7,7 +7,7 @@
  *
  * Every call returns a qwen2vl_status; where it is not OK, `error` holds a message for the user. Pointers
  * that the host passes live as long as the call, those in qwen2vl_model as long as the backend. Calls on one
- * backend and its caches come one at a time, from any thread; cache_size and cache_bytes at any time. */
+ * backend and its pages come one at a time, from any thread. */
 
 #include <stdint.h>
 
@@ -15,12 +15,12 @@
 extern "C" {
 #endif
 
-#define QWEN2VL_BACKEND_ABI 1u
+#define QWEN2VL_BACKEND_ABI 2u
 #define QWEN2VL_BACKEND_SYMBOL "qwen2vl_backend"
 
 typedef enum qwen2vl_status {
   QWEN2VL_OK = 0,
-  QWEN2VL_CANCELLED = 1,   /* the progress callback asked for it; caches are as before the call */
+  QWEN2VL_CANCELLED = 1,   /* the progress callback asked for it; cells before its rows are as they were */
   QWEN2VL_INVALID = 2,     /* std::invalid_argument */
   QWEN2VL_UNSUPPORTED = 3, /* UnsupportedError */
   QWEN2VL_DEVICE = 4,      /* DeviceError: no driver, no device, too little memory, a fault of it */
@@ -120,6 +120,7 @@ typedef struct qwen2vl_info {
   char note[512];       /* a word to the user, or empty: "11 of 28 layers stay in the host's memory ..." */
   int64_t weight_bytes; /* of the weights used so far: the vision tower's count from the first image */
   int64_t max_batch_rows;
+  int64_t page_cells, page_bytes; /* of a page of the KV cache */
 } qwen2vl_info;
 
 typedef struct qwen2vl_limits { /* what the device can do at most in a second */
@@ -135,10 +136,13 @@ typedef struct qwen2vl_stage { /* StageRecord */
 } qwen2vl_stage;
 
 typedef struct qwen2vl_backend_handle qwen2vl_backend_handle;
-typedef struct qwen2vl_cache_handle qwen2vl_cache_handle;
+typedef struct qwen2vl_page_handle qwen2vl_page_handle;
 
 typedef struct qwen2vl_rows { /* SequenceRows */
-  qwen2vl_cache_handle* cache;
+  qwen2vl_page_handle* const*
+      pages; /* of all its cells, those of the rows included; full ones may be shared */
+  int64_t n_pages;
+  int64_t first_cell; /* of the rows: so many have been computed */
   int64_t n;
   const int32_t* token_ids;       /* [n] */
   const float* const* embeddings; /* [n], NULL entries for tokens */
@@ -157,14 +161,13 @@ typedef struct qwen2vl_backend_api {
 
   int (*create)(const qwen2vl_model* model, const qwen2vl_options* options, qwen2vl_progress progress,
                 qwen2vl_backend_handle** out, qwen2vl_error* error);
-  void (*destroy)(qwen2vl_backend_handle* backend); /* after its caches */
+  void (*destroy)(qwen2vl_backend_handle* backend); /* after its pages */
   void (*info)(const qwen2vl_backend_handle* backend, qwen2vl_info* out);
 
-  int (*new_cache)(qwen2vl_backend_handle* backend, qwen2vl_cache_handle** out, qwen2vl_error* error);
-  void (*free_cache)(qwen2vl_cache_handle* cache);
-  int64_t (*cache_size)(const qwen2vl_cache_handle* cache);
-  void (*cache_truncate)(qwen2vl_cache_handle* cache, int64_t size);
-  int64_t (*cache_bytes)(const qwen2vl_cache_handle* cache);
+  int (*new_page)(qwen2vl_backend_handle* backend, qwen2vl_page_handle** out, qwen2vl_error* error);
+  void (*free_page)(qwen2vl_backend_handle* backend, qwen2vl_page_handle* page);
+  int (*copy_page)(qwen2vl_backend_handle* backend, const qwen2vl_page_handle* from, qwen2vl_page_handle* to,
+                   qwen2vl_error* error);
 
   int (*encode_vision)(qwen2vl_backend_handle* backend, const float* pixel_values, int64_t t, int64_t h,
                        int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error);
@@ -172,14 +175,15 @@ typedef struct qwen2vl_backend_api {
    * channel becomes [in_channels][256]. */
   int (*encode_pixels)(qwen2vl_backend_handle* backend, const uint8_t* pixels, const float* levels, int64_t h,
                        int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error);
-  /* Backend::forward. With logits NULL the last rows' logits stay on the device, in each cache, until it is
-   * used again: `likeliest` and `last_logits` ask for them. */
+  /* Backend::forward. With logits NULL the logits wanted stay on the device until the next call: `likeliest`
+   * and `kept_logits` ask for a row of them. */
   int (*forward)(qwen2vl_backend_handle* backend, const qwen2vl_rows* batch, int64_t n, float* logits,
                  qwen2vl_progress progress, qwen2vl_error* error);
-  /* The first of the largest logits after the cache's last cell; -1 where none is a number. Whoever asks this
-   * way is likely to append that very token next: the device may begin with it. */
-  int (*likeliest)(qwen2vl_cache_handle* cache, int32_t* token, qwen2vl_error* error);
-  int (*last_logits)(qwen2vl_cache_handle* cache, float* out, qwen2vl_error* error); /* [vocab_size] */
+  /* The first of a row's largest logits; -1 where none is a number. Whoever asks this way is likely to append
+   * that very token next: the device may begin with it. */
+  int (*likeliest)(qwen2vl_backend_handle* backend, int64_t row, int32_t* token, qwen2vl_error* error);
+  int (*kept_logits)(qwen2vl_backend_handle* backend, int64_t row, float* out, /* [vocab_size] */
+                     qwen2vl_error* error);
 
   int (*start_profile)(qwen2vl_backend_handle* backend, qwen2vl_error* error);
   int (*stop_profile)(qwen2vl_backend_handle* backend, qwen2vl_stage* out, int32_t capacity, int32_t* count,

@@ -13,15 +13,11 @@ class PageStore {
   virtual ~PageStore() = default;
 
   virtual int64_t page_cells() const = 0;
-  virtual int64_t page_bytes() const = 0;  ///< of every page; 0 where they grow
+  virtual int64_t page_bytes() const = 0;  ///< of every page
 
   /// Throws where the memory is not there.
   virtual PageHandle make() = 0;
   virtual void free(PageHandle page) noexcept = 0;
-  virtual int64_t bytes(PageHandle page) const = 0;
-
-  /// Whether pages can be copied. Where they cannot, sequences share none.
-  virtual bool copies() const { return true; }
   virtual void copy(PageHandle from, PageHandle to) = 0;
 };
 

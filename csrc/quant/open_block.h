@@ -135,7 +135,9 @@ QWEN2VL_HOST_DEVICE void open_k_block(const K& block, OpenBlock& out) {
   out.m = block.m;
 }
 
-QWEN2VL_HOST_DEVICE inline void open_block(const Block<DType::Q4_K>& block, OpenBlock& out) { open_k_block(block, out); }
+QWEN2VL_HOST_DEVICE inline void open_block(const Block<DType::Q4_K>& block, OpenBlock& out) {
+  open_k_block(block, out);
+}
 
 QWEN2VL_HOST_DEVICE inline void open_block(const Block<DType::Q5_K>& block, OpenBlock& out) {
   open_k_block(block, out);

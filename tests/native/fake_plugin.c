@@ -17,10 +17,10 @@
 #define FAKE_SYMBOL qwen2vl_backend
 #endif
 
-enum { ROWS = 8, DAMAGED_TOKEN = 1000 };
+enum { ROWS = 8, PAGE_CELLS = 4, PAGE_BYTES = 400, DAMAGED_TOKEN = 1000 };
 
-int32_t fake_live_backends, fake_live_caches, fake_caches_left_behind, fake_overlapping_calls;
-int32_t fake_likeliest_calls, fake_last_logits_calls, fake_forward_calls, fake_forward_without_logits;
+int32_t fake_live_backends, fake_live_pages, fake_pages_left_behind, fake_overlapping_calls, fake_page_copies;
+int32_t fake_likeliest_calls, fake_kept_logits_calls, fake_forward_calls, fake_forward_without_logits;
 int32_t fake_exact, fake_device;
 int64_t fake_memory_bytes;
 
@@ -28,14 +28,14 @@ static int32_t busy;
 
 struct qwen2vl_backend_handle {
   const qwen2vl_model* model;
-  int32_t has_seen, profiling, caches;
+  int32_t has_seen, profiling, pages;
   int64_t calls;
+  int64_t n_kept;
+  int32_t kept[ROWS]; /* tokens whose logits stay */
 };
 
-struct qwen2vl_cache_handle {
-  qwen2vl_backend_handle* backend;
-  int64_t size;
-  int32_t last; /* token */
+struct qwen2vl_page_handle {
+  int32_t tokens[PAGE_CELLS]; /* -1 where nothing was computed */
 };
 
 static void enter(void) { fake_overlapping_calls += busy++ != 0; }
@@ -95,7 +95,7 @@ static int create(const qwen2vl_model* model, const qwen2vl_options* options, qw
 }
 
 static void destroy(qwen2vl_backend_handle* backend) {
-  fake_caches_left_behind += backend->caches;
+  fake_pages_left_behind += backend->pages;
   --fake_live_backends;
   free(backend);
 }
@@ -107,38 +107,40 @@ static void info(const qwen2vl_backend_handle* backend, qwen2vl_info* out) {
   snprintf(out->note, sizeof out->note, "%s", note ? note : "");
   out->weight_bytes = backend->has_seen ? 2000 : 1000;
   out->max_batch_rows = ROWS;
+  out->page_cells = PAGE_CELLS;
+  out->page_bytes = PAGE_BYTES;
 }
 
-static int new_cache(qwen2vl_backend_handle* backend, qwen2vl_cache_handle** out, qwen2vl_error* error) {
+static int new_page(qwen2vl_backend_handle* backend, qwen2vl_page_handle** out, qwen2vl_error* error) {
   enter();
-  const int status = done("new_cache", error);
+  const int status = done("new_page", error);
   if (!status) {
-    *out = calloc(1, sizeof **out);
-    (*out)->backend = backend;
-    ++backend->caches;
-    ++fake_live_caches;
+    *out = malloc(sizeof **out);
+    memset(*out, 0xff, sizeof **out);
+    ++backend->pages;
+    ++fake_live_pages;
   }
   leave();
   return status;
 }
 
-static void free_cache(qwen2vl_cache_handle* cache) {
+static void free_page(qwen2vl_backend_handle* backend, qwen2vl_page_handle* page) {
   enter();
-  --cache->backend->caches;
-  --fake_live_caches;
-  free(cache);
+  --backend->pages;
+  --fake_live_pages;
+  free(page);
   leave();
 }
 
-static int64_t cache_size(const qwen2vl_cache_handle* cache) { return cache->size; }
-
-static void cache_truncate(qwen2vl_cache_handle* cache, int64_t size) {
+static int copy_page(qwen2vl_backend_handle* backend, const qwen2vl_page_handle* from,
+                     qwen2vl_page_handle* to, qwen2vl_error* error) {
+  (void)backend;
   enter();
-  cache->size = size;
+  *to = *from;
+  ++fake_page_copies;
   leave();
+  return done("copy_page", error);
 }
-
-static int64_t cache_bytes(const qwen2vl_cache_handle* cache) { return 100 * cache->size; }
 
 static int encode_vision(qwen2vl_backend_handle* backend, const float* pixel_values, int64_t t, int64_t h,
                          int64_t w, float* out, qwen2vl_progress progress, qwen2vl_error* error) {
@@ -160,13 +162,13 @@ static int encode_pixels(qwen2vl_backend_handle* backend, const uint8_t* pixels,
   return encode_vision(backend, &levels[pixels[0]], 1, h, w, out, progress, error);
 }
 
-static int32_t next_token(const qwen2vl_cache_handle* cache) {
-  return (cache->last + 1) % (int32_t)cache->backend->model->text.vocab_size;
+static int32_t next_token(const qwen2vl_backend_handle* backend, int32_t token) {
+  return (token + 1) % (int32_t)backend->model->text.vocab_size;
 }
 
-static void write_logits(const qwen2vl_cache_handle* cache, float* out) {
-  for (int64_t i = 0; i < cache->backend->model->text.vocab_size; ++i) out[i] = 0;
-  out[next_token(cache)] = 1;
+static void write_logits(const qwen2vl_backend_handle* backend, int32_t token, float* out) {
+  for (int64_t i = 0; i < backend->model->text.vocab_size; ++i) out[i] = 0;
+  out[next_token(backend, token)] = 1;
 }
 
 static int forward(qwen2vl_backend_handle* backend, const qwen2vl_rows* batch, int64_t n, float* logits,
@@ -176,37 +178,47 @@ static int forward(qwen2vl_backend_handle* backend, const qwen2vl_rows* batch, i
   fake_forward_without_logits += logits == NULL;
   int status = done("forward", error);
   if (!status && cancelled(progress, backend->model->text.num_hidden_layers)) status = QWEN2VL_CANCELLED;
+  backend->n_kept = 0;
   for (int64_t s = 0; s < n && !status; ++s) {
-    qwen2vl_cache_handle* cache = batch[s].cache;
-    if (batch[s].n > ROWS || (batch[s].logits == 2 && logits == NULL)) status = QWEN2VL_FAILED;
-    for (int64_t i = 0; i < batch[s].n && !status; ++i) {
-      cache->last = batch[s].token_ids[i];
-      ++cache->size;
-      if (logits == NULL || !(batch[s].logits == 2 || (batch[s].logits == 1 && i + 1 == batch[s].n)))
+    const qwen2vl_rows* rows = &batch[s];
+    if (rows->n > ROWS || (rows->logits == 2 && logits == NULL)) status = QWEN2VL_FAILED;
+    if (rows->n_pages != (rows->first_cell + rows->n + PAGE_CELLS - 1) / PAGE_CELLS) status = QWEN2VL_FAILED;
+    for (int64_t i = 0; i < rows->first_cell && !status; ++i)
+      if (rows->pages[i / PAGE_CELLS]->tokens[i % PAGE_CELLS] < 0) status = QWEN2VL_FAILED;
+    for (int64_t i = 0; i < rows->n && !status; ++i) {
+      const int64_t cell = rows->first_cell + i;
+      rows->pages[cell / PAGE_CELLS]->tokens[cell % PAGE_CELLS] = rows->token_ids[i];
+      if (!(rows->logits == 2 || (rows->logits == 1 && i + 1 == rows->n))) continue;
+      if (logits == NULL) {
+        backend->kept[backend->n_kept++] = rows->token_ids[i];
         continue;
-      write_logits(cache, logits);
+      }
+      write_logits(backend, rows->token_ids[i], logits);
       logits += backend->model->text.vocab_size;
     }
   }
+  if (status == QWEN2VL_FAILED) snprintf(error->message, sizeof error->message, "forward: the fake fails");
   backend->calls += backend->profiling;
   leave();
   return status;
 }
 
-static int likeliest(qwen2vl_cache_handle* cache, int32_t* token, qwen2vl_error* error) {
+static int likeliest(qwen2vl_backend_handle* backend, int64_t row, int32_t* token, qwen2vl_error* error) {
+  if (row < 0 || row >= backend->n_kept) return QWEN2VL_INVALID;
   enter();
   ++fake_likeliest_calls;
-  *token = cache->last == DAMAGED_TOKEN ? -1 : next_token(cache);
+  *token = backend->kept[row] == DAMAGED_TOKEN ? -1 : next_token(backend, backend->kept[row]);
   leave();
   return done("likeliest", error);
 }
 
-static int last_logits(qwen2vl_cache_handle* cache, float* out, qwen2vl_error* error) {
+static int kept_logits(qwen2vl_backend_handle* backend, int64_t row, float* out, qwen2vl_error* error) {
+  if (row < 0 || row >= backend->n_kept) return QWEN2VL_INVALID;
   enter();
-  ++fake_last_logits_calls;
-  write_logits(cache, out);
+  ++fake_kept_logits_calls;
+  write_logits(backend, backend->kept[row], out);
   leave();
-  return done("last_logits", error);
+  return done("kept_logits", error);
 }
 
 static int start_profile(qwen2vl_backend_handle* backend, qwen2vl_error* error) {
@@ -277,16 +289,14 @@ const qwen2vl_backend_api* FAKE_SYMBOL(void) {
       .create = create,
       .destroy = destroy,
       .info = info,
-      .new_cache = new_cache,
-      .free_cache = free_cache,
-      .cache_size = cache_size,
-      .cache_truncate = cache_truncate,
-      .cache_bytes = cache_bytes,
+      .new_page = new_page,
+      .free_page = free_page,
+      .copy_page = copy_page,
       .encode_vision = encode_vision,
       .encode_pixels = encode_pixels,
       .forward = forward,
       .likeliest = likeliest,
-      .last_logits = last_logits,
+      .kept_logits = kept_logits,
       .start_profile = start_profile,
       .stop_profile = stop_profile,
       .read_weights = read_weights,

@@ -208,7 +208,7 @@ CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(kRowTiles, kThreads)) few
                 if constexpr (!Unit<T>::kScaled) {
                   mma_bf16(acc[j][n], a, bn.x, bn.y);
                 } else {
-                  const auto add = [&](const uint32_t(&factors)[4], float(&to)[4]) {
+                  const auto add = [&](const uint32_t (&factors)[4], float (&to)[4]) {
                     if (Unit<T>::kScalePerStep || step == 0)
                       mma_bf16_first(to, factors, bn.x, bn.y);
                     else

@@ -53,8 +53,7 @@ CHIP_DEVICE void pack_integers(const PackRows& p, int64_t at, int block, int g, 
     } else if constexpr (kLow == 4) {
       uint32_t word = 0;
       for (int i = 0; i < 4; ++i)
-        for (int e = 0; e < 2; ++e)
-          word |= (stored(i, e) & 15u) << (kTable ? 8 * i + 4 * e : 4 * i + 16 * e);
+        for (int e = 0; e < 2; ++e) word |= (stored(i, e) & 15u) << (kTable ? 8 * i + 4 * e : 4 * i + 16 * e);
       reinterpret_cast<uint32_t*>(p.low)[4 * lane + 2 * block + s] = word;
     } else {
       put_twos(p.low, 0);
@@ -94,9 +93,7 @@ CHIP_DEVICE void pack_scales(const PackRows& p, int64_t at, int block, int g, in
 /// Of floats: what mma's operand is made of.
 template <DType T>
 CHIP_DEVICE void pack_floats(const PackRows& p, int64_t at, int64_t first, int g, int s, const uint8_t* row) {
-  const auto value = [&](int64_t k) {
-    return row == nullptr || k >= p.cols ? 0.0f : float_value<T>(row, k);
-  };
+  const auto value = [&](int64_t k) { return row == nullptr || k >= p.cols ? 0.0f : float_value<T>(row, k); };
   for (int vector = 0; vector < 4; ++vector)
     for (int t = 0; t < 4; ++t)
       for (int i = 0; i < 2; ++i) {

@@ -71,8 +71,7 @@ struct PackedFormat {
     return scales == Scales::Halves && has_minimum ? units * 8 * 8 : 0;
   }
   constexpr int64_t super_bytes(int64_t units) const {
-    return scales == Scales::None || scales == Scales::Halves ? 0
-                                                              : units / 4 * 8 * (has_minimum ? 8 : 4);
+    return scales == Scales::None || scales == Scales::Halves ? 0 : units / 4 * 8 * (has_minimum ? 8 : 4);
   }
 };
 
@@ -97,13 +96,13 @@ void visit_packed(DType type, const Fn& fn) {
 struct PackedMatrix {
   DType type = DType::BF16;  ///< packed_type
   int32_t tiles = 0;
-  int32_t units = 0;                 ///< of 64 columns; whole fours
-  int32_t first_pair = 0;            ///< what pair 0 of tile 0 is in the layer's own numbering
-  const uint8_t* low = nullptr;      ///< [tile][unit][vector of 16 bytes at most][lane]
-  const uint8_t* high = nullptr;     ///< [tile][unit][lane]
-  const uint2* scales = nullptr;     ///< [tile][unit][8]
-  const uint2* minima = nullptr;     ///< Halves with a minimum: [tile][unit][8]
-  const uint8_t* supers = nullptr;   ///< all but Halves: [tile][unit / 4][8]
+  int32_t units = 0;                ///< of 64 columns; whole fours
+  int32_t first_pair = 0;           ///< what pair 0 of tile 0 is in the layer's own numbering
+  const uint8_t* low = nullptr;     ///< [tile][unit][vector of 16 bytes at most][lane]
+  const uint8_t* high = nullptr;    ///< [tile][unit][lane]
+  const uint2* scales = nullptr;    ///< [tile][unit][8]
+  const uint2* minima = nullptr;    ///< Halves with a minimum: [tile][unit][8]
+  const uint8_t* supers = nullptr;  ///< all but Halves: [tile][unit / 4][8]
 };
 
 /// The low (kShift 0) or high (8) bytes of kIq4[4 word .. + 3] as bf16.
@@ -201,8 +200,7 @@ struct Unit {
           a[i] = mask_or(moved(h, pair + 4 * block + 8 * slot - kLowBits), 0x00010001u << kLowBits, a[i]);
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        a[i] = subtract_bf16(a[i], kZero);
+      for (int i = 0; i < 4; ++i) a[i] = subtract_bf16(a[i], kZero);
     }
   }
 

@@ -1,8 +1,8 @@
 #pragma once
 
 // The plain twins: precision "exact". float32 throughout, one obvious loop each; weights stay as the
-// file has them and are taken apart for each product. They are what the fast kernels are compared with on a device, and what verifies a file there; nothing
-// here is tuned.
+// file has them and are taken apart for each product. They are what the fast kernels are compared with on a
+// device, and what verifies a file there; nothing here is tuned.
 
 #include "cuda/chip.h"
 #include "cuda/kernels/epilogue.cuh"
@@ -32,7 +32,7 @@ CHIP_KERNEL void CHIP_BOUNDS(128, 4) dequantize_rows(Dequantize p) {
 struct PlainLinear {
   const float* weight;  ///< [features][columns]
   const float* bias;    ///< or null
-  const float* x;     ///< [rows][x_stride]
+  const float* x;       ///< [rows][x_stride]
   int64_t x_stride;
   int32_t rows, columns, features;
   float* out;  ///< [rows][stride]

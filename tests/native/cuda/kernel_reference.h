@@ -129,9 +129,7 @@ struct Layer {
     return out;
   }
   /// The weights as few_rows multiplies with them: integers and scales are exact.
-  Values multiplied() const {
-    return is_quantized(type) ? weight : rounded();
-  }
+  Values multiplied() const { return is_quantized(type) ? weight : rounded(); }
   /// x W^T + bias of x [rows][cols], with `w` for the weights.
   Doubles product(const Doubles& x, const Values& w) const {
     const int64_t n = static_cast<int64_t>(x.size()) / cols;
