@@ -6,6 +6,7 @@ computes on the processor what the kernels say. There some take most of a minute
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from checkpoints import CheckpointSpec, write_checkpoint
+from children import run_script
 from conversations import Parts, conversation, encoded_patches, random_image
 from demo import cases
 from qwen2vl_q import DEMO_MODEL, Qwen2VL, _native
@@ -345,6 +347,69 @@ def test_weights_without_room_stay_in_the_hosts_memory(wide: Path, model: Qwen2V
         state.accept(3)
         logits.append(state.logits)
     np.testing.assert_array_equal(logits[0], logits[1])
+
+
+SEVERAL_DEVICES = """
+import sys
+import numpy as np
+from qwen2vl_q import _native
+path, plugin, layer_bytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
+ids = np.random.default_rng(0).integers(0, 1024, 80).astype(np.int32)
+patches = np.random.default_rng(1).standard_normal((8 * 6, 1176)).astype(np.float32)
+greedy = _native.Sampler()
+
+def results(model, common):  # of two sequences that have so many tokens in common
+    found = [_native.VisionPass(model, patches, (1, 8, 6)).advance().numpy()]
+    states = [_native.SequenceState(model, 512) for _ in range(2)]
+    for state, prompt in zip(states, (ids[: common + 5], np.append(ids[:common], [3, 5]).astype(np.int32))):
+        prompt = _native.Prompt(model, prompt)
+        found.append(np.array([state.adopt(prompt)]))
+        state.prefill(prompt, [])
+        found.append(state.logits.copy())
+    for _ in range(4 if precision == "fast" else 1):
+        for state in states:
+            token = state.sample(greedy)
+            found.append(np.array([token]))
+            state.accept(token)
+    found += [state.logits.copy() for state in states]
+    return found
+
+precision = sys.argv[4]
+for common, layers, stay in ((70, 2.4, False), (3, 1.2, True)) if precision == "fast" else ((3, 2.4, False),):
+    load = lambda device, memory: _native.Model(
+        path, device=device, plugin=plugin, device_memory=memory, precision=precision
+    )
+    alone, model = load("cuda:0", 0), load("cuda", int(layers * layer_bytes))
+    expected, found = results(alone, common), results(model, common)
+    assert (alone.device.count("stand-in"), model.device.count("stand-in")) == (1, 3)
+    assert alone.note == "" and ("stay in the host's memory" in model.note) == stay, model.note
+    assert model.cell_bytes == alone.cell_bytes and model.weight_bytes >= alone.weight_bytes
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+model.start_profile()
+results(model, 3)
+assert {stage["name"] for stage in model.stop_profile()} >= {"text qkv_proj", "text lm_head"}
+assert model.read_weights() > 0
+one = load("cuda:1", int(2.4 * layer_bytes))
+assert one.device.count("stand-in") == 1 and "the device's memory" in one.note
+print("equal")
+"""
+
+
+@pytest.mark.parametrize(
+    ("precision", "tied"),
+    [("fast", False), ("fast", True), pytest.param("exact", False, marks=pytest.mark.slow)],
+)
+def test_layers_in_sequence_on_several_devices(precision: str, tied: bool, tmp_path: Path) -> None:
+    """The same bits; a kernel that touched another device's memory would end the process."""
+    if "stand-in" not in _native.plugin_devices(str(cuda_plugin()))[0]["name"]:
+        pytest.skip("needs the stand-in: of it there are as many as one asks for")
+    spec = replace(WIDE, num_hidden_layers=4, tie_word_embeddings=tied, embed_dim=64, depth=1)
+    path = make(tmp_path, spec, "q8_0")
+    layer = sum(t.n_bytes for t in _native.GgufFile(str(path)).tensors if t.name.startswith("blk.0."))
+    environment = {**os.environ, "QWEN2VL_STAND_IN_DEVICES": "3"}
+    arguments = (path, cuda_plugin(), layer, precision)
+    assert run_script(SEVERAL_DEVICES, *arguments, env=environment) == "equal\n"
 
 
 def test_profile_times_every_stage(model: Qwen2VL) -> None:

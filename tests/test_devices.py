@@ -225,9 +225,9 @@ def test_a_device_that_is_there(fake: Fake, tiny_gguf: Path, monkeypatch: pytest
     assert (model.device, model.isa, model.n_threads) == ("Fake, made of C", "Fake, made of C", 0)
     assert model.note == "1 of 2 layers stay in the host's memory"
     assert "exact, Fake, made of C, n_ctx" in repr(model)
-    assert (fake.device, fake.exact, fake.memory_bytes) == (1, 1, 0)
+    assert (fake.device, fake.more_devices, fake.exact, fake.memory_bytes) == (1, 0, 1, 0)
     _native.Model(str(tiny_gguf), device="cuda", plugin=fake.path, device_memory=12345)
-    assert (fake.device, fake.exact, fake.memory_bytes) == (0, 0, 12345)
+    assert (fake.device, fake.more_devices, fake.exact, fake.memory_bytes) == (0, 1, 0, 12345)
     with pytest.raises(ValueError, match="device_memory: expected 0"):
         _native.Model(str(tiny_gguf), device="cuda", plugin=fake.path, device_memory=-1)
 

@@ -11,6 +11,20 @@ constexpr int64_t kAlignment = 256;  // cudaMalloc's own
 
 }  // namespace
 
+void add_record(std::vector<StageRecord>& records, StageRecord record) {
+  const auto found = std::find_if(records.begin(), records.end(),
+                                  [&](const StageRecord& other) { return other.name == record.name; });
+  if (found == records.end()) {
+    records.push_back(std::move(record));
+    return;
+  }
+  found->calls += record.calls;
+  found->seconds += record.seconds;
+  found->work.int8_ops += record.work.int8_ops;
+  found->work.float_ops += record.work.float_ops;
+  found->work.bytes += record.work.bytes;
+}
+
 StageTimer::Stage::Stage(StageTimer* timer, cudaStream_t stream, std::string_view name, const Work& work)
     : timer_(timer), stream_(stream) {
   if (timer_ == nullptr) return;
@@ -36,14 +50,7 @@ std::vector<StageRecord> StageTimer::stop() {
     check(cudaEventSynchronize(entry.end), "cudaEventSynchronize");
     float milliseconds = 0;
     check(cudaEventElapsedTime(&milliseconds, entry.begin, entry.end), "cudaEventElapsedTime");
-    auto found = std::find_if(records.begin(), records.end(),
-                              [&](const StageRecord& record) { return record.name == entry.name; });
-    if (found == records.end()) found = records.insert(found, {entry.name, 0, 0, {}});
-    ++found->calls;
-    found->seconds += static_cast<double>(milliseconds) * 1e-3;
-    found->work.int8_ops += entry.work.int8_ops;
-    found->work.float_ops += entry.work.float_ops;
-    found->work.bytes += entry.work.bytes;
+    add_record(records, {entry.name, 1, static_cast<double>(milliseconds) * 1e-3, entry.work});
   }
   clear();
   return records;

@@ -44,6 +44,12 @@ class StageTimer {
   std::deque<Entry> entries_;
 };
 
+/// Adds a stage's times to the others of its name.
+void add_record(std::vector<StageRecord>& records, StageRecord record);
+
+/// Compute capability that the kernels need: major.0.
+inline constexpr int kLeastMajor = 8;
+
 /// One device: its stream, the memory that weights may take, and what kernels of all parts share.
 class Context {
  public:
@@ -56,6 +62,8 @@ class Context {
   /// Memory for weights, for the life of the context: the device's, or the host's where that has no room
   /// left.
   uint8_t* allocate_weights(int64_t bytes);
+  /// For weights.
+  int64_t room() const { return budget_; }
   int64_t weight_bytes() const { return weight_bytes_; }
   int64_t host_weight_bytes() const { return host_weight_bytes_; }
 

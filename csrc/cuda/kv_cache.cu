@@ -33,28 +33,23 @@ void PagePool::copy(const uint8_t* from, uint8_t* to) {
         "copying a page");
 }
 
-void PageTables::put(Context& ctx, std::span<const SequenceRows> batch) {
-  std::vector<uint8_t*> wanted;
+void PageTables::put(std::span<const SequenceRows> batch) {
+  std::vector<Page*> pages;
   firsts_.clear();
   for (const SequenceRows& s : batch) {
-    firsts_.push_back(static_cast<int64_t>(wanted.size()));
-    wanted.insert(wanted.end(), s.pages.begin(), s.pages.end());
+    firsts_.push_back(static_cast<int64_t>(pages.size()));
+    pages.insert(pages.end(), s.pages.begin(), s.pages.end());
     // With room to grow: the tables behind it stay where they are.
-    wanted.resize((wanted.size() + kTableStep - 1) / kTableStep * kTableStep, nullptr);
+    pages.resize((pages.size() + kTableStep - 1) / kTableStep * kTableStep, nullptr);
   }
-  if (wanted == uploaded_) return;
-  const int64_t bytes = static_cast<int64_t>(wanted.size()) * 8;
-  if (bytes > tables_.bytes()) {
-    ctx.synchronize();  // a step that reads the old ones may be at work
-    tables_.resize(2 * bytes);
-  }
-  uploaded_ = std::move(wanted);
-  ctx.copy_to_device(tables_.as(), uploaded_.data(), bytes);
+  if (pages == pages_) return;
+  pages_ = std::move(pages);
+  ++version_;
 }
 
 bool PageTables::holds(const SequenceRows& sequence) const {
-  return firsts_.size() == 1 && sequence.pages.size() <= uploaded_.size() &&
-         std::equal(sequence.pages.begin(), sequence.pages.end(), uploaded_.begin());
+  return firsts_.size() == 1 && sequence.pages.size() <= pages_.size() &&
+         std::equal(sequence.pages.begin(), sequence.pages.end(), pages_.begin());
 }
 
 }  // namespace qwen2vl::cuda

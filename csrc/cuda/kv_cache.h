@@ -28,10 +28,15 @@ class PagePool {
   std::vector<uint8_t*> free_;
 };
 
+/// A page of the cache: of every stage's layers, a part on its device.
+struct Page {
+  std::vector<uint8_t*> parts;
+};
+
 /// Consecutive rows of one sequence.
 struct SequenceRows {
-  std::span<uint8_t* const> pages;  ///< of all its cells, those of the rows included
-  int64_t first_cell;               ///< of the rows
+  std::span<Page* const> pages;  ///< of all its cells, those of the rows included
+  int64_t first_cell;            ///< of the rows
   int64_t n;
   const int32_t* token_ids;
   const float* const* embeddings;
@@ -39,20 +44,22 @@ struct SequenceRows {
   int32_t logits;  ///< 0 none, 1 of the last row, 2 of all
 };
 
-/// On the device, for each sequence of a batch, the addresses of its pages.
+/// The pages of each sequence of a batch, one after another.
 class PageTables {
  public:
-  /// Uploads what is not there yet: from one step to the next, tables seldom change. What the last call has
-  /// uploaded must have arrived.
-  void put(Context& ctx, std::span<const SequenceRows> batch);
+  void put(std::span<const SequenceRows> batch);
   /// Whether the last put's batch was this sequence with these pages.
   bool holds(const SequenceRows& sequence) const;
-  uint8_t* const* table(size_t sequence) const { return tables_.as<uint8_t*>() + firsts_[sequence]; }
+
+  const std::vector<Page*>& pages() const { return pages_; }  ///< null where a table has room to grow
+  int64_t first(size_t sequence) const { return firsts_[sequence]; }
+  /// Another number means other pages: from one step to the next, they seldom change.
+  int64_t version() const { return version_; }
 
  private:
-  DeviceBuffer tables_;
-  std::vector<uint8_t*> uploaded_;
-  std::vector<int64_t> firsts_;  // of each sequence's table
+  std::vector<Page*> pages_;
+  std::vector<int64_t> firsts_;
+  int64_t version_ = 0;
 };
 
 }  // namespace qwen2vl::cuda

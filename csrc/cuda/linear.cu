@@ -112,6 +112,13 @@ Work PackedLinear::work(int64_t n) const {
           static_cast<double>(bytes)};
 }
 
+int64_t packed_bytes(const qwen2vl_matrix& matrix) {
+  if (matrix.data == nullptr) return 0;
+  const PackedFormat format(dtype_traits(packed_type(static_cast<DType>(matrix.type))).format);
+  const int64_t units = (matrix.cols + 4 * kUnit - 1) / (4 * kUnit) * 4;
+  return (matrix.rows + kTileSlots - 1) / kTileSlots * format.bytes(units);
+}
+
 PackedLinear pack(Context& ctx, const char* name, const Pairs& pairs, PackingBuffers& buffers) {
   PackedLinear out;
   out.name = name;

@@ -40,6 +40,9 @@ struct PackedLinear {
   Work work(int64_t n) const;
 };
 
+/// Of a matrix alone, in tiles.
+int64_t packed_bytes(const qwen2vl_matrix& matrix);
+
 /// What packing needs meanwhile.
 struct PackingBuffers {
   DeviceBuffer raw, addresses;

@@ -28,16 +28,17 @@ struct qwen2vl_backend_handle {
   qwen2vl_backend_handle(const qwen2vl_model& model, const qwen2vl_options& options,
                          const cuda::Report& report)
       : exact(options.exact != 0),
-        ctx(options.device, options.memory_bytes),
-        language_model(ctx, model.text, exact, report) {
+        devices(options.device, options.more_devices != 0, options.memory_bytes),
+        language_model(devices, model.text, exact, report) {
     if (model.vision != nullptr) vision = *model.vision;
   }
 
   bool exact;
-  cuda::Context ctx;
+  cuda::Devices devices;
   cuda::LanguageModel language_model;
   std::optional<qwen2vl_vision> vision;
-  std::optional<cuda::VisionEncoder> vision_encoder;  // from the first image on
+  cuda::Context* vision_ctx = nullptr;  // where the tower is, from the first image on
+  std::optional<cuda::VisionEncoder> vision_encoder;
 };
 
 namespace {
@@ -75,7 +76,7 @@ int guarded(qwen2vl_error* error, const Fn& fn) {
 template <typename Fn>
 int on_device(qwen2vl_backend_handle* backend, qwen2vl_error* error, const Fn& fn) {
   return guarded(error, [&] {
-    cuda::check(cudaSetDevice(backend->ctx.device), "cudaSetDevice");  // it is the calling thread's
+    cuda::check(cudaSetDevice(backend->devices.first().device), "cudaSetDevice");  // the thread's
     fn();
   });
 }
@@ -139,7 +140,7 @@ int create(const qwen2vl_model* model, const qwen2vl_options* options, qwen2vl_p
                         std::to_string(count));
     cudaDeviceProp properties{};
     cuda::check(cudaGetDeviceProperties(&properties, options->device), "cudaGetDeviceProperties");
-    if (properties.major < 8)
+    if (properties.major < cuda::kLeastMajor)
       throw DeviceError(std::string(properties.name) + " has compute capability " +
                         std::to_string(properties.major) + "." + std::to_string(properties.minor) +
                         ", expected 8.0 or newer");
@@ -148,44 +149,50 @@ int create(const qwen2vl_model* model, const qwen2vl_options* options, qwen2vl_p
 }
 
 void destroy(qwen2vl_backend_handle* backend) {
-  (void)cudaSetDevice(backend->ctx.device);
+  (void)cudaSetDevice(backend->devices.first().device);
   delete backend;
 }
 
 void info(const qwen2vl_backend_handle* backend, qwen2vl_info* out) {
-  const cuda::Context& ctx = backend->ctx;
   *out = {};
-  copy_text(out->device, std::string(ctx.properties.name) + ", sm_" +
-                             std::to_string(10 * ctx.properties.major + ctx.properties.minor));
-  if (ctx.host_weight_bytes() > 0)
+  std::string names;
+  int64_t bytes = 0, host_bytes = 0;
+  const auto devices = backend->devices.opened();
+  for (const auto& ctx : devices) {
+    names += (names.empty() ? "" : " and ") + std::string(ctx->properties.name) + ", sm_" +
+             std::to_string(10 * ctx->properties.major + ctx->properties.minor);
+    bytes += ctx->weight_bytes();
+    host_bytes += ctx->host_weight_bytes();
+  }
+  copy_text(out->device, names);
+  if (host_bytes > 0)
     copy_text(out->note,
-              "the device's memory does not hold the whole model: " +
-                  std::to_string(ctx.host_weight_bytes() >> 20) + " of " +
-                  std::to_string(ctx.weight_bytes() >> 20) +
+              std::string(devices.size() == 1 ? "the device's memory does" : "the devices' memories do") +
+                  " not hold the whole model: " + std::to_string(host_bytes >> 20) + " of " +
+                  std::to_string(bytes >> 20) +
                   " MiB of weights stay in the host's memory, from where they are read at every step");
-  out->weight_bytes = ctx.weight_bytes();
+  out->weight_bytes = bytes;
   out->max_batch_rows = cuda::kMaxBatchRows;
   out->page_cells = cuda::kPageCells;
-  out->page_bytes = backend->language_model.pages().page_bytes();
+  out->page_bytes = backend->language_model.page_bytes();
 }
 
-// A page's handle is its address on the device.
+cuda::Page* page_of(qwen2vl_page_handle* handle) { return reinterpret_cast<cuda::Page*>(handle); }
 
 int new_page(qwen2vl_backend_handle* backend, qwen2vl_page_handle** out, qwen2vl_error* error) {
   return on_device(backend, error, [&] {
-    *out = reinterpret_cast<qwen2vl_page_handle*>(backend->language_model.pages().take());
+    *out = reinterpret_cast<qwen2vl_page_handle*>(backend->language_model.new_page());
   });
 }
 
 void free_page(qwen2vl_backend_handle* backend, qwen2vl_page_handle* page) {
-  backend->language_model.pages().give_back(reinterpret_cast<uint8_t*>(page));
+  backend->language_model.free_page(page_of(page));
 }
 
 int copy_page(qwen2vl_backend_handle* backend, const qwen2vl_page_handle* from, qwen2vl_page_handle* to,
               qwen2vl_error* error) {
   return on_device(backend, error, [&] {
-    backend->language_model.pages().copy(reinterpret_cast<const uint8_t*>(from),
-                                         reinterpret_cast<uint8_t*>(to));
+    backend->language_model.copy_page(reinterpret_cast<const cuda::Page*>(from), page_of(to));
   });
 }
 
@@ -194,11 +201,14 @@ int encode(qwen2vl_backend_handle* backend, const cuda::VisionInput& input, floa
   return on_device(backend, error, [&] {
     if (!backend->vision) throw std::invalid_argument("this model has no vision tower");
     const cuda::Report report = to_report(progress);
+    if (backend->vision_ctx == nullptr) backend->vision_ctx = &backend->devices.roomiest();
+    cuda::Context* ctx = backend->vision_ctx;
+    cuda::check(cudaSetDevice(ctx->device), "cudaSetDevice");
     if (backend->vision_encoder) return (*backend->vision_encoder)(input, out, report);
     const auto part = [&](int64_t first) {
       return [&report, first](int64_t done, int64_t total) { report(first * total + done, 2 * total); };
     };
-    backend->vision_encoder.emplace(backend->ctx, *backend->vision, backend->exact, part(0));
+    backend->vision_encoder.emplace(*ctx, *backend->vision, backend->exact, part(0));
     (*backend->vision_encoder)(input, out, part(1));
   });
 }
@@ -218,7 +228,7 @@ int forward(qwen2vl_backend_handle* backend, const qwen2vl_rows* batch, int64_t 
   return on_device(backend, error, [&] {
     std::vector<cuda::SequenceRows> rows;
     for (const qwen2vl_rows& s : std::span(batch, static_cast<size_t>(n)))
-      rows.push_back({{reinterpret_cast<uint8_t* const*>(s.pages), static_cast<size_t>(s.n_pages)},
+      rows.push_back({{reinterpret_cast<cuda::Page* const*>(s.pages), static_cast<size_t>(s.n_pages)},
                       s.first_cell,
                       s.n,
                       s.token_ids,
@@ -238,13 +248,19 @@ int kept_logits(qwen2vl_backend_handle* backend, int64_t row, float* out, qwen2v
 }
 
 int start_profile(qwen2vl_backend_handle* backend, qwen2vl_error* error) {
-  return on_device(backend, error, [&] { backend->ctx.timer.start(); });
+  return on_device(backend, error, [&] {
+    for (const auto& ctx : backend->devices.opened()) ctx->timer.start();
+  });
 }
 
 int stop_profile(qwen2vl_backend_handle* backend, qwen2vl_stage* out, int32_t capacity, int32_t* count,
                  qwen2vl_error* error) {
   return on_device(backend, error, [&] {
-    const std::vector<StageRecord> records = backend->ctx.timer.stop();
+    std::vector<StageRecord> records;
+    for (const auto& ctx : backend->devices.opened()) {
+      cuda::check(cudaSetDevice(ctx->device), "cudaSetDevice");
+      for (StageRecord& record : ctx->timer.stop()) cuda::add_record(records, std::move(record));
+    }
     *count = static_cast<int32_t>(records.size());
     for (int32_t i = 0; i < std::min(capacity, *count); ++i) {
       const StageRecord& r = records[static_cast<size_t>(i)];

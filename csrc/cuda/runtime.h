@@ -100,11 +100,10 @@ template <typename... Parameters, typename... Arguments>
 void launch(cudaStream_t stream, const Launch& how, void (*kernel)(Parameters...), Arguments&&... arguments) {
 #ifdef QWEN2VL_STAND_IN
   // By value: a graph runs it later.
-  stand_in::run(how.name, how.grid, how.threads, how.shared_bytes,
-                [kernel, values = std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)] {
-                  std::apply(kernel, values);
-                });
-  (void)stream;
+  stand_in::launch(stream, how.name, how.grid, how.threads, how.shared_bytes,
+                   [kernel, values = std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)] {
+                     std::apply(kernel, values);
+                   });
 #else
   if (how.shared_bytes > 48 * 1024)
     check(

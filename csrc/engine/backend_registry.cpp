@@ -23,18 +23,18 @@ constexpr std::string_view kNoAdapters =
     ": adapters are computed on the CPU alone; qwen2vl-q convert --lora merges them";
 constexpr size_t kMostOfAName = 32;
 
-/// "cuda:1" as name and index, "cuda" as its first; nothing where it is neither.
-std::optional<std::pair<std::string, int32_t>> parse(std::string_view device) {
+/// "cuda:1" as name and index, "cuda" as a name; nothing where it is neither.
+std::optional<std::pair<std::string, std::optional<int32_t>>> parse(std::string_view device) {
   const size_t colon = device.find(':');
   const std::string_view name = device.substr(0, colon);
   const bool named = !name.empty() && std::all_of(name.begin(), name.end(), [](char c) {
     return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_';
   });
-  int32_t index = 0;
+  std::optional<int32_t> index;
   if (colon != std::string_view::npos) {
     const char *first = device.data() + colon + 1, *last = device.data() + device.size();
-    const auto [end, error] = std::from_chars(first, last, index);
-    if (error != std::errc() || end != last || index < 0 || name == kCpu || name == kAuto)
+    const auto [end, error] = std::from_chars(first, last, index.emplace());
+    if (error != std::errc() || end != last || *index < 0 || name == kCpu || name == kAuto)
       return std::nullopt;
   }
   if (!named) return std::nullopt;
@@ -70,7 +70,7 @@ BackendRegistry::BackendRegistry(BackendOptions options) : options_(std::move(op
         "device: expected a backend's name, one with a device's index (cuda:1) or auto, found '" +
         printable(options_.device) + "'");
   std::tie(name_, index_) = *asked;
-  factories_[std::string(kCpu)] = [this](const ModelConfig& config, Weights&& weights, int32_t,
+  factories_[std::string(kCpu)] = [this](const ModelConfig& config, Weights&& weights,
                                          const Progress& progress) {
     return cpu::make_cpu_backend(config, std::move(weights),
                                  {options_.n_threads, options_.precision, options_.isa}, progress);
@@ -92,19 +92,19 @@ BackendRegistry::BackendRegistry(BackendOptions options) : options_(std::move(op
 void BackendRegistry::add_plugin() {
   const qwen2vl_backend_api& api = open_plugin(options_.plugin);
   const std::string name = printable(api.name, kMostOfAName);
-  factories_.try_emplace(name, [this, &api, name](const ModelConfig& config, Weights&& weights, int32_t index,
-                                                  const Progress& progress) {
-    if (weights.is_updated) throw UnsupportedError("device " + name + std::string(kNoAdapters));
-    require_device(api, name, index);
-    return make_plugin_backend(api, config, std::move(weights),
-                               {index, options_.precision, options_.device_memory}, progress);
-  });
+  factories_.try_emplace(
+      name, [this, &api, name](const ModelConfig& config, Weights&& weights, const Progress& progress) {
+        if (weights.is_updated) throw UnsupportedError("device " + name + std::string(kNoAdapters));
+        require_device(api, name, index_.value_or(0));
+        return make_plugin_backend(api, config, std::move(weights),
+                                   {index_.value_or(0), !index_, options_.precision, options_.device_memory},
+                                   progress);
+      });
 }
 
 ChosenBackend BackendRegistry::make(const ModelConfig& config, Weights weights,
                                     const Progress& progress) const {
-  if (name_ != kAuto)
-    return {factories_.find(name_)->second(config, std::move(weights), index_, progress), {}};
+  if (name_ != kAuto) return {factories_.find(name_)->second(config, std::move(weights), progress), {}};
   std::string note = note_;
   for (const auto& [name, factory] : factories_) {
     if (name == kCpu) continue;
@@ -113,12 +113,12 @@ ChosenBackend BackendRegistry::make(const ModelConfig& config, Weights weights,
       continue;
     }
     try {
-      return {factory(config, std::move(weights), index_, progress), {}};
+      return {factory(config, std::move(weights), progress), {}};
     } catch (const DeviceError& error) {
       note = std::string("computing on the CPU: ") + error.what();
     }
   }
-  return {factories_.find(kCpu)->second(config, std::move(weights), index_, progress), note};
+  return {factories_.find(kCpu)->second(config, std::move(weights), progress), note};
 }
 
 }  // namespace qwen2vl

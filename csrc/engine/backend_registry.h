@@ -5,6 +5,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "model/backend.h"
@@ -13,7 +14,8 @@
 namespace qwen2vl {
 
 struct BackendOptions {
-  std::string device = "cpu";  ///< a backend's name, with a device's index ("cuda:1"; else its first); "auto"
+  std::string device = "cpu";  ///< a backend's name, with a device's index ("cuda:1"; else its first, and
+                               ///< those behind it where that does not hold the model); "auto"
   Precision precision = Precision::Fast;
   int n_threads = 0;             ///< of the CPU; 0: default_thread_count()
   std::string isa;               ///< of the CPU; empty: the best one
@@ -42,14 +44,14 @@ class BackendRegistry {
  private:
   /// `weights` are moved from only where it succeeds.
   using Factory = std::function<std::unique_ptr<Backend>(const ModelConfig& config, Weights&& weights,
-                                                         int32_t index, const Progress& progress)>;
+                                                         const Progress& progress)>;
 
   void add_plugin();
 
   BackendOptions options_;
   std::string
       name_;  ///< of the backend that was asked for; "auto": a plug-in's where it works, else the CPU's
-  int32_t index_ = 0;  ///< of its devices
+  std::optional<int32_t> index_;  ///< of its devices, where one is named
   std::map<std::string, Factory, std::less<>> factories_;
   std::string note_;
 };

@@ -53,8 +53,8 @@ class Handle {
   Handle(const qwen2vl_backend_api& api_, const ModelConfig& config, Weights&& weights,
          const PluginOptions& options, const Progress& progress)
       : api(api_), model_(config, weights) {
-    const qwen2vl_options c_options{options.device, options.precision == Precision::Exact,
-                                    options.memory_bytes};
+    const qwen2vl_options c_options{options.device, options.more_devices,
+                                    options.precision == Precision::Exact, options.memory_bytes};
     Reporter reporter(progress);
     qwen2vl_error error{};
     reporter.check(api.create(&model_.get(), &c_options, reporter.get(), &backend, &error), error);

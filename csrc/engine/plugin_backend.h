@@ -10,7 +10,8 @@
 namespace qwen2vl {
 
 struct PluginOptions {
-  int32_t device = 0;  ///< index in the plug-in's list
+  int32_t device = 0;         ///< index in the plug-in's list
+  bool more_devices = false;  ///< those behind it, too, where it does not hold the model
   Precision precision = Precision::Fast;
   int64_t memory_bytes = 0;  ///< of the device's memory that may be used; 0: what is free
 };

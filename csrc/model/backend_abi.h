@@ -102,10 +102,10 @@ typedef struct qwen2vl_model {
 /* --- the backend -------------------------------------------------------------------------------------- */
 
 typedef struct qwen2vl_options {
-  int32_t device; /* index among `devices` */
-  int32_t exact;  /* Precision::Exact */
-  int64_t
-      memory_bytes; /* of the device that may be used; 0: what is free. Layers beyond stay in the host's. */
+  int32_t device;       /* index among `devices` */
+  int32_t more_devices; /* those behind it may be used, too, where it does not hold the model */
+  int32_t exact;        /* Precision::Exact */
+  int64_t memory_bytes; /* of a device that may be used; 0: what is free. Layers beyond stay in the host's. */
 } qwen2vl_options;
 
 typedef struct qwen2vl_device {

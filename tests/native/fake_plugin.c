@@ -21,7 +21,7 @@ enum { ROWS = 8, PAGE_CELLS = 4, PAGE_BYTES = 400, DAMAGED_TOKEN = 1000 };
 
 int32_t fake_live_backends, fake_live_pages, fake_pages_left_behind, fake_overlapping_calls, fake_page_copies;
 int32_t fake_likeliest_calls, fake_kept_logits_calls, fake_forward_calls, fake_forward_without_logits;
-int32_t fake_exact, fake_device;
+int32_t fake_exact, fake_device, fake_more_devices;
 int64_t fake_memory_bytes;
 
 static int32_t busy;
@@ -90,6 +90,7 @@ static int create(const qwen2vl_model* model, const qwen2vl_options* options, qw
   ++fake_live_backends;
   fake_exact = options->exact;
   fake_device = options->device;
+  fake_more_devices = options->more_devices;
   fake_memory_bytes = options->memory_bytes;
   return QWEN2VL_OK;
 }

@@ -73,6 +73,10 @@ struct PackedFormat {
   constexpr int64_t super_bytes(int64_t units) const {
     return scales == Scales::None || scales == Scales::Halves ? 0 : units / 4 * 8 * (has_minimum ? 8 : 4);
   }
+  constexpr int64_t bytes(int64_t units) const {
+    return low_bytes(units) + high_bytes(units) + scale_bytes(units) + minimum_bytes(units) +
+           super_bytes(units);
+  }
 };
 
 /// A constant outside of kernels: they may not call what computes it.

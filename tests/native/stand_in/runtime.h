@@ -5,6 +5,9 @@
 // when a call returns, or is deferred until the host waits (stand_in::set_deferred); while a stream is
 // captured, launches and asynchronous copies are kept for its graph instead.
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
@@ -15,6 +18,8 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "stand_in/chip.h"
@@ -80,6 +85,7 @@ inline constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cuda
                           cudaEventWaitDefault = 0, cudaEventRecordDefault = 0;
 
 struct CUstream_st {
+  int device = 0;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
   std::vector<std::function<void()>> work;
@@ -105,8 +111,16 @@ namespace qwen2vl::cuda::stand_in {
 /// What cudaMalloc and cudaMallocHost have given, and how much a device has.
 struct Memory {
   std::mutex mutex;
-  std::map<void*, size_t> device, pinned;
-  size_t used = 0, limit = size_t{16} << 30;
+  struct Block {
+    size_t bytes = 0;
+    int device = 0;
+  };
+  std::map<void*, Block> device;
+  std::map<void*, size_t> pinned;
+  std::map<int, size_t> used;  // by device
+  size_t limit = size_t{16} << 30;
+  int reachable = kAll;  // the device whose memory the running kernel reaches
+  static constexpr int kAll = -1;
 };
 inline Memory& memory() {
   static Memory memory;
@@ -129,7 +143,9 @@ inline void set_memory(int64_t bytes) {
 /// Bytes that cudaMalloc has given and cudaFree not taken back.
 inline int64_t memory_in_use() {
   const std::lock_guard lock(memory().mutex);
-  return static_cast<int64_t>(memory().used);
+  size_t bytes = 0;
+  for (const auto& [device, used] : memory().used) bytes += used;
+  return static_cast<int64_t>(bytes);
 }
 /// The same of cudaMallocHost and cudaHostAlloc.
 inline int64_t pinned_in_use() {
@@ -167,6 +183,53 @@ inline void* allocate(size_t bytes) {
   if (posix_memalign(&address, kMemoryAlignment, std::max<size_t>(bytes, 1)) != 0) return nullptr;
   std::memset(address, 0xcd, bytes);
   return address;
+}
+
+/// Where there are several devices, memory is of whole pages of the system's, so that it can be out of reach:
+/// a kernel that touches another device's dies of it.
+inline size_t whole_pages(size_t bytes) {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return (std::max<size_t>(bytes, 1) + page - 1) / page * page;
+}
+inline void* allocate_device(size_t bytes) {
+  if (device_count() == 1) return allocate(bytes);
+  void* address =
+      mmap(nullptr, whole_pages(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (address == MAP_FAILED) return nullptr;
+  std::memset(address, 0xcd, bytes);
+  return address;
+}
+inline void free_device(void* address, size_t bytes) {
+  if (device_count() == 1)
+    std::free(address);
+  else
+    munmap(address, whole_pages(bytes));
+}
+
+/// From here on kernels reach the memory of `device` alone, or everyone's.
+inline void reach(int device) {
+  if (device_count() == 1) return;
+  const std::lock_guard lock(memory().mutex);
+  if (memory().reachable == device) return;
+  memory().reachable = device;
+  for (const auto& [address, block] : memory().device) {
+    const bool reached = device == Memory::kAll || block.device == device;
+    mprotect(address, whole_pages(block.bytes), reached ? PROT_READ | PROT_WRITE : PROT_NONE);
+  }
+}
+
+/// A kernel's launch: on the stream's device, which has to be the calling thread's.
+template <typename Body>
+void launch(cudaStream_t stream, const char* name, dim3 grid, int threads, int64_t shared_bytes, Body body) {
+  const int device = stream == nullptr ? calls.device : stream->device;
+  if (device != calls.device)
+    throw std::logic_error(std::string(name) + ": a stream of device " + std::to_string(device) +
+                           " while the thread's is " + std::to_string(calls.device));
+  submit([=]() mutable {
+    reach(device);
+    run_now(name, grid, threads, shared_bytes, [](void* b) { (*static_cast<Body*>(b))(); }, &body);
+    reach(Memory::kAll);
+  });
 }
 
 inline cudaError_t asynchronously(std::function<void()> work) {
@@ -321,12 +384,13 @@ inline cudaError_t cudaMalloc(void** address, size_t bytes) {
   const std::lock_guard lock(s::memory().mutex);
   *address = nullptr;
   if (bytes == 0) return cudaSuccess;
-  if (s::memory().used > s::memory().limit || bytes > s::memory().limit - s::memory().used)
+  size_t& used = s::memory().used[s::calls.device];
+  if (used > s::memory().limit || bytes > s::memory().limit - used)
     return s::result(cudaErrorMemoryAllocation);
-  *address = s::allocate(bytes);
+  *address = s::allocate_device(bytes);
   if (*address == nullptr) return s::result(cudaErrorMemoryAllocation);
-  s::memory().device[*address] = bytes;
-  s::memory().used += bytes;
+  s::memory().device[*address] = {bytes, s::calls.device};
+  used += bytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* address) {
@@ -336,16 +400,17 @@ inline cudaError_t cudaFree(void* address) {
   const std::lock_guard lock(s::memory().mutex);
   const auto found = s::memory().device.find(address);
   if (found == s::memory().device.end()) return s::result(cudaErrorInvalidValue);
-  s::memory().used -= found->second;
+  const s::Memory::Block block = found->second;
+  s::memory().used[block.device] -= block.bytes;
   s::memory().device.erase(found);
-  std::free(address);
+  s::free_device(address, block.bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   auto& memory = qwen2vl::cuda::stand_in::memory();
   const std::lock_guard lock(memory.mutex);
   *total = memory.limit;
-  *free = memory.limit - std::min(memory.used, memory.limit);
+  *free = memory.limit - std::min(memory.used[qwen2vl::cuda::stand_in::calls.device], memory.limit);
   return cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned /*flags*/) {
@@ -403,6 +468,17 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
     if (bytes != 0) std::memmove(to, from, bytes);
   });
 }
+inline cudaError_t cudaMemcpyPeerAsync(void* to, int to_device, const void* from, int from_device,
+                                       size_t bytes, cudaStream_t = nullptr) {
+  namespace s = qwen2vl::cuda::stand_in;
+  const auto is_of = [](const void* address, int device) {
+    const std::lock_guard lock(s::memory().mutex);
+    auto found = s::memory().device.upper_bound(const_cast<void*>(address));
+    return found != s::memory().device.begin() && (--found)->second.device == device;
+  };
+  if (!is_of(to, to_device) || !is_of(from, from_device)) return s::result(cudaErrorInvalidValue);
+  return s::asynchronously([=] { std::memmove(to, from, bytes); });
+}
 inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
                                      size_t width, size_t height, cudaMemcpyKind /*kind*/,
                                      cudaStream_t = nullptr) {
@@ -430,6 +506,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
   *stream = new CUstream_st;
+  (*stream)->device = qwen2vl::cuda::stand_in::calls.device;
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
