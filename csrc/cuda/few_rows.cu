@@ -38,9 +38,8 @@ void few_rows_linear(Context& ctx, const PackedLinear& linear, const FewInput& i
     visit_packed(m.type, [&]<DType T>() {
       const auto kernel = row_tiles == 4
                               ? (warps > 8 ? few_rows<T, 4, false, 512> : few_rows<T, 4, false, 256>)
-                          : !shared   ? few_rows<T, 1, false, 512>
-                          : warps > 8 ? few_rows<T, 1, true, 512>
-                                      : few_rows<T, 1, true, 256>;
+                          : shared ? few_rows<T, 1, true, 512>
+                                   : few_rows<T, 1, false, 512>;
       const int resident =
           ctx.resident_blocks(reinterpret_cast<const void*>(kernel), warps * 32, shared_bytes);
       const int at_once = tiles_at_once(T, row_tiles, 32 * warps), tiles = (m.tiles + at_once - 1) / at_once;

@@ -51,9 +51,7 @@ LanguageModel::LanguageModel(Devices& devices, const qwen2vl_text& text, bool ex
     throw UnsupportedError("the CUDA backend takes a head_dim of 256 at most, found " +
                            std::to_string(text.head_dim));
   const auto open_stage = [&](Context& ctx) -> PipelineStage& {
-    stages_.push_back(std::make_unique<PipelineStage>(ctx, text_, exact_, stages_.size()));
-    last().enter();
-    return last();
+    return *stages_.emplace_back(std::make_unique<PipelineStage>(ctx, text_, exact_, stages_.size()));
   };
   std::optional<PackingBuffers> buffers(std::in_place);
   open_stage(devices.first()).load_embeddings(*buffers);
@@ -97,24 +95,26 @@ void LanguageModel::drop_graphs() {
 
 // --- pages -------------------------------------------------------------------------------------------------
 
+/// A page has its memory for good: its handle says where that is.
 Page* LanguageModel::new_page() {
-  auto page = std::make_unique<Page>();
-  try {
-    for (const auto& stage : stages_) {
-      stage->enter();
-      page->parts.push_back(stage->pages().take());
+  if (free_pages_.empty()) {
+    auto page = std::make_unique<Page>();
+    try {
+      for (const auto& stage : stages_) {
+        stage->enter();
+        page->parts.push_back(stage->pages().take());
+      }
+      free_pages_.reserve(pages_.size() + 1);
+      pages_.push_back(std::move(page));
+    } catch (...) {
+      for (size_t i = 0; page && i < page->parts.size(); ++i) stages_[i]->pages().give_back(page->parts[i]);
+      throw;
     }
-  } catch (...) {
-    free_page(page.release());
-    throw;
+    free_pages_.push_back(pages_.back().get());
   }
-  return page.release();
-}
-
-/// Of all stages, or of the first few.
-void LanguageModel::free_page(Page* page) noexcept {
-  for (size_t i = 0; i < page->parts.size(); ++i) stages_[i]->pages().give_back(page->parts[i]);
-  delete page;
+  Page* page = free_pages_.back();
+  free_pages_.pop_back();
+  return page;
 }
 
 void LanguageModel::copy_page(const Page* from, Page* to) {
@@ -222,7 +222,7 @@ void LanguageModel::operator()(std::span<const SequenceRows> batch, float* logit
       result.rows = some;
     }
   }
-  last().leave();
+  if (stages_.size() > 1) last().leave();
   remember(batch);
   report(text_.num_hidden_layers, text_.num_hidden_layers);
 }
@@ -313,7 +313,7 @@ void LanguageModel::decode(int64_t rows, int64_t chunks, int slot) {
     check(cudaGraphLaunch(graph.exec, stream), "a decoding step");
   }
   check(cudaEventRecord(result.done, stream), "cudaEventRecord");
-  last().leave();
+  if (stages_.size() > 1) last().leave();
 }
 
 /// The last call's, when it has been computed.
@@ -333,7 +333,6 @@ int32_t LanguageModel::likeliest(int64_t row) {
 }
 
 void LanguageModel::kept_logits(int64_t row, float* out) {
-  last().enter();
   last().ctx.copy_to_host(out, kept(row).logits.as<float>() + row * text_.vocab_size, text_.vocab_size * 4);
 }
 

@@ -46,7 +46,7 @@ class LanguageModel {
   ~LanguageModel();
 
   Page* new_page();
-  void free_page(Page* page) noexcept;
+  void free_page(Page* page) noexcept { free_pages_.push_back(page); }  // which has room for all
   void copy_page(const Page* from, Page* to);
   int64_t page_bytes() const;
 
@@ -88,6 +88,8 @@ class LanguageModel {
   qwen2vl_text text_;
   bool exact_;
   std::vector<std::unique_ptr<PipelineStage>> stages_;
+  std::vector<std::unique_ptr<Page>> pages_;
+  std::vector<Page*> free_pages_;
   PageTables tables_;
   DeviceBuffer head_rows_, head_logits_;
   std::array<Result, 2> results_;

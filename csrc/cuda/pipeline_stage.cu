@@ -38,6 +38,7 @@ PipelineStage::PipelineStage(Context& context, const qwen2vl_text& text, bool ex
       q_size_(text.num_attention_heads * text.head_dim),
       kv_size_(text.num_key_value_heads * text.head_dim),
       padded_head_dim_(exact ? text.head_dim : padded(text.head_dim)) {
+  enter();
   for (cudaEvent_t* event : {&staged_, &sent_, &idle_})
     check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreate");
 }
@@ -243,7 +244,7 @@ void PipelineStage::embed_tokens(int64_t rows) {
   p.hidden = static_cast<int32_t>(text_.hidden_size);
   p.x = x_.as<float>();
   p.rotation = rotation_.as<float>();
-  const Launch how{"text embed", dim3(static_cast<unsigned>(rows), kEmbedParts), 128, 0, true};
+  const Launch how{"text embed", dim3(static_cast<unsigned>(rows), kEmbedParts), kEmbedThreads, 0, true};
   if (exact_) {
     p.stored_rows = stored_embed_tokens_.weight;
     p.stored_row_bytes = stored_embed_tokens_.row_bytes;

@@ -13,7 +13,8 @@ inline constexpr int64_t kMaxBatchRows = 2048;
 inline constexpr int64_t kFewRows = 64;  ///< up to so many, weights are read by few_rows; above, expanded
 
 /// Consecutive decoder layers on one device, with their part of the cache. The first stage has the
-/// embeddings, the last one the head. All calls but the constructor's are on the stage's own device: `enter`.
+/// embeddings, the last one the head. Calls are made on the stage's own device, which its constructor makes
+/// the thread's: `enter`.
 class PipelineStage {
  public:
   PipelineStage(Context& context, const qwen2vl_text& text, bool exact, size_t index);

@@ -158,11 +158,17 @@ void info(const qwen2vl_backend_handle* backend, qwen2vl_info* out) {
   std::string names;
   int64_t bytes = 0, host_bytes = 0;
   const auto devices = backend->devices.opened();
-  for (const auto& ctx : devices) {
-    names += (names.empty() ? "" : " and ") + std::string(ctx->properties.name) + ", sm_" +
-             std::to_string(10 * ctx->properties.major + ctx->properties.minor);
-    bytes += ctx->weight_bytes();
-    host_bytes += ctx->host_weight_bytes();
+  for (size_t i = 0; i < devices.size(); ++i) {
+    bytes += devices[i]->weight_bytes();
+    host_bytes += devices[i]->host_weight_bytes();
+    const auto name = [&](size_t d) {
+      const cudaDeviceProp& found = devices[d]->properties;
+      return std::string(found.name) + ", sm_" + std::to_string(10 * found.major + found.minor);
+    };
+    size_t same = 1;
+    while (i + same < devices.size() && name(i + same) == name(i)) ++same;
+    if (i > 0 && name(i - 1) == name(i)) continue;
+    names += (names.empty() ? "" : " and ") + (same > 1 ? std::to_string(same) + " x " : "") + name(i);
   }
   copy_text(out->device, names);
   if (host_bytes > 0)

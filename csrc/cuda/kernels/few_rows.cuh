@@ -42,11 +42,6 @@ CHIP_HOST_DEVICE constexpr int tiles_at_once(DType type, int row_tiles, int thre
   return threads <= 256 || type == DType::Q4_0 || type == DType::Q8_0 ? 2 : 1;
 }
 
-/// Blocks of so many threads that are to fit a multiprocessor: registers are what keeps them out.
-CHIP_HOST_DEVICE constexpr int few_rows_blocks(int row_tiles, int threads) {
-  return row_tiles > 1 || threads > 256 ? 1 : 2;
-}
-
 /// Shared memory: the warps' sums, and the rows.
 CHIP_HOST_DEVICE int64_t few_rows_shared_bytes(const FewRows& p, int warps, int row_tiles, bool shared) {
   const int64_t sums =
@@ -106,7 +101,7 @@ CHIP_DEVICE void share_normed(const FewRows& p, int stride, const float4 (&norms
 /// Grid: (blocks, which take tiles in turns; groups of 8 kRowTiles rows). kShared: rows are brought into
 /// shared memory. kThreads: at most.
 template <DType T, int kRowTiles, bool kShared, int kThreads>
-CHIP_KERNEL void CHIP_BOUNDS(kThreads, few_rows_blocks(kRowTiles, kThreads)) few_rows(FewRows p) {
+CHIP_KERNEL void CHIP_BOUNDS(kThreads, 1) few_rows(FewRows p) {
   constexpr int kTiles = tiles_at_once(T, kRowTiles, kThreads);
   // Units a piece: in the 2B shape a warp has three of most matrices; more rows need the registers.
   constexpr uint32_t kOnes[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};

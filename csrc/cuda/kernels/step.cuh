@@ -23,12 +23,12 @@ struct Embed {
   float* rotation;  ///< [rows][cos: half | sin: half]
 };
 
-inline constexpr int kEmbedParts = 8;
+inline constexpr int kEmbedParts = 8, kEmbedThreads = 128;
 
 /// Grid: (rows, kEmbedParts). The first mrope_section[0] frequencies turn with the time index, the next with
 /// the row, the last with the column (apply_multimodal_rotary_pos_emb). kStored: T is the file's type.
 template <DType T, bool kStored>
-CHIP_KERNEL void CHIP_BOUNDS(256, 4) embed_rows(Embed p) {
+CHIP_KERNEL void CHIP_BOUNDS(kEmbedThreads, 4) embed_rows(Embed p) {
   let_next_launch_start();
   wait_for_previous_launch();
   const int64_t row = blockIdx.x;
