@@ -379,7 +379,21 @@ patches = np.random.default_rng(1).standard_normal((8 * 6, 1176)).astype(np.floa
 greedy = _native.Sampler()
 
 def results(model, common):  # of two sequences that have so many tokens in common
-    found = [_native.VisionPass(model, patches, (1, 8, 6)).advance().numpy()]
+    image = _native.VisionPass(model, patches, (1, 8, 6)).advance()
+    seen = _native.SequenceState(model, 64)
+    prompt = _native.Prompt(model, np.array([7, *[1036] * 12, 9], np.int32), [((1, 8, 6), bytes(16))])
+    reports = []
+
+    def stop(done, total):  # on the way through the layers
+        reports.append(done)
+        if 2 * done > total:
+            raise InterruptedError
+
+    try:
+        seen.prefill(prompt, [image], stop)
+    except InterruptedError:
+        seen.prefill(prompt, [image])
+    found = [image.numpy(), seen.logits.copy(), np.array(reports)]
     states = [_native.SequenceState(model, 512) for _ in range(2)]
     for state, prompt in zip(states, (ids[: common + 5], np.append(ids[:common], [3, 5]).astype(np.int32))):
         prompt = _native.Prompt(model, prompt)

@@ -159,7 +159,6 @@ void LanguageModel::run_layers(int64_t rows, const Fn& layer) {
       stage.receive(*stages_[s - 1], rows);
     }
     for (int64_t i = 0; i < stage.layers(); ++i) layer(stage, i, index++);
-    if (s + 1 < stages_.size()) stage.leave();
   }
 }
 
@@ -222,7 +221,6 @@ void LanguageModel::operator()(std::span<const SequenceRows> batch, float* logit
       result.rows = some;
     }
   }
-  if (stages_.size() > 1) last().leave();
   remember(batch);
   report(text_.num_hidden_layers, text_.num_hidden_layers);
 }
@@ -313,7 +311,6 @@ void LanguageModel::decode(int64_t rows, int64_t chunks, int slot) {
     check(cudaGraphLaunch(graph.exec, stream), "a decoding step");
   }
   check(cudaEventRecord(result.done, stream), "cudaEventRecord");
-  if (stages_.size() > 1) last().leave();
 }
 
 /// The last call's, when it has been computed.

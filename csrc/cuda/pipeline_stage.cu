@@ -173,9 +173,12 @@ uint8_t* const* PipelineStage::table(size_t sequence) const {
 /// Where the rows stand and what stands in them, onto the device.
 void PipelineStage::upload(std::span<const SequenceRows> batch, const PageTables& tables, int64_t rows) {
   const int64_t hidden = text_.hidden_size;
+  const auto embedding = [&](const SequenceRows& s, int64_t i) {
+    return index_ == 0 ? s.embeddings[i] : nullptr;  // the other stages receive rows
+  };
   int64_t given = 0;
   for (const SequenceRows& s : batch)
-    for (int64_t i = 0; i < s.n; ++i) given += s.embeddings[i] != nullptr;
+    for (int64_t i = 0; i < s.n; ++i) given += embedding(s, i) != nullptr;
   if (given * hidden * 4 > embeddings_.bytes()) {
     ctx.synchronize();
     embeddings_.resize(given * hidden * 4);
@@ -189,19 +192,19 @@ void PipelineStage::upload(std::span<const SequenceRows> batch, const PageTables
     for (int64_t i = 0; i < s.n;) {
       // Embeddings of an image are neighbours: they travel together.
       int64_t run = 1;
-      if (s.embeddings[i] != nullptr) {
-        while (i + run < s.n && s.embeddings[i + run] == s.embeddings[i] + run * hidden) ++run;
-        ctx.copy_to_device(embeddings_.as<float>() + at * hidden, s.embeddings[i], run * hidden * 4);
+      if (const float* rows_of_image = embedding(s, i)) {
+        while (i + run < s.n && embedding(s, i + run) == rows_of_image + run * hidden) ++run;
+        ctx.copy_to_device(embeddings_.as<float>() + at * hidden, rows_of_image, run * hidden * 4);
       }
       for (int64_t j = i; j < i + run; ++j, ++info) {
-        const bool token = s.embeddings[j] == nullptr;
+        const bool token = embedding(s, j) == nullptr;
         *info = RowInfo{table(sequence),
                         token ? nullptr : embeddings_.as<float>() + (at + j - i) * hidden,
                         s.token_ids[j],
                         static_cast<int32_t>(s.first_cell + j),
                         {s.positions[3 * j], s.positions[3 * j + 1], s.positions[3 * j + 2]}};
       }
-      if (s.embeddings[i] != nullptr) at += run;
+      if (embedding(s, i) != nullptr) at += run;
       i += run;
     }
   }
@@ -210,9 +213,12 @@ void PipelineStage::upload(std::span<const SequenceRows> batch, const PageTables
 }
 
 void PipelineStage::receive(PipelineStage& from, int64_t rows) {
-  // What was here before must have been read, and what is sent must have been computed.
-  check(cudaStreamWaitEvent(from.ctx.stream, idle_), "cudaStreamWaitEvent");
+  // What was here before must have been read, by a call that was cancelled, too; what is sent must have been
+  // computed.
+  enter();
+  check(cudaEventRecord(idle_, ctx.stream), "cudaEventRecord");
   from.enter();
+  check(cudaStreamWaitEvent(from.ctx.stream, idle_), "cudaStreamWaitEvent");
   const auto send = [&](DeviceBuffer& to, const DeviceBuffer& what, int64_t width) {
     check(
         cudaMemcpyPeerAsync(to.as(), ctx.device, what.as(), from.ctx.device,
@@ -227,7 +233,6 @@ void PipelineStage::receive(PipelineStage& from, int64_t rows) {
 }
 
 void PipelineStage::enter() { check(cudaSetDevice(ctx.device), "cudaSetDevice"); }
-void PipelineStage::leave() { check(cudaEventRecord(idle_, ctx.stream), "cudaEventRecord"); }
 
 // --- the forward pass --------------------------------------------------------------------------------------
 

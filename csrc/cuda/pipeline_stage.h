@@ -48,8 +48,6 @@ class PipelineStage {
   void head(const float* x, int64_t rows, float* logits);
   /// `tokens` [rows], where the host reads them; `advance`: the rows become those of the next step.
   void find_likeliest(int64_t rows, const float* logits, int32_t* tokens, bool advance);
-  /// The call's work here has been asked for.
-  void leave();
 
   const float* rows() const { return x_.as<float>(); }  ///< [rows][hidden_size]
   static int64_t chunks_of(int64_t cells);
@@ -90,8 +88,8 @@ class PipelineStage {
   DeviceBuffer row_info_, embeddings_;  // RowInfo [rows], [rows][hidden]
   PinnedBuffer staged_info_;
   cudaEvent_t staged_ = nullptr;  // staged_info_ and addresses_ have been read
-  cudaEvent_t sent_ = nullptr;    // rows_ has gone to the next stage
-  cudaEvent_t idle_ = nullptr;    // the last call's work here is done
+  cudaEvent_t sent_ = nullptr;    // the rows have gone to the next stage
+  cudaEvent_t idle_ = nullptr;    // the calls before have done their work here
   DeviceBuffer x_, rotation_;     // [rows][hidden], [rows][2 half]
   DeviceBuffer normed_, queries_, attended_,
       wide_;  // bf16 [rows][stride]; f16 [rows][heads][head_dim]; bf16; bf16
