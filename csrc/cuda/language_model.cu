@@ -9,14 +9,20 @@ namespace {
 
 constexpr int64_t kHeadRows = 64;  // of which logits are computed together, where all are wanted
 
+/// Of a matrix on a device: in tiles, or as its file has it.
+int64_t matrix_bytes(const qwen2vl_matrix& matrix, bool exact) {
+  if (!exact || matrix.data == nullptr) return packed_bytes(matrix);
+  return matrix.rows * row_bytes(static_cast<DType>(matrix.type), matrix.cols);
+}
+
 /// Of a layer's weights on a device, at most.
-int64_t layer_bytes(const qwen2vl_decoder_layer& layer) {
+int64_t layer_bytes(const qwen2vl_decoder_layer& layer, bool exact) {
   constexpr int64_t kAligned = 16 * 256;  // what aligning its parts may take
   int64_t bytes =
       kAligned + 4 * (layer.input_layernorm.weight.size + layer.post_attention_layernorm.weight.size);
   for (const qwen2vl_linear* linear : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj,
                                        &layer.gate_proj, &layer.up_proj, &layer.down_proj})
-    bytes += packed_bytes(linear->weight) + 4 * (linear->bias.size + 2 * kTilePairs);
+    bytes += matrix_bytes(linear->weight, exact) + 4 * (linear->bias.size + 2 * kTilePairs);
   return bytes;
 }
 
@@ -56,9 +62,11 @@ LanguageModel::LanguageModel(Devices& devices, const qwen2vl_text& text, bool ex
   std::optional<PackingBuffers> buffers(std::in_place);
   open_stage(devices.first()).load_embeddings(*buffers);
   for (int64_t i = 0; i < text.num_hidden_layers; ++i) {
-    // The head stays with the last layer.
-    const bool is_last = i + 1 == text.num_hidden_layers;
-    const int64_t bytes = layer_bytes(text.layers[i]) + (is_last ? packed_bytes(text.lm_head) : 0);
+    // The head stays with the last layer; one that is tied is there already as long as there is one stage.
+    int64_t bytes = layer_bytes(text.layers[i], exact);
+    if (i + 1 == text.num_hidden_layers)
+      bytes += matrix_bytes(
+          text.lm_head.data == nullptr && stages_.size() > 1 ? text.embed_tokens : text.lm_head, exact);
     if (bytes > last().ctx.room() && last().layers() > 0)
       if (Context* next = devices.open_next()) {
         buffers.emplace();  // they are a device's
