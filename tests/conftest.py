@@ -20,6 +20,12 @@ from qwen2vl_q.cli.main import main
 from qwen2vl_q.convert import Recipe, convert_checkpoint, split_model
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` stands for: many tests have one thread, some two; each worker takes up to a GiB."""
+    return min(4, _native.default_thread_count())
+
+
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2-VL of a few thousand random weights in one F32 file."""

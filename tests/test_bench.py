@@ -314,7 +314,10 @@ class TestSuite:
     def run(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pytest", "bench", "-q", "-o", f"cache_dir={folder / 'cache'}"]
         options = (f"--benchmark-storage={folder / 'runs'}", "--limit-seconds", QUICK, *options)
-        return subprocess.run([*command, *map(str, options)], cwd=ROOT, capture_output=True, text=True)
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        return subprocess.run(
+            [*command, *map(str, options)], cwd=ROOT, capture_output=True, text=True, env=outside
+        )
 
     def test_every_benchmark_runs(self, tmp_path: Path) -> None:
         done = self.run(tmp_path, "--benchmark-disable")

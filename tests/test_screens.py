@@ -74,6 +74,10 @@ def test_any_text_is_read_in_little_time() -> None:
     long = ["click(" * 8000, "{'action':" * 6000, "click(x=" + "[" * 6000, "CLICK [" * 8000, "(" * MAX_CHARS]
     for hostile in long:
         assert len(parse_actions(hostile)) <= 256
+    for depth, found in ((50, 1), (150, 0)):
+        assert len(parse_actions(f"click({'(' * depth}1{')' * depth})")) == found
+    quoted = "type('a \\') b', \"c')(\") click("
+    assert parse_actions(quoted) == [Action("type", (), {"0": "a ') b", "1": "c')("})]
     with pytest.raises(ValueError, match="at most 65536"):
         parse_actions("x" * (MAX_CHARS + 1))
 

@@ -16,6 +16,7 @@ Point: TypeAlias = "tuple[float, float]"
 
 MAX_CHARS = 65536  # of an answer
 _LONGEST_CALL = 8192
+_MOST_NESTED = 100  # parentheses of a call; Python itself reads 200
 _MAX_ACTIONS = 256
 _PLACES = ("start_box", "end_box", "point", "position", "start_point", "end_point", "box", "coordinate")
 _SCALES: dict[str, float] = {"thousandths": 1000.0, "fractions": 1.0}
@@ -94,6 +95,8 @@ _WORDS = re.compile(
     r"\b(CLICK|DOUBLE_CLICK|LONG_PRESS|TYPE|SCROLL|DRAG|PRESS_[A-Z]+|WAIT|COMPLETE|ENTER)\b"
     r"(?:[ \t]*(?:<point>)?[ \t]*\[(\[[^\[\]]{0,200}\](?:,[ \t]*\[[^\[\]]{0,200}\])?|[^\[\]\n]{0,2000})\])?"
 )
+_MARK = re.compile(r"[()'\"]")
+_QUOTED = {quote: re.compile(rf"(?:[^\\{quote}]|\\.)*{quote}", re.DOTALL) for quote in "'\""}
 _NUMBER = r"-?\d{1,7}(?:\.\d{1,7})?"
 _NUMBERS = re.compile(_NUMBER)
 _KNOWN = frozenset(
@@ -163,22 +166,22 @@ def _calls(text: str) -> Iterator[tuple[int, Action]]:
 
 
 def _end_of_call(text: str, begin: int) -> int:
-    """Behind its last parenthesis; 0: it has none."""
-    depth, quote, i = 1, "", begin
-    while i < min(len(text), begin + _LONGEST_CALL):
-        c = text[i]
-        if quote:
-            if c == "\\":
-                i += 1
-            elif c == quote:
-                quote = ""
-        elif c in "'\"":
-            quote = c
-        elif c in "()":
-            depth += 1 if c == "(" else -1
-            if depth == 0:
-                return i + 1
-        i += 1
+    """Behind its last parenthesis; 0: it has none, or more than an action has. Calls without an end that
+    follow each other are nested: each is given up soon."""
+    depth, i, last = 1, begin, begin + _LONGEST_CALL
+    while mark := _MARK.search(text, i, last):
+        i = mark.end()
+        if quoted := _QUOTED.get(mark[0]):
+            closed = quoted.match(text, i, last)
+            if closed is None:
+                return 0
+            i = closed.end()
+            continue
+        depth += 1 if mark[0] == "(" else -1
+        if depth == 0:
+            return i
+        if depth > _MOST_NESTED:
+            return 0
     return 0
 
 
