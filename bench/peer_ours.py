@@ -11,12 +11,12 @@ import numpy as np
 
 from qwen2vl_q import Qwen2VL, __version__
 from qwen2vl_q.engine.stats import peak_memory_bytes
-from qwen2vl_q.measure.benchmark import Benchmark, Settings
+from qwen2vl_q.measure.benchmark import STEP_BY_STEP, Benchmark, Settings
 
 
 def _last(model: Qwen2VL, tokens: list[int], n: int, images: list[Any] | None = None) -> int:
     """The last of `n` tokens after `tokens`."""
-    return list(model.generate(tokens, images or [], max_new_tokens=n, ignore_eos=True))[-1]
+    return list(model.generate(tokens, images or [], max_new_tokens=n, **STEP_BY_STEP))[-1]
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         count, seconds = streams.count, [streams.run(streams.prepare())]
     else:
         count = job["repeat"]
-        steps = model.generate(tokens, max_new_tokens=count + 1, ignore_eos=True)
+        steps = model.generate(tokens, max_new_tokens=count + 1, **STEP_BY_STEP)
         next(steps)
         started = perf_counter()
         for _ in steps:

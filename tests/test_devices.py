@@ -320,6 +320,18 @@ def test_greedy_tokens_need_no_logits(fake: Fake, tiny_gguf: Path) -> None:
     assert model.last_stats.kv_bytes == 2 * 400  # pages of four cells
 
 
+def test_where_logits_stay_nothing_is_guessed(fake: Fake, tiny_gguf: Path) -> None:
+    model = on_cuda(tiny_gguf)
+    assert not model._native.can_guess
+    known = [10, 11, 12, 13, 7, 8, 9]  # 10 and on follow once more
+    assert list(model.generate(known, max_new_tokens=4, ignore_eos=True)) == known[:4]
+    assert model.last_stats.guessed_tokens == 0 and fake.forward_calls == 4
+    sequence = sequence_after(model, [1, 2])
+    sequence.push(3)
+    with pytest.raises(ValueError, match="guess: this device computes tokens one at a time"):
+        sequence.guess([4])
+
+
 @pytest.mark.parametrize(
     ("sampling", "fetched"),
     [

@@ -112,6 +112,30 @@ def test_a_decoded_token_may_stand_among_others(model: Qwen2VL) -> None:
 
 
 @pytest.mark.parametrize(("file_type", "isa", "threads", "adapted"), CASES)
+def test_a_token_may_be_computed_before_it_is_drawn(model: Qwen2VL) -> None:
+    rng = np.random.default_rng(6)
+    tokens = rng.integers(0, N_TEXT_TOKENS, 9).tolist()
+    for length in (5, 1100):
+        prompt = text(model, rng.integers(0, N_TEXT_TOKENS, length).astype(np.int32))
+        alone, guessing = (_native.SequenceState(model._native, N_CTX) for _ in range(2))
+        for state in (alone, guessing):
+            state.prefill(prompt, [])
+        expected = []
+        for token in tokens:
+            alone.accept(token)
+            expected.append(alone.logits)
+        guessing.push(tokens[0])
+        assert guessing.guess(tokens[1:8]) == 7
+        beside = _native.SequenceState(model._native, N_CTX)
+        beside.begin(prompt, [])
+        _native.step([beside, guessing], [3, 1])
+        for token, logits in zip(tokens, expected, strict=True):
+            if token != tokens[0]:
+                guessing.accept(token)
+            np.testing.assert_array_equal(guessing.logits, logits)
+
+
+@pytest.mark.parametrize(("file_type", "isa", "threads", "adapted"), CASES)
 def test_tokens_and_prompts_may_share_a_step(model: Qwen2VL) -> None:
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, N_TEXT_TOKENS, n).astype(np.int32) for n in (30, 75, 200, 90)]

@@ -125,6 +125,7 @@ void register_model(py::module_& m) {
           "read_weights",
           [](Engine& engine) { return Engine::Turn(engine).backend.instruments().read_weights(); },
           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("can_guess", &Engine::can_guess)
       .def_property_readonly("max_batch_rows",
                              [](const Engine& engine) { return engine.backend().max_batch_rows(); })
       .def_property_readonly("cell_bytes", &Engine::cell_bytes)

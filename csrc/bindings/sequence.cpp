@@ -9,6 +9,7 @@
 #include "bindings/arguments.h"
 #include "bindings/bindings.h"
 #include "engine/engine.h"
+#include "engine/prompt_lookup.h"
 
 namespace qwen2vl::bindings {
 namespace {
@@ -138,8 +139,17 @@ class PySequence {
 
   void push(const py::object& token) {
     const int32_t id = token_id(token);
+    call([&](Engine& engine, Sequence& s) { engine.push(s, id); });
+  }
+
+  std::vector<int32_t> look_up(const py::object& most) {
+    const int64_t n = integer(most, "most", 0, kMostCells);
+    return call([&](Engine&, Sequence& s) { return qwen2vl::look_up(s.known_tokens(), n); });
+  }
+
+  int64_t guess(const std::vector<int32_t>& tokens) {
     const auto mine = turn();
-    engine_->push(sequence_, id);
+    return engine_->guess(sequence_, tokens);
   }
 
   void prefill(const Prompt& prompt, const EmbeddingsList& embeddings, const PyProgress& progress) {
@@ -159,10 +169,11 @@ class PySequence {
   void accept(const py::object& token) {
     const int32_t id = token_id(token);
     const auto mine = turn();
-    engine_->push(sequence_, id);
-    const StepRows row{&sequence_};
     const Progress report = make_progress(std::nullopt);
     const py::gil_scoped_release release;
+    engine_->push(sequence_, id);
+    if (sequence_.waiting() == 0) return;  // it had been guessed
+    const StepRows row{&sequence_};
     try {
       engine_->step({&row, 1}, report);
     } catch (...) {
@@ -318,6 +329,8 @@ void register_sequence(py::module_& m) {
       .def("adopt", &PySequence::adopt, py::arg("prompt"))
       .def("begin", &PySequence::begin, py::arg("prompt"), py::arg("embeddings"))
       .def("push", &PySequence::push, py::arg("token"))
+      .def("look_up", &PySequence::look_up, py::arg("most"))
+      .def("guess", &PySequence::guess, py::arg("tokens"))
       .def("accept", &PySequence::accept, py::arg("token"))
       .def_property_readonly("logits", &PySequence::logits)
       .def("sample", &PySequence::sample, py::arg("sampler"), py::arg("allowed") = py::none())

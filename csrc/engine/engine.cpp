@@ -125,6 +125,7 @@ void Engine::begin(Sequence& sequence, const Prompt& prompt,
                                   ": its embeddings are needed and were not given");
     items.push_back({item.start, embeddings[i]});
   }
+  sequence.guessed = 0;
   sequence.prompt_cells = prompt.size();
   sequence.token_ids = prompt.token_ids();
   sequence.cells = prompt.cells();
@@ -136,31 +137,55 @@ void Engine::begin(Sequence& sequence, const Prompt& prompt,
   sequence.drop_logits();
 }
 
-void Engine::require_pushable(const Sequence& sequence, int32_t token) const {
-  if (sequence.cells.empty()) throw std::invalid_argument("accept: nothing has been evaluated yet");
+void Engine::require_token(int32_t token) const {
   if (token < 0 || token >= config_.text.vocab_size)
     throw std::invalid_argument("token: expected an id below " + std::to_string(config_.text.vocab_size) +
                                 ", found " + std::to_string(token));
-  if (std::ssize(sequence.cells) >= sequence.n_ctx)
-    throw std::invalid_argument("the context is full: it holds " + std::to_string(sequence.n_ctx) +
-                                " tokens");
-  if (!sequence.logits) throw std::invalid_argument("accept: the last prefill was not finished");
 }
 
-void Engine::push(Sequence& sequence, int32_t token) const {
+void Engine::require_pushable(const Sequence& sequence, int32_t token) const {
+  if (sequence.cells.empty()) throw std::invalid_argument("accept: nothing has been evaluated yet");
+  require_token(token);
+  if (sequence.size() + sequence.waiting() >= sequence.n_ctx)
+    throw std::invalid_argument("the context is full: it holds " + std::to_string(sequence.n_ctx) +
+                                " tokens");
+  if (sequence.logits.empty()) throw std::invalid_argument("accept: the last prefill was not finished");
+}
+
+void Engine::push(Sequence& sequence, int32_t token) {
   require_pushable(sequence, token);
-  sequence.token_ids.push_back(token);
-  sequence.cells.push_back({token});
-  const int32_t at = sequence.next_position++;
-  sequence.positions.push_back({at, at, at});
+  const int64_t next = sequence.size();
+  if (sequence.guessed > 0 && sequence.token_ids[next] == token) {
+    const Turn turn(*this);
+    pool_->commit(sequence.table, std::span(sequence.cells).subspan(next, 1));
+    --sequence.guessed;
+    ++sequence.next_position;
+    sequence.logits.erase(sequence.logits.begin());
+    return;
+  }
+  sequence.resize(next);
+  sequence.append(token, sequence.next_position++);
   sequence.drop_logits();
+}
+
+int64_t Engine::guess(Sequence& sequence, std::span<const int32_t> tokens) const {
+  if (!can_guess()) throw std::invalid_argument("guess: this device computes tokens one at a time");
+  if (sequence.waiting() != 1 || sequence.size() < sequence.prompt_cells)
+    throw std::invalid_argument("guess: expected a drawn token that waits");
+  for (const int32_t token : tokens) require_token(token);
+  const int64_t known = sequence.size() + 1, page = chosen_.backend->pages().page_cells();
+  const int64_t room = std::min(sequence.size() / page * page + page, sequence.n_ctx) - known;
+  sequence.resize(known);
+  for (const int32_t token : tokens.first(static_cast<size_t>(std::min(room, std::ssize(tokens)))))
+    sequence.append(token, sequence.next_position + static_cast<int32_t>(sequence.guessed++));
+  return sequence.guessed;
 }
 
 void Engine::step(std::span<const StepRows> batch, const Progress& progress) {
   if (batch.empty()) return;
   require_batch(batch);
   Turn turn(*this);
-  for (const StepRows& s : batch) pool_->reserve(s.sequence->table, s.rows);
+  for (const StepRows& s : batch) pool_->reserve(s.sequence->table, s.cells());
   compute(turn.backend, batch, progress);
   for (const StepRows& s : batch) {
     Sequence& sequence = *s.sequence;
@@ -184,7 +209,9 @@ void Engine::require_batch(std::span<const StepRows> batch) const {
                                   " rows of a sequence, found " + std::to_string(s.rows));
     if (s.all_logits != nullptr && batch.size() > 1)
       throw std::invalid_argument("step: all rows' logits are those of one sequence");
-    rows += s.rows;
+    if (s.all_logits != nullptr && s.sequence->guessed > 0)
+      throw std::invalid_argument("step: all rows' logits are those of a sequence that guesses nothing");
+    rows += s.cells();
   }
   if (rows > most)
     throw std::invalid_argument("step: expected " + std::to_string(most) + " rows at most, found " +
@@ -205,7 +232,7 @@ void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Pr
     for (const CachedPage* page : sequence.table.pages) pages_.push_back(page->handle);
     const int64_t first = sequence.size(), end = first + s.rows;
     const size_t row = embeddings_.size();
-    embeddings_.resize(row + static_cast<size_t>(s.rows), nullptr);
+    embeddings_.resize(row + static_cast<size_t>(s.cells()), nullptr);
     for (const Sequence::Item& item : sequence.items)
       for (int64_t at = std::max(first, item.start),
                    last = std::min(end, item.start + item.embeddings->rows());
@@ -214,20 +241,20 @@ void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Pr
   }
   std::vector<SequenceRows> rows;
   rows.reserve(batch.size());
-  std::vector<Sequence*> finished;
+  std::vector<Sequence*> finished;  // of each row of logits
   size_t row = 0, page = 0;
   for (const StepRows& s : batch) {
     Sequence& sequence = *s.sequence;
-    const size_t first = static_cast<size_t>(sequence.size()), n = static_cast<size_t>(s.rows);
+    const size_t first = static_cast<size_t>(sequence.size()), n = static_cast<size_t>(s.cells());
     const size_t n_pages = sequence.table.pages.size();
-    const bool last = s.rows == sequence.waiting();
-    if (last) finished.push_back(&sequence);
+    const bool last = s.rows == sequence.waiting(), guesses = n > static_cast<size_t>(s.rows);
+    if (last) finished.insert(finished.end(), n - static_cast<size_t>(s.rows) + 1, &sequence);
     rows.push_back({std::span(pages_).subspan(page, n_pages), sequence.size(),
                     std::span(sequence.token_ids).subspan(first, n), std::span(embeddings_).subspan(row, n),
                     std::span(sequence.positions).subspan(first, n),
-                    s.all_logits != nullptr ? LogitsWanted::All
-                    : last                  ? LogitsWanted::Last
-                                            : LogitsWanted::None,
+                    s.all_logits != nullptr || guesses ? LogitsWanted::All
+                    : last                             ? LogitsWanted::Last
+                                                       : LogitsWanted::None,
                     sequence.size() >= sequence.prompt_cells});
     row += n;
     page += n_pages;
@@ -241,8 +268,8 @@ void Engine::compute(Backend& backend, std::span<const StepRows> batch, const Pr
   }
   backend.forward(rows, logits, progress);
   for (size_t i = 0; i < finished.size() && !all; ++i) {
-    std::shared_ptr<Logits>& result = finished[i]->logits;
-    result = std::make_shared<Logits>();
+    const auto result = std::make_shared<Logits>();
+    finished[i]->logits.push_back(result);
     if (kept) {
       result->kept_row = static_cast<int64_t>(i);
       kept_.push_back(result);
@@ -271,15 +298,16 @@ void Engine::fetch(Backend& backend, Logits& logits) const {
 
 std::span<const float> Engine::logits(Sequence& sequence) {
   Turn turn(*this);
-  if (!sequence.logits) return {};
-  fetch(turn.backend, *sequence.logits);
-  return {sequence.logits->values.get(), static_cast<size_t>(config_.text.vocab_size)};
+  if (sequence.logits.empty()) return {};
+  Logits& logits = *sequence.logits.front();
+  fetch(turn.backend, logits);
+  return {logits.values.get(), static_cast<size_t>(config_.text.vocab_size)};
 }
 
 int32_t Engine::sample(Sequence& sequence, Sampler& sampler, std::span<const uint8_t> allowed) {
   Turn turn(*this);
-  if (!sequence.logits) throw std::invalid_argument("sample: nothing has been evaluated yet");
-  Logits& logits = *sequence.logits;
+  if (sequence.logits.empty()) throw std::invalid_argument("sample: nothing has been evaluated yet");
+  Logits& logits = *sequence.logits.front();
   if (!logits.values && sampler.is_greedy() && allowed.empty()) {
     const int32_t token = turn.backend.likeliest(logits.kept_row);
     if (token < 0) throw damaged_logits();
@@ -287,7 +315,7 @@ int32_t Engine::sample(Sequence& sequence, Sampler& sampler, std::span<const uin
   }
   fetch(turn.backend, logits);
   return sampler.sample({logits.values.get(), static_cast<size_t>(config_.text.vocab_size)},
-                        sequence.token_ids, allowed, static_cast<size_t>(sequence.prompt_cells));
+                        sequence.known_tokens(), allowed, static_cast<size_t>(sequence.prompt_cells));
 }
 
 LogProbabilities Engine::log_probabilities(Sequence& sequence, int32_t token, size_t top) {

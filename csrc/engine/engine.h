@@ -19,12 +19,15 @@
 
 namespace qwen2vl {
 
-/// What a step computes of one sequence: the first `rows` of the cells that wait. `all_logits`: where every
-/// row's logits go [rows, vocab_size]; only for a sequence that is alone in its step.
+/// What a step computes of one sequence: the first `rows` of the cells that wait, and where these are all of
+/// them, its guesses. `all_logits`: where every row's logits go [rows, vocab_size]; only for a sequence that is
+/// alone in its step and guesses nothing.
 struct StepRows {
   Sequence* sequence = nullptr;
   int64_t rows = 1;
   float* all_logits = nullptr;
+
+  int64_t cells() const { return rows + (rows == sequence->waiting() ? sequence->guessed : 0); }
 };
 
 /// A loaded model: its backend and the pages of all its sequences. Threads may share it: calls go one at a
@@ -86,17 +89,25 @@ class Engine {
   /// that lies wholly in what has been computed.
   void begin(Sequence& sequence, const Prompt& prompt,
              std::span<const std::shared_ptr<const Embeddings>> embeddings) const;
-  /// Lets one more text token wait. Throws std::invalid_argument where it cannot follow: require_pushable.
-  void push(Sequence& sequence, int32_t token) const;
+  /// Lets one more text token wait; where it has been guessed, its cell is there already, and its logits are
+  /// those that count. Throws std::invalid_argument where it cannot follow: require_pushable.
+  void push(Sequence& sequence, int32_t token);
   void require_pushable(const Sequence& sequence, int32_t token) const;
 
-  /// Computes the rows of every sequence, none twice, backend().max_batch_rows() at most in all. OutOfPages,
-  /// or an exception of `progress`, leaves every sequence as it was.
+  /// Whether rows that are only likely to be wanted cost less than steps of their own.
+  bool can_guess() const { return !backend().keeps_logits(); }
+  /// Text tokens that are likely to follow a drawn one, whose cell waits; instead of earlier guesses. Returns
+  /// how many are taken: those that fit into its page, so that no memory is needed for what may not count.
+  /// Throws std::invalid_argument where none can follow.
+  int64_t guess(Sequence& sequence, std::span<const int32_t> tokens) const;
+
+  /// Computes the rows of every sequence, none twice, backend().max_batch_rows() at most in all, guesses
+  /// included. OutOfPages, or an exception of `progress`, leaves every sequence as it was.
   void step(std::span<const StepRows> batch, const Progress& progress);
   /// All cells that wait, in as many steps as they take. `all_logits` as of StepRows.
   void evaluate(Sequence& sequence, const Progress& progress, float* all_logits = nullptr);
 
-  /// [vocab_size] after the last cell; empty where it has not been computed.
+  /// [vocab_size] after the last cell that counts; empty where it has not been computed.
   std::span<const float> logits(Sequence& sequence);
   /// `allowed` [vocab_size]: 0 for tokens that must not be drawn; empty: all may.
   int32_t sample(Sequence& sequence, Sampler& sampler, std::span<const uint8_t> allowed = {});
@@ -109,6 +120,7 @@ class Engine {
 
  private:
   void require_batch(std::span<const StepRows> batch) const;
+  void require_token(int32_t token) const;
   void compute(Backend& backend, std::span<const StepRows> batch, const Progress& progress);
   void fetch(Backend& backend, Logits& logits) const;
   void give_back_abandoned() noexcept;

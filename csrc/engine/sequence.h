@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "engine/embeddings.h"
@@ -17,7 +18,9 @@ struct Logits {
   std::shared_ptr<const float> values;
 };
 
-/// A conversation's cells: the first size() have been computed, the others wait for a step of the engine.
+/// A conversation's cells: the first size() have been computed, the others wait for a step of the engine. The
+/// last `guessed` are no more than likely to follow: they are computed with those before them, and count when
+/// the token that is drawn is theirs.
 struct Sequence {
   /// An image or video some of whose cells wait: its first cell, and a row for each.
   struct Item {
@@ -31,13 +34,24 @@ struct Sequence {
   std::vector<Position> positions;
   std::vector<Item> items;
   int32_t next_position = 0;  ///< of a text token after the last cell
+  int64_t guessed = 0;
   PageTable table;
-  std::shared_ptr<Logits> logits;  ///< null as long as cells wait
+  std::vector<std::shared_ptr<Logits>> logits;  ///< after the last cell and each guess; none while cells wait
 
   int64_t size() const { return table.size; }
-  int64_t waiting() const { return static_cast<int64_t>(cells.size()) - table.size; }
+  int64_t waiting() const { return static_cast<int64_t>(cells.size()) - guessed - table.size; }
 
-  void drop_logits() { logits.reset(); }
+  /// Guesses are none of them.
+  std::span<const int32_t> known_tokens() const {
+    return std::span(token_ids).first(token_ids.size() - static_cast<size_t>(guessed));
+  }
+
+  void append(int32_t token, int32_t position) {
+    token_ids.push_back(token);
+    cells.push_back({token});
+    positions.push_back({position, position, position});
+  }
+  void drop_logits() { logits.clear(); }
   /// Drops the cells that wait.
   void drop_waiting() { resize(table.size); }
   void resize(int64_t n) {
@@ -45,6 +59,7 @@ struct Sequence {
     cells.resize(n);
     positions.resize(n);
     items.clear();
+    guessed = 0;
   }
 };
 

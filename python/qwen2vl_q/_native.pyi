@@ -214,6 +214,9 @@ class Model:
     def max_batch_rows(self) -> int:
         """Rows that a step takes at most."""
     @property
+    def can_guess(self) -> bool:
+        """Whether rows that are only likely to be wanted cost less than steps of their own."""
+    @property
     def cell_bytes(self) -> int:
         """Memory of a cell of the KV cache, about."""
     @property
@@ -315,7 +318,15 @@ class SequenceState:
         """Lets the other cells of `prompt` wait. embeddings[i] belongs to the prompt's image i; None is
         allowed for one that lies wholly in what has been computed."""
     def push(self, token: int) -> None:
-        """Lets one more (text) token wait, behind cells that have all been computed."""
+        """Lets one more (text) token wait, behind cells that have all been computed. One that has been
+        guessed does not wait: what comes after it is known."""
+    def look_up(self, most: int) -> list[int]:
+        """What may follow: what followed the last three tokens where they stood before, `most` tokens, or
+        none."""
+    def guess(self, tokens: AbstractSequence[int]) -> int:
+        """The next step computes these behind the token that waits, instead of earlier guesses; returns how
+        many, since what does not fit into the page of that token is left out. ValueError: none waits, or it
+        is a prompt's; not Model.can_guess."""
     def reuse(self, prompt: Prompt) -> int:
         """Keeps the longest common prefix of the cache and `prompt` (short of the last token), drops the
         rest; returns its length in cells."""

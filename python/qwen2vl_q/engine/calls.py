@@ -25,6 +25,7 @@ from qwen2vl_q.engine.config import Qwen2VLConfig
 from qwen2vl_q.engine.generation import Generation, TokenIds
 from qwen2vl_q.engine.model_parts import ModelParts
 from qwen2vl_q.engine.options import (
+    MAX_PROMPT_LOOKUP,
     AnswerOptions,
     CallOptions,
     ChatOptions,
@@ -49,6 +50,7 @@ from qwen2vl_q.vision.image_processor import (
 from qwen2vl_q.vision.video import process_video
 
 MAX_ANSWERS = 128  # to one prompt
+_PROMPT_LOOKUP = 8  # tokens guessed at a time; eight rows take a CPU half as long again as one
 _INT32_MAX = 2**31 - 1
 
 
@@ -283,9 +285,13 @@ class Calls:
         """max_new_tokens: where the options say nothing of it. nth: of several answers."""
         limit = integer("max_new_tokens", options.get("max_new_tokens", max_new_tokens), 1, _INT32_MAX)
         constraint = constraint or options.get("constraint")
+        guessed = options.get("prompt_lookup_num_tokens")
+        if guessed is None:
+            guessed = _PROMPT_LOOKUP
+        guessed = integer("prompt_lookup_num_tokens", guessed, 0, MAX_PROMPT_LOOKUP)
         sampler = sampling.sampler(nth)
         return self._generation.request(
-            prepared, sampler, limit, text, options.get("progress"), constraint, top
+            prepared, sampler, limit, text, options.get("progress"), constraint, top, guessed
         )
 
     def _constraints(self, options: AnswerOptions, tools: Tools | None) -> Callable[[], Constraint | None]:

@@ -84,6 +84,7 @@ class Generation:
         progress: Progress | None = None,
         constraint: Constraint | None = None,
         top_logprobs: int | None = None,
+        most_guessed: int = 0,
     ) -> Request:
         """New tokens, which begin to come when they are first asked for."""
         require_constraint(constraint)
@@ -91,7 +92,9 @@ class Generation:
         room = self._n_ctx - len(prepared.prompt) + 1
         cut: FinishReason = "context" if room < max_new_tokens else "length"
         limit = min(max_new_tokens, room)
-        return Request(prepared, sampler, limit, cut, text, progress, constraint, top_logprobs)
+        if not self._native.can_guess:
+            most_guessed = 0
+        return Request(prepared, sampler, limit, cut, text, progress, constraint, top_logprobs, most_guessed)
 
     def answer(self, request: Request, tokenizer: Tokenizer, calls: CallReader | None = None) -> Answer:
         return Answer(self.scheduler, request, tokenizer, calls)

@@ -10,6 +10,7 @@ from qwen2vl_q.base.printable import printable
 from qwen2vl_q.engine.request import Constraint, Progress
 
 MAX_TOP_LOGPROBS = 20  # OpenAI's
+MAX_PROMPT_LOOKUP = 32
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -35,6 +36,9 @@ class CallOptions(SamplingOptions, total=False):
     stop: str | Sequence[str] | None  # texts that end an answer, and are no part of it
     progress: Progress | None
     constraint: Constraint | None  # asked before each token which ones may be drawn; of one call
+    # What followed where the last tokens stood before is computed with them, so many tokens at most: answers
+    # that repeat what has been said come sooner, and are the same. 0: never; None: as the engine thinks best.
+    prompt_lookup_num_tokens: int | None
 
 
 class GenerateOptions(CallOptions, total=False):

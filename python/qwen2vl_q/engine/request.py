@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qwen2vl_q import _native
 from qwen2vl_q.base.printable import printable
+from qwen2vl_q.engine.guessing import Guessing
 from qwen2vl_q.engine.pictures import Encoding
 from qwen2vl_q.engine.stats import FinishReason, GenerationStats, peak_memory_bytes
 from qwen2vl_q.text.text_stream import TextStream
@@ -37,6 +38,9 @@ class Constraint(Protocol):
 
     def accept(self, token: int) -> None:
         """It has been drawn."""
+
+    # A constraint may have `forced() -> Sequence[int]` too: tokens that will come next if any can be told.
+    # They are computed in one step; which tokens come is for allowed() to say as ever.
 
 
 def require_constraint(constraint: Any) -> None:
@@ -75,10 +79,12 @@ class Request:
         progress: Progress | None = None,
         constraint: Constraint | None = None,
         top_logprobs: int | None = None,
+        most_guessed: int = 0,
     ) -> None:
         """limit: tokens at most; cut: the reason of the end where they are reached. text: tells which token
         is the last. progress, constraint: called on the thread that takes the step. top_logprobs: of so many
-        tokens log-probabilities are told beside the drawn one's; None: of none."""
+        tokens log-probabilities are told beside the drawn one's; None: of none. most_guessed: tokens that may
+        be computed before they are drawn."""
         self.prepared = prepared
         self.sampler = sampler
         self.limit = limit
@@ -87,6 +93,7 @@ class Request:
         self.progress = progress
         self.constraint = constraint
         self.top_logprobs = top_logprobs
+        self.guessing = Guessing(most_guessed)
         self.ahead = _AHEAD  # tokens that may wait here
         self.submitted = False
         self.over = False  # nothing more will be computed
@@ -130,6 +137,11 @@ class Request:
         assert self.state is not None
         return self.state
 
+    def forced(self) -> Sequence[int]:
+        """What the constraint leaves no choice about."""
+        forced: Callable[[], Sequence[int]] | None = getattr(self.constraint, "forced", None)
+        return () if forced is None else forced()
+
     def take(self) -> Drawn | None:
         """The next token, None at the end; the error that has ended it. Only when ready."""
         if self.tokens:
@@ -157,6 +169,8 @@ class Request:
             reused_tokens=self.reused_tokens,
             prefill_seconds=self.prefill_seconds,
             generated_tokens=self.drawn,
+            guessed_tokens=self.guessing.guessed,
+            confirmed_tokens=self.guessing.confirmed,
             decode_seconds=self.decode_seconds,
             finish_reason=self.finish_reason,
             kv_bytes=kv_bytes,

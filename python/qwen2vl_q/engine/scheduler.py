@@ -24,6 +24,7 @@ _SLICE = 0.1  # seconds of a picture between two steps: so long does a token wai
 _CHUNK = 128  # rows of prompts beside streams: so long does a token wait for them at most
 _PATIENCE = 1.0  # seconds that a full cache's streams may stay unread before they count as left
 _WORTH_WAITING = 64  # cells that another request is about to compute
+_GUESSED_ROWS = 16  # of a step, those of drawn tokens included: more streams have no guesses
 
 _is_over = attrgetter("over")
 _IN_A_CALLBACK = "a call of the model is under way in this thread: its callback cannot make another"
@@ -43,6 +44,7 @@ class Scheduler:
         self._n_ctx = n_ctx
         self._pictures = pictures
         self._max_rows = native.max_batch_rows
+        self._can_guess = native.can_guess
         self._lock = threading.RLock()  # of what follows; never held while something is computed
         self._changed = threading.Condition(self._lock)
         self._sleepers = 0  # threads that wait for a change
@@ -285,7 +287,8 @@ class Scheduler:
         if seeing:
             self._encode(seeing[0])
         streams = streams[: self._max_rows]
-        pieces = self._pieces(prompts, len(streams)) if prompts else []
+        guessed = self._guess(streams)
+        pieces = self._pieces(prompts, len(streams), guessed) if prompts else []
         if not (streams or pieces):
             return
         start = perf_counter()
@@ -303,10 +306,34 @@ class Scheduler:
             if last:
                 self._draw(r)
 
-    def _pieces(self, prompts: Sequence[Request], streams: int) -> list[tuple[Request, int, bool]]:
+    def _guess(self, streams: Sequence[Request]) -> int:
+        """What is likely to follow the streams' tokens; of how many tokens."""
+        share = _GUESSED_ROWS // len(streams) - 1 if streams else 0
+        total = 0
+        for r in streams:
+            if r.fed < r.drawn:  # it has begun anew
+                if self._can_guess and share:
+                    total += r.live.guess(r.history[r.fed : r.fed + share])
+                continue
+            most = min(share, r.limit - r.drawn - 1)
+            if not r.guessing.most or most < 1:
+                continue
+            try:
+                tokens = r.forced()[:most] or r.live.look_up(min(most, r.guessing.length))
+                made = r.live.guess(tokens) if tokens else 0
+            except Exception as error:
+                r.fail(error)
+                continue
+            r.guessing.make(made)
+            total += made
+        return total
+
+    def _pieces(
+        self, prompts: Sequence[Request], streams: int, guessed: int
+    ) -> list[tuple[Request, int, bool]]:
         """How many rows of each prompt are computed next, and whether they are its last: equal shares of a
         step, so that a short one does not wait for a long one."""
-        room = self._max_rows - streams
+        room = self._max_rows - streams - guessed
         if streams:
             room = min(room, _CHUNK)
         pieces = []
@@ -319,7 +346,15 @@ class Scheduler:
         return pieces
 
     def _draw(self, r: Request) -> None:
-        """The token behind the cells of a request; the next step computes it."""
+        """The token behind the cells of a request; the next step computes it. Where that has been done, since
+        it was guessed, the token behind it, too."""
+        guesses = -1
+        while not (r.over or r.live.waiting):
+            self._draw_one(r)
+            guesses += 1
+        r.guessing.learn(guesses)
+
+    def _draw_one(self, r: Request) -> None:
         start = perf_counter()
         try:
             if r.fed < r.drawn:  # it has begun anew

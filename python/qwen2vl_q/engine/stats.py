@@ -28,6 +28,8 @@ class GenerationStats:
     reused_tokens: int = 0  # of these, found in the KV cache
     prefill_seconds: float = 0.0
     generated_tokens: int = 0
+    guessed_tokens: int = 0  # computed before they were drawn
+    confirmed_tokens: int = 0  # of these, drawn
     decode_seconds: float = (
         0.0  # evaluating and drawing; neither the caller's time between tokens nor others'
     )

@@ -187,6 +187,11 @@ class _Matched:
         self._matcher.consume_token(token)
         self._check()
 
+    def forced(self) -> list[int]:
+        tokens: list[int] = self._matcher.compute_ff_tokens()
+        self._check()
+        return tokens
+
     def _check(self) -> None:
         if self._matcher.is_error():
             raise Qwen2VLError(f"{self._option}: {_reason(self._matcher)}")

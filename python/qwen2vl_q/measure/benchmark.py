@@ -24,6 +24,8 @@ State = TypeVar("State")
 GREEDY, SAMPLED = Sampling(seed=0), Sampling(temperature=1.0, top_p=0.9, seed=0)
 _SEED = 0
 STREAM_PROMPT, _STREAM_WARM_UP = 32, 8  # tokens of each
+# Random weights repeat themselves sooner or later: what guessing saves of that is no speed of decoding.
+STEP_BY_STEP: dict[str, Any] = {"ignore_eos": True, "prompt_lookup_num_tokens": 0}
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Benchmark:
         return tokens
 
     def tokens_after(self, prompt: Sequence[int], n: int, images: Sequence[ImageInput] = ()) -> list[int]:
-        tokens = list(self._model.generate(prompt, images, max_new_tokens=n, ignore_eos=True))
+        tokens = list(self._model.generate(prompt, images, max_new_tokens=n, **STEP_BY_STEP))
         if len(tokens) != n:
             raise ValueError(f"{self._settings.model}: the context ended after {len(tokens)} of {n} tokens")
         return tokens
@@ -288,7 +290,7 @@ class Benchmark:
         prompt = self.prompt(max(depth, 1))
 
         def prepare() -> Iterator[int]:
-            tokens = model.generate(prompt, max_new_tokens=n + 1, ignore_eos=True, **asdict(sampling))
+            tokens = model.generate(prompt, max_new_tokens=n + 1, **STEP_BY_STEP, **asdict(sampling))
             next(tokens)  # what the first one takes is the prompt's
             return tokens
 
@@ -306,11 +308,8 @@ class Benchmark:
         prompts = [self.prompt(STREAM_PROMPT, seed) for seed in range(n)]
 
         def prepare() -> Iterator[tuple[int, ...]]:
-            limit = _STREAM_WARM_UP + steps
-            requests = [
-                model._calls.continuation(ids, (), {"max_new_tokens": limit, "ignore_eos": True})
-                for ids in prompts
-            ]
+            options: Any = {"max_new_tokens": _STREAM_WARM_UP + steps, **STEP_BY_STEP}
+            requests = [model._calls.continuation(ids, (), options) for ids in prompts]
             for request in requests:  # before the first step, so that all end with the last
                 model._generation.scheduler.submit(request)
             tokens = zip(*map(model._generation.tokens, requests), strict=True)
