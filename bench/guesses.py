@@ -28,7 +28,7 @@ from qwen2vl_q.cli.model_file import model_file
 from qwen2vl_q.engine.options import GenerateOptions
 from qwen2vl_q.engine.stats import GenerationStats
 
-_ROWS = (1, 2, 3, 5, 9, 16)
+_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 _SPAN = 60  # cells of a page that the steps use
 
 _ITEMS = [

@@ -369,6 +369,17 @@ class TestSuite:
 
 
 @pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
+def test_what_guesses_save() -> None:
+    command = [sys.executable, "bench/guesses.py", "--depth", "64", "--repeat", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    costs, saved = (part.splitlines() for part in done.stdout.split("\n\n")[1:])
+    assert [line.split()[1] for line in costs[2:]] == ["1", "2", "3", "4", "5", "6", "8", "12", "16"]
+    right = re.findall(r"\| (\d+) of (\d+) ", "\n".join(saved))
+    assert len(right) == 3 and right[1] == ("49", "56") and right[2] == ("0", "0")
+
+
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the source tree")
 def test_halves_of_a_random_model_are_named_as_llama_cpp_does() -> None:
     sys.path.insert(0, str(ROOT / "bench"))
     from make_model import RandomModel

@@ -55,11 +55,11 @@ def test_right_guesses_make_longer_ones() -> None:
         lengths.append(guessing.length)
         guessing.make(guessing.length)
         guessing.learn(guessing.length)
-    assert lengths == [2, 4, 8, 8]
+    assert lengths == [3, 6, 8, 8]
     guessing.make(8)
     guessing.learn(3)
     assert guessing.length == 3
-    assert (guessing.guessed, guessing.confirmed) == (2 + 4 + 8 + 8 + 8, 2 + 4 + 8 + 8 + 3)
+    assert (guessing.guessed, guessing.confirmed) == (3 + 6 + 8 + 8 + 8, 3 + 6 + 8 + 8 + 3)
 
 
 def test_wrong_guesses_make_pauses() -> None:
@@ -86,7 +86,15 @@ def test_what_followed_before_is_likely(tiny: Qwen2VL) -> None:
     assert looked_up([1, 2, 3, 4, 7, 1, 2, 3, 5, 8, 1, 2, 3], 2) == [5, 8]  # the latest place
     assert looked_up([6, 1, 2, 1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
     assert looked_up([4, 4, 4, 4], 3) == [4, 4, 4]
-    for ids, most in (([1, 2, 3, 4, 1, 2], 3), ([1, 2, 3], 3), ([5], 3), ([1, 2, 3, 1, 2, 3], 0)):
+    assert looked_up([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 1) == [4]  # three tell more than two
+    assert looked_up([9, 2, 3, 5, 1, 2, 3], 3) == [5, 1, 2]
+    for ids, most in (
+        ([1, 2, 3, 4, 1, 3], 3),
+        ([1, 2, 3], 3),
+        ([2, 2], 3),
+        ([5], 3),
+        ([1, 2, 3, 1, 2, 3], 0),
+    ):
         assert looked_up(ids, most) == []
 
 

@@ -20,8 +20,8 @@
 namespace qwen2vl {
 
 /// What a step computes of one sequence: the first `rows` of the cells that wait, and where these are all of
-/// them, its guesses. `all_logits`: where every row's logits go [rows, vocab_size]; only for a sequence that is
-/// alone in its step and guesses nothing.
+/// them, its guesses. `all_logits`: where every row's logits go [rows, vocab_size]; only for a sequence that
+/// is alone in its step and guesses nothing.
 struct StepRows {
   Sequence* sequence = nullptr;
   int64_t rows = 1;

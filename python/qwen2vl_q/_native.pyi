@@ -321,8 +321,8 @@ class SequenceState:
         """Lets one more (text) token wait, behind cells that have all been computed. One that has been
         guessed does not wait: what comes after it is known."""
     def look_up(self, most: int) -> list[int]:
-        """What may follow: what followed the last three tokens where they stood before, `most` tokens, or
-        none."""
+        """What may follow: what followed the last three tokens, or else two, where they stood before; `most`
+        tokens, or none."""
     def guess(self, tokens: AbstractSequence[int]) -> int:
         """The next step computes these behind the token that waits, instead of earlier guesses; returns how
         many, since what does not fit into the page of that token is left out. ValueError: none waits, or it

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/prompt_lookup.h"
 
 using namespace qwen2vl;
 
@@ -30,8 +32,12 @@ Prompt prompt(const Engine& engine, int seed) {
   return Prompt(engine.config(), ids, {}, kContext);
 }
 
+/// What is likely to follow so many tokens drawn of a sequence.
+using Guess = std::function<std::vector<int32_t>(size_t sequence, size_t drawn)>;
+
 /// The greedy tokens after each prompt, whose rows are computed in shared steps, `chunk` of a prompt.
-std::vector<std::vector<int32_t>> answers(Engine& engine, const std::vector<Prompt>& prompts, int64_t chunk) {
+std::vector<std::vector<int32_t>> answers(Engine& engine, const std::vector<Prompt>& prompts, int64_t chunk,
+                                          const Guess& guess = {}, int* steps = nullptr) {
   std::vector<Sequence> sequences(prompts.size());
   std::vector<std::vector<int32_t>> drawn(prompts.size());
   for (size_t i = 0; i < prompts.size(); ++i) {
@@ -47,10 +53,15 @@ std::vector<std::vector<int32_t>> answers(Engine& engine, const std::vector<Prom
         batch.push_back({&sequences[i], std::min(chunk, sequences[i].waiting())});
     if (batch.empty()) break;
     engine.step(batch, kQuiet);
+    if (steps != nullptr) ++*steps;
     for (size_t i = 0; i < prompts.size(); ++i) {
-      if (sequences[i].waiting() > 0 || drawn[i].size() == kDrawn) continue;
-      drawn[i].push_back(engine.sample(sequences[i], greedy));
-      if (drawn[i].size() < kDrawn) engine.push(sequences[i], drawn[i].back());
+      while (sequences[i].waiting() == 0 && drawn[i].size() < kDrawn) {
+        drawn[i].push_back(engine.sample(sequences[i], greedy));
+        if (drawn[i].size() == kDrawn) break;
+        engine.push(sequences[i], drawn[i].back());
+      }
+      if (guess && !drawn[i].empty() && drawn[i].size() < kDrawn)
+        engine.guess(sequences[i], guess(i, drawn[i].size()));
     }
   }
   for (Sequence& sequence : sequences) engine.abandon(std::move(sequence));
@@ -75,6 +86,35 @@ std::vector<float> seen(Engine& engine, const std::vector<uint8_t>& pixels, cons
 }
 
 }  // namespace
+
+TEST_CASE("what is guessed changes no answer") {
+  Engine engine(QWEN2VL_DEMO_MODEL, two_threads(), kQuiet);
+  const std::vector<Prompt> prompts{prompt(engine, 0), prompt(engine, 1), prompt(engine, 2)};
+  int plain = 0;
+  const auto expected = answers(engine, prompts, kContext, {}, &plain);
+  for (size_t right = 0; right < kDrawn; ++right) {
+    engine.forget();
+    int steps = 0;
+    const Guess guess = [&](size_t i, size_t at) {
+      std::vector<int32_t> tokens(expected[i].begin() + static_cast<std::ptrdiff_t>(at), expected[i].end());
+      for (size_t j = right; j < tokens.size(); ++j) tokens[j] = (tokens[j] + 1) % 200;
+      return tokens;
+    };
+    CHECK(answers(engine, prompts, kContext, guess, &steps) == expected);
+    CHECK(steps ==
+          plain - (kDrawn - 1) + (kDrawn - 1 + static_cast<int>(right)) / (static_cast<int>(right) + 1));
+  }
+}
+
+TEST_CASE("what followed before is looked up") {
+  using Tokens = std::vector<int32_t>;
+  CHECK(look_up(Tokens{1, 2, 3, 4, 5, 9, 1, 2, 3}, 3) == Tokens{4, 5, 9});
+  CHECK(look_up(Tokens{6, 1, 2, 1, 2}, 4) == Tokens{1, 2, 1, 2});
+  CHECK(look_up(Tokens{8, 2, 3, 7, 1, 2, 3}, 2) == Tokens{7, 1});
+  for (const Tokens& tokens : {Tokens{}, Tokens{1}, Tokens{1, 1}, Tokens{1, 2, 3, 4, 1, 3}})
+    CHECK(look_up(tokens, 4).empty());
+  CHECK(look_up(Tokens{1, 1, 1, 1}, 0).empty());
+}
 
 TEST_CASE("threads that share an engine get what each would get alone, and give every page back") {
   constexpr int kThreads = 4;

@@ -240,8 +240,9 @@ def describe_stats(stats: GenerationStats) -> str:
         f"prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused), {evaluated} in "
         f"{stats.prefill_seconds:.2f} s ({stats.prefill_tokens_per_second:.1f} tok/s)"
     )
+    guessed = f" ({stats.confirmed_tokens} guessed)" if stats.confirmed_tokens else ""
     parts.append(
-        f"answer {stats.generated_tokens} tokens in {stats.decode_seconds:.2f} s "
+        f"answer {stats.generated_tokens} tokens{guessed} in {stats.decode_seconds:.2f} s "
         f"({stats.decode_tokens_per_second:.1f} tok/s)"
     )
     memory = f"KV cache {stats.kv_bytes / 1e6:.1f} MB"

@@ -50,7 +50,7 @@ from qwen2vl_q.vision.image_processor import (
 from qwen2vl_q.vision.video import process_video
 
 MAX_ANSWERS = 128  # to one prompt
-_PROMPT_LOOKUP = 8  # tokens guessed at a time; eight rows take a CPU half as long again as one
+_PROMPT_LOOKUP = 7  # tokens guessed at a time
 _INT32_MAX = 2**31 - 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_FIRST = 2  # tokens of a first guess
+_FIRST = 3  # tokens of a first guess: kernels take rows by fours
 _LONGEST_PAUSE = 32  # tokens drawn without a guess
 
 
