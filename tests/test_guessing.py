@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from at_once import IDS, PAGE, assert_all_given_back, conversation, in_threads
 from qwen2vl_q import Qwen2VL, _native
+from qwen2vl_q.cli.conversation import describe_stats
 from qwen2vl_q.engine.guessing import Guessing
 from qwen2vl_q.engine.scheduler import Scheduler
+from qwen2vl_q.engine.stats import GenerationStats
 
 VOCABULARY = 300  # of what is drawn freely
 
@@ -220,6 +223,12 @@ def test_an_answer_that_begins_anew_computes_its_tokens_together(
     found += list(stream)
     assert found == text
     assert len(rows) <= 1 + 40 / 8 + 40
+
+
+def test_stats_tell_what_was_guessed() -> None:
+    stats = GenerationStats(generated_tokens=9, guessed_tokens=7, confirmed_tokens=4, decode_seconds=2)
+    assert "answer 9 tokens (4 guessed) in 2.00 s (4.0 tok/s)" in describe_stats(stats)
+    assert "answer 9 tokens in" in describe_stats(replace(stats, confirmed_tokens=0))
 
 
 # --- what cannot be guessed ---

@@ -202,8 +202,20 @@ def test_conversations(page: Page) -> None:
     sync_api.expect(entries).to_have_text(["second one", "first one"])
     entries.nth(1).click()
     sync_api.expect(page.locator(".question p")).to_have_text("first one")
-    page.on("dialog", lambda dialog: dialog.accept("renamed"))
+    page.once("dialog", lambda dialog: dialog.accept("renamed"))
     page.get_by_label("Rename first one").click()
+    sync_api.expect(entries).to_have_text(["second one", "renamed"])
+    asked: list[str] = []
+
+    def leave(dialog: sync_api.Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.dismiss()
+
+    page.once("dialog", leave)
+    page.get_by_label("Delete second one").click()
+    sync_api.expect(entries).to_have_text(["second one", "renamed"])
+    assert asked == ["Delete “second one”? It is kept nowhere else."]
+    page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_label("Delete second one").click()
     sync_api.expect(entries).to_have_text(["renamed"])
 
@@ -384,6 +396,7 @@ def test_leaving_a_conversation_stops_and_keeps_its_answer(page: Page) -> None:
 def test_a_deleted_conversation_does_not_come_back(page: Page) -> None:
     page.click("#open-talks")
     begin_endless(page)
+    page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_label("Delete Go on.").click()
     sync_api.expect(page.locator(".welcome")).to_be_visible()
     page.reload()

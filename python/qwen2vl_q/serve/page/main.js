@@ -204,6 +204,7 @@ function entry(found) {
     await list();
   });
   const drop = small("Delete", found, async () => {
+    if (!confirm(`Delete “${found.title}”? It is kept nowhere else.`)) return;
     removed.add(found.id);
     await store.remove(found.id);
     if (found.id === talk.id) change(store.newTalk());
