@@ -131,6 +131,7 @@ async def visit(
     body = {
         "messages": messages, "max_tokens": tokens, "temperature": 0, "stream": True,
         "stream_options": {"include_usage": True}, "logit_bias": _NEVER,
+        "prompt_lookup_num_tokens": 0,  # random weights repeat themselves; llama-server does not know it
     }  # fmt: skip
     found = found or Visit(kind, 0)
     found.sent = time.perf_counter()

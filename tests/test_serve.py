@@ -165,7 +165,8 @@ def test_sampling_options_reach_the_sampler(client: Any, talk: Any) -> None:
         assert create(client, talk, **penalty).choices[0].message.content
     repeated = create(client, talk, extra_body={"no_repeat_ngram_size": 1}).choices[0].message.content.split()
     assert len(set(repeated)) == len(repeated)
-    for extra in ({"top_k": 1}, {"min_p": 0.9}, {"repetition_penalty": 1.01}):
+    same: list[dict[str, Any]] = [{"top_k": 1}, {"min_p": 0.9}, {"repetition_penalty": 1.01}]
+    for extra in (*same, {"prompt_lookup_num_tokens": 0}):
         assert create(client, talk, extra_body=extra).choices[0].message.content == truth
     assert create(client, talk, top_p=0.1, seed=3, user="somebody").choices[0].message.content == truth
 

@@ -51,6 +51,7 @@ class Asked(Body):
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
     no_repeat_ngram_size: StrictInt | None = None
+    prompt_lookup_num_tokens: StrictInt | None = None
     skip_special_tokens: StrictBool | None = None
     response_format: dict[str, Any] | None = None
     regex: StrictStr | None = None
@@ -94,6 +95,7 @@ _OPTIONS = (
     "frequency_penalty",
     "repetition_penalty",
     "no_repeat_ngram_size",
+    "prompt_lookup_num_tokens",
     "skip_special_tokens",
     "response_format",
     "regex",
