@@ -24,7 +24,7 @@ _SLICE = 0.1  # seconds of a picture between two steps: so long does a token wai
 _CHUNK = 128  # rows of prompts beside streams: so long does a token wait for them at most
 _PATIENCE = 1.0  # seconds that a full cache's streams may stay unread before they count as left
 _WORTH_WAITING = 64  # cells that another request is about to compute
-_GUESSED_ROWS = 16  # of a step, those of drawn tokens included: more streams have no guesses
+_GUESSED_ROWS = 16  # of a step, those of drawn tokens included; streams have equal shares
 
 _is_over = attrgetter("over")
 _IN_A_CALLBACK = "a call of the model is under way in this thread: its callback cannot make another"
