@@ -92,8 +92,6 @@ class Generation:
         room = self._n_ctx - len(prepared.prompt) + 1
         cut: FinishReason = "context" if room < max_new_tokens else "length"
         limit = min(max_new_tokens, room)
-        if not self._native.can_guess:
-            most_guessed = 0
         return Request(prepared, sampler, limit, cut, text, progress, constraint, top_logprobs, most_guessed)
 
     def answer(self, request: Request, tokenizer: Tokenizer, calls: CallReader | None = None) -> Answer:

@@ -308,12 +308,13 @@ class Scheduler:
 
     def _guess(self, streams: Sequence[Request]) -> int:
         """What is likely to follow the streams' tokens; of how many tokens."""
-        share = _GUESSED_ROWS // len(streams) - 1 if streams else 0
+        share = _GUESSED_ROWS // max(1, len(streams)) - 1
+        if not self._can_guess or share < 1:
+            return 0
         total = 0
         for r in streams:
             if r.fed < r.drawn:  # it has begun anew
-                if self._can_guess and share:
-                    total += r.live.guess(r.history[r.fed : r.fed + share])
+                total += r.live.guess(r.history[r.fed : r.fed + share])
                 continue
             most = min(share, r.limit - r.drawn - 1)
             if not r.guessing.most or most < 1:
