@@ -143,7 +143,7 @@ def test_log_probabilities_are_the_same(demo: Qwen2VL) -> None:
     assert found[0] == found[1] and confirmed > 5
 
 
-def test_stop_strings_and_limits_end_a_guess(tiny: Qwen2VL) -> None:
+def test_ends_and_limits_end_a_guess(tiny: Qwen2VL) -> None:
     text = list(range(40, 60)) * 3
     for n in (1, 2, 3, 20, 21, 59):
         assert drawn(tiny, IDS, n, constraint=says(tiny, text)) == text[:n]
@@ -151,6 +151,9 @@ def test_stop_strings_and_limits_end_a_guess(tiny: Qwen2VL) -> None:
     eos = tiny.config.eos_token_ids[0]
     ended = list(tiny.generate(IDS, max_new_tokens=50, constraint=says(tiny, [40, 41, 42, eos, 43, 44])))
     assert ended[:3] == [40, 41, 42] and len(ended) <= 4 and tiny.last_stats.finish_reason == "stop"
+    piece = tiny.detokenize(text[10:12])
+    stopped = list(tiny.generate(IDS, max_new_tokens=50, constraint=says(tiny, text), stop=piece))
+    assert text[:10] == stopped[:10] and len(stopped) <= 12 and tiny.last_stats.finish_reason == "stop"
     assert_all_given_back(tiny)
     state = _native.SequenceState(tiny._native, 256)  # nothing of a guess that did not count stays
     assert state.adopt(_native.Prompt(tiny._native, [*IDS, 40, 41, 42, eos, 43, 44])) == len(IDS) + 3
@@ -208,7 +211,7 @@ def test_many_at_once_guess_as_one(demo: Qwen2VL) -> None:
 
 
 def test_an_answer_that_begins_anew_computes_its_tokens_together(
-    tiny: Qwen2VL, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    tiny: Qwen2VL, rows: list[list[int]]
 ) -> None:
     text = np.random.default_rng(2).integers(0, VOCABULARY, 80).tolist()
     stream = tiny.generate(IDS, max_new_tokens=80, constraint=says(tiny, text, told=()), ignore_eos=True)
